@@ -1,0 +1,1 @@
+"""What the two DreamBooth trainers share; nothing in here imports colossalai or accelerate."""

@@ -1,0 +1,342 @@
+"""The flags that both trainers have, with the rules that hold between them."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dreambooth.console import UserError, warn
+from dreambooth.randomness import MAX_SEED
+
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on one rank, as all others."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(convert: type, lowest: float, *, above: bool = False, highest: float = math.inf) -> Callable:
+    """Returns an argparse type for numbers from `lowest` (or, with `above`, strictly above it) to `highest`."""
+    limits = f"{'above' if above else 'of at least'} {lowest:g}" + (
+        "" if highest == math.inf else f" and at most {highest:.10g}"
+    )
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        # A comparison with NaN is false, and infinity is no setting either.
+        if not (lowest < value <= highest if above else lowest <= value <= highest) or math.isinf(value):
+            kind = "a whole number" if convert is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {limits}")
+        return value
+
+    return parse
+
+
+def true_or_false(text: str) -> bool:
+    """Parses true or false, in any case, and nothing else."""
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def build_parser(description: str) -> Parser:
+    """Returns a parser with the flags that both trainers share; a trainer adds its own groups."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT ...",
+        allow_abbrev=False,
+    )
+    for add_group in (_add_model, _add_data, _add_prior, _add_training, _add_optimizer, _add_output):
+        add_group(parser)
+    return parser
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        metavar="MODEL",
+        help="Stable Diffusion 1.x or 2.x to start from: a folder in diffusers' layout, or a Hub id",
+    )
+    group.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub (default: its main branch)"
+    )
+    group.add_argument(
+        "--external_unet_path",
+        "--externel_unet_path",
+        metavar="FOLDER",
+        help="train the UNet of this folder instead of MODEL's (default: MODEL's)",
+    )
+    group.add_argument(
+        "--tokenizer_name", metavar="NAME", help="tokenizer to use: a folder or a Hub id (default: MODEL's)"
+    )
+
+
+def _add_data(parser: Parser) -> None:
+    positive = number(int, 1)
+    group = parser.add_argument_group("images of the subject")
+    group.add_argument(
+        "--instance_data_dir",
+        required=True,
+        metavar="FOLDER",
+        help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp",
+    )
+    group.add_argument(
+        "--instance_prompt",
+        required=True,
+        metavar="PROMPT",
+        help='a rare word and the class noun, such as "a photo of sks dog"',
+    )
+    group.add_argument(
+        "--resolution",
+        type=positive,
+        metavar="N",
+        default=512,
+        help="side of the square training images, in pixels (default: 512)",
+    )
+    group.add_argument(
+        "--center_crop",
+        action="store_true",
+        help="crop images that are not square at their centre (default: at a random place, anew for each sample)",
+    )
+    group.add_argument(
+        "--test_run",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false",
+        help="use the first 10 images of each folder only (default: false)",
+    )
+
+
+def _add_prior(parser: Parser) -> None:
+    positive = number(int, 1)
+    group = parser.add_argument_group("prior preservation")
+    group.add_argument(
+        "--with_prior_preservation",
+        action="store_true",
+        help="also train on images of the class, so that the model does not forget it (default: off)",
+    )
+    group.add_argument(
+        "--class_data_dir",
+        metavar="FOLDER",
+        help="images of the class; those missing are generated into it before training",
+    )
+    group.add_argument("--class_prompt", metavar="PROMPT", help='the class alone, such as "a photo of dog"')
+    group.add_argument(
+        "--num_class_images",
+        type=positive,
+        metavar="N",
+        default=100,
+        help="how many class images are used (default: 100)",
+    )
+    group.add_argument(
+        "--sample_batch_size",
+        type=positive,
+        metavar="N",
+        default=4,
+        help="class images generated at a time on each device (default: 4)",
+    )
+    group.add_argument(
+        "--prior_loss_weight",
+        type=number(float, 0),
+        metavar="X",
+        default=1.0,
+        help="weight of the class term of the loss; 0 drops it (default: 1.0)",
+    )
+
+
+def _add_training(parser: Parser) -> None:
+    positive = number(int, 1)
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--train_batch_size",
+        type=positive,
+        metavar="N",
+        default=4,
+        help="samples per device and step; with prior preservation each is an instance and a class image (default: 4)",
+    )
+    group.add_argument(
+        "--num_train_epochs",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="passes over the larger of the two sets of images (default: 1)",
+    )
+    group.add_argument(
+        "--max_train_steps",
+        type=positive,
+        metavar="N",
+        help="optimizer steps, instead of --num_train_epochs (default: unset)",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower (default: off)",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="arithmetic of the forward pass; master weights and the optimizer stay in fp32 "
+        "(default: bf16 where the GPU has it, else fp16; no on the CPU)",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, highest=MAX_SEED),
+        metavar="N",
+        help="every random draw follows from it and the sample's number (default: drawn and printed)",
+    )
+    group.add_argument(
+        "--local_rank", type=int, metavar="N", help="accepted for old launchers; the environment's LOCAL_RANK decides"
+    )
+
+
+def _add_optimizer(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer (AdamW)")
+    group.add_argument(
+        "--learning_rate",
+        type=number(float, 0),
+        metavar="X",
+        default=5e-6,
+        help="peak learning rate per step (default: 5e-6)",
+    )
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="multiply the learning rate by the samples per step over all devices (default: off)",
+    )
+    group.add_argument(
+        "--lr_scheduler",
+        default="constant",
+        choices=LR_SCHEDULERS,
+        metavar="NAME",
+        help=f"course of the learning rate: {', '.join(LR_SCHEDULERS)} (default: constant)",
+    )
+    group.add_argument(
+        "--lr_warmup_steps",
+        type=number(int, 0),
+        metavar="N",
+        default=0,
+        help="steps over which the learning rate rises from 0 (default: 0, none)",
+    )
+    group.add_argument(
+        "--max_grad_norm",
+        type=number(float, 0),
+        metavar="X",
+        default=1.0,
+        help="gradients are scaled down to this L2 norm where it is larger; 0 is off (default: 1.0)",
+    )
+    decay = number(float, 0, highest=1 - 1e-9)
+    group.add_argument(
+        "--adam_beta1", type=decay, metavar="X", default=0.9, help="decay of the first moment (default: 0.9)"
+    )
+    group.add_argument(
+        "--adam_beta2", type=decay, metavar="X", default=0.999, help="decay of the second moment (default: 0.999)"
+    )
+    group.add_argument(
+        "--adam_weight_decay",
+        type=number(float, 0),
+        metavar="X",
+        default=1e-2,
+        help="decoupled weight decay (default: 1e-2)",
+    )
+    group.add_argument(
+        "--adam_epsilon",
+        type=number(float, 0, above=True),
+        metavar="X",
+        default=1e-8,
+        help="added to the root of the second moment (default: 1e-8)",
+    )
+
+
+def _add_output(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        default="dreambooth-model",
+        metavar="FOLDER",
+        help="where the trained pipeline goes (default: dreambooth-model)",
+    )
+    group.add_argument(
+        "--save_steps",
+        type=number(int, 1),
+        metavar="N",
+        default=500,
+        help="steps between two checkpoint-N folders (default: 500)",
+    )
+    group.add_argument(
+        "--logging_dir",
+        default="logs",
+        metavar="FOLDER",
+        help="TensorBoard folder inside --output_dir (default: logs)",
+    )
+    group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline when done (default: off)")
+    group.add_argument(
+        "--hub_token",
+        metavar="TOKEN",
+        help="token for the upload (default: HF_TOKEN or the one stored by `huggingface-cli login`)",
+    )
+    group.add_argument(
+        "--hub_model_id", metavar="NAME", help="repository of the upload (default: the name of --output_dir)"
+    )
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses and checks the flags.
+
+    Raises:
+        UserError: naming every flag that has to change.
+    """
+    args = parser.parse_args(argv)
+    problems = _problems(args)
+    if problems:
+        raise UserError("; ".join(problems))
+    _warn_of_flags_without_effect(args, parser)
+    return args
+
+
+def _problems(args: argparse.Namespace) -> list[str]:
+    """Returns what stands in the way of a run, as far as flags and folders tell."""
+    problems = []
+    if args.with_prior_preservation:
+        missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(args, name)]
+        if missing:
+            problems.append(f"--with_prior_preservation also needs {' and '.join(missing)}")
+    if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
+        problems.append(f"--class_data_dir {args.class_data_dir} is not a folder")
+    if not Path(args.instance_data_dir).is_dir():
+        problems.append(f"--instance_data_dir {args.instance_data_dir} is not a folder")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        problems.append(f"--output_dir {args.output_dir} is a file; name a folder")
+    if args.external_unet_path and not Path(args.external_unet_path).is_dir():
+        problems.append(f"--external_unet_path {args.external_unet_path} is not a folder")
+    return problems
+
+
+def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> None:
+    prior_flags = ("class_data_dir", "class_prompt", "num_class_images", "sample_batch_size", "prior_loss_weight")
+    given = [f"--{name}" for name in prior_flags if getattr(args, name) != parser.get_default(name)]
+    if given and not args.with_prior_preservation:
+        warn(f"{', '.join(given)}: no effect without --with_prior_preservation")
+    hub_flags = [f"--{name}" for name in ("hub_token", "hub_model_id") if getattr(args, name)]
+    if hub_flags and not args.push_to_hub:
+        warn(f"{', '.join(hub_flags)}: no effect without --push_to_hub")
+    if args.revision and Path(args.pretrained_model_name_or_path).is_dir():
+        warn("--revision: no effect on a local folder")
+    if args.max_train_steps and args.num_train_epochs != parser.get_default("num_train_epochs"):
+        warn("--num_train_epochs: no effect beside --max_train_steps")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        warn("--lr_warmup_steps: no effect on --lr_scheduler constant; constant_with_warmup has a warm-up")
+    if args.local_rank is not None and args.local_rank != int(os.environ.get("LOCAL_RANK", "0")):
+        warn(f"--local_rank {args.local_rank}: no effect, LOCAL_RANK of the environment decides")

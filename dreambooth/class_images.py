@@ -1,0 +1,87 @@
+"""Generating the class images that are missing, each rank its share."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from dreambooth.console import is_rank_0
+from dreambooth.data import images_to_use, list_images
+from dreambooth.models import load_pipeline, load_unet
+from dreambooth.ranks import Ranks
+
+
+def missing_numbers(folder: Path, wanted: int) -> list[int]:
+    """Returns the numbers of the images to generate so that `folder` has `wanted` images, its own counted in."""
+    present = list_images(folder)
+    names = {path.name for path in present}
+    free = (number for number in range(wanted) if image_name(number) not in names)
+    return [number for number, _ in zip(free, range(wanted - len(present)), strict=False)]
+
+
+def image_name(number: int) -> str:
+    """Returns the file name of generated image `number`."""
+    return f"{number:05d}.png"
+
+
+def save_whole(image: Image.Image, path: Path) -> None:
+    """Writes a PNG under another name and renames it: `path` is a whole file or does not exist."""
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """Computes with one thread: on the CPU the last bits of a matrix product depend on how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Brings --class_data_dir to --num_class_images images; returns on all ranks once all of them are there.
+
+    Image number n starts from latents that follow from `seed` + n. Ranks take whole batches in turn, so that the
+    make-up of a batch, and with it every rounding, is the same on any number of ranks.
+    """
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Listed once, before any rank writes.
+    missing = [missing_numbers(folder, images_to_use(args, args.num_class_images))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(missing, src=0)
+    numbers, size = missing[0], args.sample_batch_size
+    if not numbers:
+        return
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    share = batches[ranks.rank :: ranks.world_size]
+    if share:
+        with one_cpu_thread():
+            _generate(args, share, folder, seed=seed, device=ranks.device, dtype=dtype)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _generate(args, batches: list[list[int]], folder: Path, *, seed: int, device: torch.device, dtype) -> None:
+    pipeline = load_pipeline(args, load_unet(args).to(dtype), dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=sum(map(len, batches)), desc="class images", unit="image", disable=not is_rank_0()) as progress:
+        for numbers in batches:
+            generators = [torch.Generator().manual_seed((seed + number) % 2**32) for number in numbers]
+            images = pipeline([args.class_prompt] * len(numbers), generator=generators).images
+            for number, image in zip(numbers, images, strict=True):
+                save_whole(image, folder / image_name(number))
+            progress.update(len(numbers))
+    del pipeline
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

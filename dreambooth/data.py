@@ -1,0 +1,225 @@
+"""From folders of photos to the samples of each step."""
+
+import argparse
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
+
+from dreambooth.console import UserError
+from dreambooth.randomness import Stream, generator
+from dreambooth.ranks import Ranks
+from dreambooth.schedule import Schedule
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TEST_RUN_IMAGES = 10
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """Returns the image files directly in `folder`, sorted by name; hidden files are passed over."""
+    return sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def load_image(path: Path) -> Image.Image:
+    """Returns an image as RGB, turned the way its EXIF orientation says, transparency laid over white.
+
+    Raises:
+        UserError: if the file is not a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def find_images(folder: str, flag: str, limit: int | None = None) -> list[Path]:
+    """Returns the first `limit` images of `folder` (all if None), each of which was decoded once.
+
+    Raises:
+        UserError: if there is none, or one that cannot be read.
+    """
+    paths = list_images(folder)[:limit]
+    if not paths:
+        raise UserError(f"{flag} {folder} has no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
+    for path in paths:
+        load_image(path)
+    return paths
+
+
+def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
+    """Returns the square of the image's shorter side, scaled to `resolution`.
+
+    Args:
+        image: RGB image of any size.
+        resolution: side of the result, in pixels.
+        position: where along the longer side the square lies, from 0 (left or top) to 1; 0.5 is the centre.
+
+    Returns:
+        Tensor of shape (3, resolution, resolution), float32, in [-1, 1].
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = round(position * (width - side)), round(position * (height - side))
+    image = F.resized_crop(image, top, left, side, side, [resolution, resolution], antialias=True)
+    return F.normalize(F.to_tensor(image), [0.5], [0.5])
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(seed: int, order: Stream, pass_number: int, length: int) -> np.ndarray:
+    """Returns the order in which pass `pass_number` takes `length` images, as indices."""
+    return generator(seed, order, pass_number).permutation(length)
+
+
+class Examples:
+    """One folder's images as an endless, reshuffled sequence of training examples.
+
+    Args:
+        paths: image files.
+        prompt_index: which of the run's prompts describes them.
+        seed: of the run.
+        order: stream of the shuffling; pass p over the images has an order of its own.
+        draws: stream of the examples' own draws.
+        resolution: side of the images, in pixels.
+        center_crop: whether images that are not square are cropped at the centre.
+        latent_shape: (channels, height, width) of the latents.
+        num_timesteps: timesteps of the noise schedule.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        prompt_index: int,
+        seed: int,
+        order: Stream,
+        draws: Stream,
+        resolution: int,
+        center_crop: bool,
+        latent_shape: tuple[int, int, int],
+        num_timesteps: int,
+    ):
+        self.paths = paths
+        self.prompt_index = prompt_index
+        self.seed = seed
+        self.order = order
+        self.draws = draws
+        self.resolution = resolution
+        self.center_crop = center_crop
+        self.latent_shape = latent_shape
+        self.num_timesteps = num_timesteps
+
+    def path_of(self, n: int) -> Path:
+        """Returns the image of example `n`: every pass takes each image once."""
+        pass_number, place = divmod(n, len(self.paths))
+        return self.paths[shuffled(self.seed, self.order, pass_number, len(self.paths))[place]]
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        """Returns example `n`, a function of the seed and `n` alone.
+
+        Returns:
+            pixel_values: (3, resolution, resolution), float32, in [-1, 1].
+            posterior_noise: `latent_shape`, float32, standard normal; makes a sample of the VAE's posterior.
+            noise: `latent_shape`, float32, standard normal; what the UNet has to find.
+            timesteps: (), int64, from 0 to num_timesteps - 1.
+            prompt_indices: (), int64.
+        """
+        draw = generator(self.seed, self.draws, n)
+        # Drawn in any case, so that the draws after it do not depend on --center_crop.
+        position = draw.random()
+        image = load_image(self.path_of(n))
+        return {
+            "pixel_values": crop_to_square(image, self.resolution, 0.5 if self.center_crop else position),
+            "posterior_noise": torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32)),
+            "noise": torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32)),
+            "timesteps": torch.tensor(int(draw.integers(self.num_timesteps))),
+            "prompt_indices": torch.tensor(self.prompt_index),
+        }
+
+
+class DreamBoothDataset(Dataset):
+    """Sample n is instance example n and, with prior preservation, class example n."""
+
+    def __init__(self, instance: Examples, prior: Examples | None = None):
+        self.parts = [instance] if prior is None else [instance, prior]
+
+    @property
+    def examples_per_sample(self) -> int:
+        """2 with prior preservation, else 1."""
+        return len(self.parts)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Size of the larger of the two sets of images."""
+        return max(len(part.paths) for part in self.parts)
+
+    def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
+        return [part[n] for part in self.parts]
+
+
+def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
+    """Returns how many images of a folder a run uses: `wanted` (None: all), but 10 at most in a --test_run."""
+    if not args.test_run:
+        return wanted
+    return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
+
+
+def build_dataset(
+    args: argparse.Namespace, seed: int, latent_shape: tuple[int, int, int], num_timesteps: int
+) -> DreamBoothDataset:
+    """Returns the run's samples; prompt 0 is the instance prompt, prompt 1 the class prompt.
+
+    Raises:
+        UserError: if a folder has no image, or one that cannot be read.
+    """
+    shared = {
+        "seed": seed,
+        "resolution": args.resolution,
+        "center_crop": args.center_crop,
+        "latent_shape": latent_shape,
+        "num_timesteps": num_timesteps,
+    }
+    paths = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    instance = Examples(paths, prompt_index=0, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **shared)
+    if not args.with_prior_preservation:
+        return DreamBoothDataset(instance)
+    paths = find_images(args.class_data_dir, "--class_data_dir", images_to_use(args, args.num_class_images))
+    return DreamBoothDataset(
+        instance, Examples(paths, prompt_index=1, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **shared)
+    )
+
+
+def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Stacks samples: first all instance examples, then all class examples, ready for one forward pass."""
+    examples = [sample[part] for part in range(len(samples[0])) for sample in samples]
+    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def build_loader(dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields this rank's batch of each step of the schedule, on its device."""
+    on_gpu = ranks.device.type == "cuda"
+    loader = DataLoader(
+        dataset,
+        batch_sampler=list(schedule.batches(ranks.rank)),
+        collate_fn=collate,
+        # On a GPU machine, worker processes decode while the GPU computes; on the CPU they would only take its cores.
+        num_workers=min(4, os.cpu_count() or 1) if on_gpu else 0,
+        pin_memory=on_gpu,
+    )
+    for batch in loader:
+        yield {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,30 @@
+"""The one place that knows which arithmetic a run uses."""
+
+import torch
+
+from dreambooth.console import UserError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_precision(requested: str | None) -> str:
+    """Returns "no", "fp16" or "bf16": what was requested, else bf16 or fp16 on a GPU and "no" on the CPU.
+
+    Raises:
+        UserError: if the machine cannot run what was requested.
+    """
+    if not torch.cuda.is_available():
+        if requested == "fp16":
+            raise UserError("--mixed_precision fp16 needs a CUDA GPU, and none was found: use no or bf16")
+        return requested or "no"
+    bf16_in_hardware = torch.cuda.get_device_capability()[0] >= 8
+    if requested == "bf16" and not bf16_in_hardware:
+        raise UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use fp16")
+    return requested or ("bf16" if bf16_in_hardware else "fp16")
+
+
+def sampling_dtype(precision: str) -> torch.dtype:
+    """Returns the dtype in which class images are drawn: always a half precision on CUDA, fp32 on the CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float16

@@ -1,0 +1,57 @@
+"""Which process of a run this is."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dreambooth.console import UserError, warn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, in torchrun's words, and the device that it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.world_size} x {self.device.type}"
+
+
+def check_gpus() -> None:
+    """Finds a launch of more processes than GPUs on a machine that has some; warns on one that has none.
+
+    Raises:
+        UserError: if the processes of this machine cannot each have a GPU.
+    """
+    if not torch.cuda.is_available():
+        warn("no CUDA GPU was found: training on the CPU")
+        return
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes were started on this machine, which has {gpus} CUDA GPU{'s' * (gpus > 1)}: "
+            f"use --nproc_per_node {gpus}"
+        )
+
+
+def run_alone_without_torchrun() -> None:
+    """Gives a process that no launcher started the environment of a run of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def leave() -> None:
+    """Waits for the other ranks, then leaves the process group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""A tiny model and a few photos, made once."""
+
+import numpy as np
+import pytest
+import torch
+from harness import SHARED_DATA
+from PIL import Image
+
+from benchmarks import random_model
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A whole Stable Diffusion of 32 px images with random weights."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    random_model.build(folder, "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Five smooth pictures of different sizes, none of them square."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(5):
+        width, height = 40 + 8 * number, 64 - 4 * number
+        x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+        channels = [np.sin((number + 2) * x + c) * np.cos((c + 1) * y) * 0.5 + 0.5 for c in range(3)]
+        Image.fromarray((np.stack(channels, axis=-1) * 255).astype("uint8")).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dog_photos():
+    """Real photographs, where the folder is there."""
+    folder = SHARED_DATA / "dog"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_model, photos, tmp_path):
+    """Flags of a short run on the tiny model."""
+    return {
+        "pretrained_model_name_or_path": tiny_model,
+        "instance_data_dir": photos,
+        "instance_prompt": "a photo of sks dog",
+        "resolution": 32,
+        "train_batch_size": 2,
+        "max_train_steps": 10,
+        "learning_rate": 1e-4,
+        "seed": 1,
+        "output_dir": tmp_path / "out",
+    }
+
+
+@pytest.fixture
+def prior(tmp_path):
+    """Flags of prior preservation with seven generated class images, which no sampling batch divides."""
+    return {
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class_images",
+        "class_prompt": "a photo of dog",
+        "num_class_images": 7,
+        "sample_batch_size": 2,
+    }

@@ -1,0 +1,438 @@
+"""Fine-tunes Stable Diffusion on 3 to 6 photos of a subject with DreamBooth, on ColossalAI's Booster.
+
+On two GPUs:
+
+    torchrun --standalone --nproc_per_node 2 train_dreambooth_colossalai.py \\
+        --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
+        --instance_data_dir photos --instance_prompt "a photo of sks dog" \\
+        --with_prior_preservation --class_data_dir class_images --class_prompt "a photo of dog" \\
+        --placement cuda --max_train_steps 400 --output_dir dreambooth-model
+
+Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
+"""
+
+from dreambooth.console import UserError, quiet_libraries, run, say
+
+quiet_libraries()  # before the imports that warn
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import colossalai
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.booster import Booster
+from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossalai.interface import OptimizerWrapper
+from colossalai.nn.optimizer import HybridAdam
+from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
+from colossalai.zero.gemini.chunk import Chunk, TensorInfo
+from colossalai.zero.gemini.utils import get_temp_total_chunk_on_cuda
+from diffusers import UNet2DConditionModel
+
+from dreambooth import arguments, models
+from dreambooth.class_images import generate_class_images
+from dreambooth.data import build_dataset, build_loader
+from dreambooth.loss import training_loss
+from dreambooth.optimizer import adamw_settings, build_lr_scheduler
+from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
+from dreambooth.precision import DTYPES, choose_precision, sampling_dtype
+from dreambooth.randomness import shared_seed
+from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
+from dreambooth.schedule import plan
+from dreambooth.tracker import Tracker
+
+# Which placements each plugin can serve.
+PLACEMENTS = {
+    "torch_ddp": ("cuda",),
+    "torch_ddp_fp16": ("cuda",),
+    "low_level_zero": ("cuda", "cpu"),
+    "gemini": ("cuda", "cpu", "auto"),
+}
+# ColossalAI's plugins start at 2**16 or 2**32; at 2**32 a run loses its first steps to overflows.
+INITIAL_LOSS_SCALE = 2**16
+
+
+def build_parser() -> arguments.Parser:
+    """Returns the parser: the shared flags, and ColossalAI's."""
+    parser = arguments.build_parser(__doc__)
+    group = parser.add_argument_group("ColossalAI")
+    group.add_argument(
+        "-p",
+        "--plugin",
+        choices=tuple(PLACEMENTS),
+        metavar="PLUGIN",
+        help="how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; "
+        "low_level_zero, optimizer state split (ZeRO 1); gemini, weights split too, in chunks (ZeRO 3) "
+        "(default: torch_ddp for --placement cuda, else gemini)",
+    )
+    group.add_argument(
+        "--placement",
+        choices=("cuda", "cpu", "auto"),
+        default="cuda",
+        help="where weights and optimizer state stay between uses: on the GPUs, in host memory, or wherever Gemini "
+        "finds room (default: cuda)",
+    )
+    group.add_argument(
+        "--offload_optim_frac",
+        type=arguments.number(float, 0, highest=1),
+        metavar="X",
+        help="gemini with --placement cuda or cpu: share of the optimizer state that is kept in host memory, from "
+        "0 to 1 (default: 0 for cuda, 1 for cpu)",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Plugin, placement, precision and optimizer: a combination that this machine can run."""
+
+    plugin: str
+    placement: str
+    precision: str
+    optimizer: str
+    offload_optim_frac: float = 0.0
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}, {self.optimizer}"
+
+    @property
+    def shards(self) -> bool:
+        """Whether the plugin splits the fp32 master weights over the ranks and computes in a half-precision copy."""
+        return self.plugin in ("low_level_zero", "gemini")
+
+    @property
+    def unet_dtype(self) -> torch.dtype:
+        """Dtype of the weights that the forward pass uses."""
+        return DTYPES[self.precision] if self.shards else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Returns the context of the forward pass; Booster and the sharding plugins bring their own."""
+        if self.shards or self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(get_accelerator().get_current_device().type, torch.bfloat16)
+
+
+def choose_strategy(args: argparse.Namespace) -> Strategy:
+    """Returns the strategy of the flags.
+
+    Raises:
+        UserError: if the flags do not go together, or this machine cannot run them.
+    """
+    on_gpu = torch.cuda.is_available()
+    plugin = args.plugin or ("torch_ddp" if args.placement == "cuda" else "gemini")
+    chosen = f"--plugin {plugin}" if args.plugin else f"--placement {args.placement} (plugin {plugin})"
+    if args.placement not in PLACEMENTS[plugin]:
+        raise UserError(f"{chosen} goes with --placement {' or '.join(PLACEMENTS[plugin])}, not {args.placement}")
+    if not on_gpu and plugin != "torch_ddp":
+        raise UserError(
+            f"{chosen} needs a CUDA GPU, and none was found: --plugin torch_ddp --placement cuda trains on the CPU"
+        )
+    sharded = plugin in ("low_level_zero", "gemini")
+    if plugin == "torch_ddp_fp16" and args.mixed_precision not in (None, "fp16"):
+        raise UserError(f"{chosen} computes in fp16, not --mixed_precision {args.mixed_precision}: use torch_ddp")
+    if sharded and args.mixed_precision == "no":
+        raise UserError(f"{chosen} computes in bf16 or fp16: --mixed_precision no goes with --plugin torch_ddp")
+    offload = args.offload_optim_frac
+    if offload is not None and (plugin != "gemini" or args.placement == "auto"):
+        raise UserError(
+            f"--offload_optim_frac goes with --plugin gemini and --placement cuda or cpu, not with {chosen}"
+        )
+    if offload is None:
+        offload = 1.0 if args.placement == "cpu" else 0.0
+    if plugin == "gemini" or args.placement == "cpu":
+        check_cuda_toolkit(chosen)
+        optimizer = "HybridAdam"
+    else:
+        optimizer = "fused AdamW" if on_gpu else "AdamW"
+    precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
+    return Strategy(plugin, args.placement, precision, optimizer, offload)
+
+
+def check_cuda_toolkit(chosen: str) -> None:
+    """Checks that HybridAdam's kernels, which are compiled at their first use, can be compiled here.
+
+    Raises:
+        UserError: if the CUDA toolkit is missing, or of another major version than torch's.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME  # on a machine without a GPU this import prints a line
+
+    needed = torch.version.cuda.split(".")[0]
+    remedy = (
+        f"install CUDA toolkit {needed} and set CUDA_HOME, or use --plugin torch_ddp or low_level_zero with "
+        "--placement cuda, which compile nothing"
+    )
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.is_file():
+        raise UserError(f"{chosen} needs HybridAdam, whose kernels are compiled, and no nvcc was found: {remedy}")
+    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if release is None or release[1] != needed:
+        found = release[1] if release else "of an unknown version"
+        raise UserError(
+            f"{chosen} needs HybridAdam, whose kernels are compiled with torch's CUDA {needed}; "
+            f"the toolkit in {CUDA_HOME} is {found}: {remedy}"
+        )
+
+
+def launch() -> Ranks:
+    """Joins the process group of torchrun's environment, NCCL on GPUs and gloo on the CPU."""
+    check_gpus()
+    run_alone_without_torchrun()
+    colossalai.launch_from_torch(verbose=False)
+    return Ranks(
+        rank=dist.get_rank(),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world_size=dist.get_world_size(),
+        device=get_accelerator().get_current_device(),
+    )
+
+
+def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: dict) -> torch.optim.Optimizer:
+    """Returns the strategy's AdamW over the UNet's parameters."""
+    if strategy.optimizer != "HybridAdam":
+        return torch.optim.AdamW(unet.parameters(), fused=strategy.optimizer == "fused AdamW", **settings)
+    say("loading HybridAdam's kernels; the first time they are compiled, which takes a minute or two")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return HybridAdam(unet.parameters(), **settings)
+
+
+def build_booster(strategy: Strategy, max_grad_norm: float) -> Booster:
+    """Returns the Booster with the strategy's plugin; the sharding plugins clip gradients themselves."""
+    if strategy.plugin == "low_level_zero":
+        return Booster(
+            plugin=LowLevelZeroPlugin(
+                stage=1,
+                precision=strategy.precision,
+                initial_scale=INITIAL_LOSS_SCALE,
+                max_norm=max_grad_norm,
+                cpu_offload=strategy.placement == "cpu",
+            )
+        )
+    if strategy.plugin == "gemini":
+        return Booster(
+            plugin=GeminiPlugin(
+                precision=strategy.precision,
+                placement_policy="auto" if strategy.placement == "auto" else "static",
+                offload_optim_frac=strategy.offload_optim_frac,
+                # Gemini can offload parameters only where the whole optimizer state is offloaded too.
+                offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
+                initial_scale=INITIAL_LOSS_SCALE,
+                max_norm=max_grad_norm,
+                pin_memory=True,
+            )
+        )
+    return Booster(
+        plugin=TorchDDPPlugin(gradient_as_bucket_view=True),
+        mixed_precision="fp16" if strategy.precision == "fp16" else None,
+    )
+
+
+@dataclass
+class Boosted:
+    """The UNet and its optimizer as Booster returned them, and the module that was boosted.
+
+    A sharding plugin computes in a half-precision copy of the weights; the fp32 master weights, which are the model,
+    lie in its optimizer, each rank holding a part.
+    """
+
+    strategy: Strategy
+    booster: Booster
+    unet: UNet2DConditionModel
+    model: torch.nn.Module
+    optimizer: OptimizerWrapper
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    max_grad_norm: float
+
+    def update(self, loss: torch.Tensor) -> torch.Tensor | float | None:
+        """Takes an optimizer step down the gradient of `loss`.
+
+        Returns:
+            The L2 norm of the gradients over all ranks before clipping, or None where clipping is off.
+        """
+        self.booster.backward(loss, self.optimizer)
+        if self.strategy.shards:
+            self.optimizer.step()
+            norm = self._norm_of_sharded_gradients()
+        else:
+            norm = self._clip()
+            self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _clip(self) -> torch.Tensor | None:
+        if not self.max_grad_norm:
+            return None
+        if self.strategy.precision == "fp16":
+            self.optimizer.unscale_grad()
+        return torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm)
+
+    def _norm_of_sharded_gradients(self) -> float | None:
+        """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
+        norm = self.optimizer.get_grad_norm()
+        if not self.max_grad_norm or norm is None:
+            return None
+        if self.strategy.precision != "fp16":
+            return norm
+        gemini = isinstance(self.model, GeminiDDP)
+        scaler = self.optimizer.mix_precision_mixin if gemini else self.optimizer.mixed_precision_mixin
+        return norm / scaler.loss_scale
+
+    @torch.no_grad()
+    def load_master_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Sets the fp32 master weights of a sharding plugin, which has made its own out of the half-precision copy.
+
+        Args:
+            weights: fp32 tensors by the names of the UNet's parameters.
+        """
+        if isinstance(self.optimizer, LowLevelZeroOptimizer):
+            for name, parameter in self.unet.named_parameters():
+                padding = self.optimizer.get_param_padding_size(parameter)
+                flat = torch.nn.functional.pad(weights[name].flatten(), (0, padding))
+                shard = self.optimizer.working_to_master_param[id(parameter)]
+                shard.copy_(flat.chunk(dist.get_world_size())[dist.get_rank()])
+        elif isinstance(self.model, GeminiDDP):
+            for name, chunk, place in self._gemini_places():
+                first, last = max(place.offset, chunk.shard_begin), min(place.end, chunk.shard_end)
+                if first < last:
+                    shard = chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin]
+                    shard.copy_(weights[name].flatten()[first - place.offset : last - place.offset])
+
+    @torch.no_grad()
+    def gather_master_weights(self) -> dict[str, torch.Tensor]:
+        """Collects the fp32 master weights on rank 0, on the CPU; to be called on every rank.
+
+        Returns:
+            Tensors by the names of the UNet's parameters; an empty dict on other ranks than 0.
+        """
+        on_rank_0 = dist.get_rank() == 0
+        weights = {}
+        if isinstance(self.optimizer, LowLevelZeroOptimizer):
+            for name, parameter in self.unet.named_parameters():
+                shard = self.optimizer.working_to_master_param[id(parameter)].to(parameter.device)
+                whole = shard.new_empty(shard.numel() * dist.get_world_size())
+                dist.all_gather_into_tensor(whole, shard)
+                if on_rank_0:
+                    weights[name] = whole[: parameter.numel()].view(parameter.shape).cpu()
+        elif isinstance(self.model, GeminiDDP):
+            whole_of = functools.lru_cache(maxsize=1)(lambda chunk: get_temp_total_chunk_on_cuda(chunk, torch.float32))
+            shapes = {name: parameter.shape for name, parameter in self.unet.named_parameters()}
+            for name, chunk, place in self._gemini_places():
+                whole = whole_of(chunk)
+                if on_rank_0:
+                    weights[name] = whole[place.offset : place.end].view(shapes[name]).cpu()
+        elif on_rank_0:
+            weights = {name: parameter.detach().cpu() for name, parameter in self.unet.named_parameters()}
+        return weights
+
+    def _gemini_places(self) -> Iterator[tuple[str, Chunk, TensorInfo]]:
+        """Yields each parameter's name, the chunk that holds its master weights, and where in it they lie."""
+        for half, master in zip(self.model.fp16_params, self.model.fp32_params, strict=True):
+            chunk = self.model.chunk_manager.get_chunk(master)
+            yield self.model.param2name[half], chunk, chunk.tensors_info[master]
+
+
+def boost(
+    strategy: Strategy,
+    unet: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    max_grad_norm: float,
+) -> Boosted:
+    """Puts the strategy's plugin around the UNet and its optimizer, without losing a bit of the fp32 weights."""
+    pretrained = unet.state_dict()  # keeps the fp32 tensors alive while the plugin puts half-precision ones in place
+    booster = build_booster(strategy, max_grad_norm)
+    model, optimizer, _, _, lr_scheduler = booster.boost(unet, optimizer, lr_scheduler=lr_scheduler)
+    boosted = Boosted(strategy, booster, unet, model, optimizer, lr_scheduler, max_grad_norm)
+    boosted.load_master_weights(pretrained)
+    return boosted
+
+
+def train(args: argparse.Namespace, boosted: Boosted, batches: Iterable, loss_of: Callable, tracker: Tracker) -> None:
+    """Takes one optimizer step per batch, and writes checkpoint-N every --save_steps steps."""
+    for step, batch in enumerate(batches, start=1):
+        with boosted.strategy.autocast():
+            loss = loss_of(boosted.model, batch)
+        lr = boosted.lr_scheduler.get_last_lr()[0]
+        grad_norm = boosted.update(loss)
+        tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        if step % args.save_steps == 0:
+            save(boosted, functools.partial(save_checkpoint, Path(args.output_dir), step))
+
+
+def save(boosted: Boosted, write: Callable[[UNet2DConditionModel], None]) -> None:
+    """Hands the UNet with its fp32 master weights to `write` on rank 0; to be called on every rank."""
+    weights = boosted.gather_master_weights()
+    if dist.get_rank() == 0:
+        write(unet_with(weights, boosted.unet.config))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(build_parser(), argv)
+    strategy = choose_strategy(args)
+    models.check_model_source(args)
+    ranks = launch()
+    seed = shared_seed(args.seed)
+    repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
+
+    # The parts of the model.
+    tokenizer = models.load_tokenizer(args)
+    text_encoder = models.load_text_encoder(args)
+    vae = models.load_vae(args)
+    unet = models.load_unet(args)
+    noise_scheduler = models.load_noise_scheduler(args)
+
+    # Class images, generated by the model as it is before training.
+    if args.with_prior_preservation:
+        generate_class_images(args, seed=seed, ranks=ranks, dtype=sampling_dtype(strategy.precision))
+
+    # Samples, and which rank takes which.
+    latent_shape = models.latent_shape(vae, args.resolution)
+    dataset = build_dataset(args, seed, latent_shape, noise_scheduler.config.num_train_timesteps)
+    schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
+    batches = build_loader(dataset, schedule, ranks)
+
+    # The frozen parts, in the run's precision.
+    dtype = DTYPES[strategy.precision]
+    prompts = [args.instance_prompt, args.class_prompt][: dataset.examples_per_sample]
+    prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
+    vae.to(ranks.device, dtype)
+
+    # The optimizer, and the plugin around it and the UNet.
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = build_optimizer(strategy, unet, adamw_settings(args, schedule))
+    lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
+    boosted = boost(strategy, unet, optimizer, lr_scheduler, args.max_grad_norm)
+
+    # Train.
+    loss_of = functools.partial(
+        training_loss,
+        vae=vae,
+        prompt_embeddings=prompt_embeddings,
+        noise_scheduler=noise_scheduler,
+        unet_dtype=strategy.unet_dtype,
+        prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
+    )
+    say(f"{strategy} on {ranks}, {schedule}, seed {seed}")
+    with Tracker(args, schedule, ranks, images_per_step=schedule.total_batch * dataset.examples_per_sample) as tracker:
+        train(args, boosted, batches, loss_of, tracker)
+
+    # Save.
+    save(boosted, functools.partial(save_pipeline, args))
+    if repo_id:
+        upload(args, repo_id)
+    leave()
+
+
+if __name__ == "__main__":
+    run(main, os.path.basename(__file__))
