@@ -1,6 +1,6 @@
 """Builds a Stable Diffusion folder with random weights: the real classes and layout, no download.
 
-    python benchmarks/random_model.py FOLDER --shape stable-diffusion-v1-4
+    python -m benchmarks.random_model FOLDER --shape stable-diffusion-v1-4
 
 Such a model serves wherever only shapes matter: tests, speed and memory.
 """
@@ -9,6 +9,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+
+from dreambooth.console import quiet_libraries
+
+quiet_libraries()  # before the imports that warn
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel

@@ -1,0 +1,137 @@
+"""Every plugin and placement on CUDA GPUs: two of them where the machine has two, else one."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
+
+from benchmarks.strategies import STRATEGIES, strategy_flags
+
+pytestmark = pytest.mark.gpu
+
+NPROC = min(torch.cuda.device_count(), 2)
+SHARDED = [strategy for strategy in STRATEGIES if strategy.plugin in ("low_level_zero", "gemini")]
+
+
+def each(strategies):
+    return pytest.mark.parametrize("strategy", strategies, ids=[strategy.name for strategy in strategies])
+
+
+def flatten(weights: dict) -> torch.Tensor:
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, photos, tmp_path_factory):
+    """Ten steps in fp32 on one process: losses, gradient norms, weights."""
+    folder = tmp_path_factory.mktemp("reference")
+    flags = run_flags(tiny_model, photos) | {"output_dir": folder / "out", "train_batch_size": 4}
+    train(TRADITIONAL, flags | prior_flags(folder), on_gpu=True)
+    return folder / "out"
+
+
+def run_flags(model, photos) -> dict:
+    return {
+        "pretrained_model_name_or_path": model,
+        "instance_data_dir": photos,
+        "instance_prompt": "a photo of sks dog",
+        "resolution": 32,
+        "train_batch_size": 4 // NPROC,
+        "max_train_steps": 10,
+        "learning_rate": 1e-3,
+        "seed": 1,
+        "mixed_precision": "no",
+    }
+
+
+def prior_flags(folder) -> dict:
+    return {
+        "with_prior_preservation": True,
+        "class_data_dir": folder / "class_images",
+        "class_prompt": "a photo of dog",
+        "num_class_images": 6,
+    }
+
+
+@each(STRATEGIES)
+def test_ten_steps_agree_with_fp32(strategy, reference, tiny_model, photos, tmp_path):
+    """Losses, gradient norms and the way that the weights went, to half-precision error; the output is fp32 and loads."""
+    flags = run_flags(tiny_model, photos) | strategy_flags(strategy) | {"output_dir": tmp_path / "out"}
+    class_images = reference.parent  # the reference's: drawn in fp16, whatever the run's precision
+    train(strategy.script, flags | prior_flags(class_images), nproc=NPROC, on_gpu=True)
+
+    tolerance = 1e-3 if strategy.precision == "no" else 3e-2
+    np.testing.assert_allclose(
+        scalars(tmp_path / "out", "loss"), scalars(reference, "loss"), rtol=tolerance, err_msg="loss"
+    )
+    np.testing.assert_allclose(
+        scalars(tmp_path / "out", "grad_norm"), scalars(reference, "grad_norm"), rtol=5 * tolerance, err_msg="norm"
+    )
+    start = flatten(unet_weights(tiny_model / "unet"))
+    weights = unet_weights(tmp_path / "out" / "unet")
+    moved, reference_moved = flatten(weights) - start, flatten(unet_weights(reference / "unet")) - start
+    assert torch.cosine_similarity(moved, reference_moved, dim=0) > 0.9
+    np.testing.assert_allclose(moved.norm(), reference_moved.norm(), rtol=0.1)
+
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    half = torch.cat([(tensor.bfloat16().float() != tensor).flatten() for tensor in weights.values()])
+    assert half.float().mean() > 0.9, "these are the master weights, not the half-precision copy"
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipeline("a photo of sks dog", num_inference_steps=2, output_type="np").images).all()
+
+
+@each(STRATEGIES)
+def test_nothing_is_lost_around_training(strategy, flags):
+    """At learning rate 0 the fp32 weights come out as they went in, to the bit."""
+    flags |= strategy_flags(strategy) | {"learning_rate": 0, "max_train_steps": 2}
+    train(strategy.script, flags, nproc=NPROC, on_gpu=True)
+    before = unet_weights(flags["pretrained_model_name_or_path"] / "unet")
+    after = unet_weights(flags["output_dir"] / "unet")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@each(STRATEGIES)
+def test_gradients_are_clipped(strategy, flags):
+    """As on the CPU: with a large epsilon the first step's length is the clipped norm of the gradients."""
+    flags |= strategy_flags(strategy)
+    flags |= {"max_train_steps": 1, "adam_epsilon": 1e3, "adam_weight_decay": 0, "learning_rate": 1e3}
+    train(strategy.script, flags | {"max_grad_norm": 1e-2}, nproc=NPROC, on_gpu=True)
+    before = unet_weights(flags["pretrained_model_name_or_path"] / "unet")
+    after = unet_weights(flags["output_dir"] / "unet")
+    np.testing.assert_allclose((flatten(after) - flatten(before)).norm(), 1e-2, rtol=2e-2)
+    assert scalars(flags["output_dir"], "grad_norm")[0] > 0.1
+
+
+@each(SHARDED)
+def test_checkpoints_hold_the_master_weights(strategy, flags):
+    flags |= strategy_flags(strategy) | {"max_train_steps": 4, "save_steps": 2}
+    train(strategy.script, flags, nproc=NPROC, on_gpu=True)
+    last = unet_weights(flags["output_dir"] / "checkpoint-4" / "unet")
+    final = unet_weights(flags["output_dir"] / "unet")
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    earlier = unet_weights(flags["output_dir"] / "checkpoint-2" / "unet")
+    assert any(not torch.equal(earlier[name], final[name]) for name in final)
+
+
+@pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+def test_class_images_are_the_same_on_two_gpus(script, flags, prior, tmp_path):
+    images = {}
+    for nproc in (1, 2):
+        folder = tmp_path / str(nproc)
+        run = flags | prior | {"output_dir": folder / "out", "class_data_dir": folder / "class", "max_train_steps": 1}
+        train(script, run, nproc=nproc, on_gpu=True)
+        images[nproc] = {path.name: path.read_bytes() for path in (folder / "class").iterdir()}
+    assert len(set(images[1].values())) == 7
+    assert images[1] == images[2]
+
+
+def test_more_processes_than_gpus_is_one_line(flags):
+    """The machine's GPUs are known before any model is loaded."""
+    count = torch.cuda.device_count()
+    done = train(COLOSSALAI, flags, nproc=count + 1, on_gpu=True, check=False)
+    assert done.returncode != 0
+    assert len(done.error_lines) == 1
+    assert f"{count + 1} processes were started on this machine" in done.error_lines[0]
