@@ -56,7 +56,7 @@ def prior_flags(folder) -> dict:
 
 @each(STRATEGIES)
 def test_ten_steps_agree_with_fp32(strategy, reference, tiny_model, photos, tmp_path):
-    """Losses, gradient norms and the way that the weights went, to half-precision error; the output is fp32 and loads."""
+    """Losses, gradient norms and the way the weights went, to half-precision error; the output is fp32 and loads."""
     flags = run_flags(tiny_model, photos) | strategy_flags(strategy) | {"output_dir": tmp_path / "out"}
     class_images = reference.parent  # the reference's: drawn in fp16, whatever the run's precision
     train(strategy.script, flags | prior_flags(class_images), nproc=NPROC, on_gpu=True)

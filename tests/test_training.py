@@ -97,7 +97,7 @@ def test_steps_per_epoch_count_the_ranks_and_the_larger_set(script, flags, prior
 
 @BOTH
 def test_gradients_are_clipped(script, flags, tmp_path):
-    """With a large epsilon AdamW's first step is the learning rate times the gradient, so its length shows the clip."""
+    """With a large epsilon AdamW's first step is the gradient times a constant, so its length shows the clip."""
     flags |= {"max_train_steps": 1, "adam_epsilon": 1e3, "adam_weight_decay": 0, "learning_rate": 1e3}
     before = unet_weights(flags["pretrained_model_name_or_path"] / "unet")
     for max_norm in (1e-2, 2e-2):
@@ -136,7 +136,7 @@ def test_external_unet_is_the_one_that_is_trained(script, flag, flags, tmp_path)
 
 
 def test_options_that_do_not_change_the_result(flags, prior, tmp_path):
-    """Gradient checkpointing to rounding; bf16 within its precision; a random seed is printed and can be given back."""
+    """Gradient checkpointing to rounding, bf16 within its precision; a drawn seed is printed and can be given back."""
     plain = tmp_path / "plain"
     done = train(COLOSSALAI, flags | prior | {"output_dir": plain, "seed": None})
     seed = done.stdout.strip().rpartition("seed ")[2]
