@@ -3,7 +3,11 @@
     python -m benchmarks.strategies --nproc 2 --train_batch_size 8 --json strategies.json
 
 The model has the shape of Stable Diffusion 1.4 and random weights. Every run takes the same steps on the same samples;
-the table tells how far its losses are from those of fp32, how long a step takes and how much memory it needs.
+the table tells how far its losses are from those of fp32, how long a step takes and how much memory it needs. Each
+trained pipeline is loaded once.
+
+Without a GPU the model is a tiny one. Strategies that the trainer refuses on this machine are listed as skipped, with
+its reason; any other failure is the exit status.
 """
 
 import argparse
@@ -23,6 +27,7 @@ quiet_libraries()  # before the imports that warn
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,6 +47,11 @@ class Strategy:
     @property
     def script(self) -> str:
         return "train_dreambooth.py" if self.plugin == "traditional" else "train_dreambooth_colossalai.py"
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether there are machines that cannot run it; the others run everywhere."""
+        return self.plugin not in ("torch_ddp", "traditional")
 
     @property
     def name(self) -> str:
@@ -94,9 +104,12 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) ->
             [*launcher, strategy.script, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
-        return figures | {"error": f"not finished after {limit_s:.0f} s"}
+        return figures | {"failed": f"not finished after {limit_s:.0f} s"}
+    refusal = [line for line in done.stderr.splitlines() if f"{strategy.script}: error: " in line]
+    if done.returncode and refusal and strategy.may_be_refused:
+        return figures | {"skipped": refusal[0].partition(": error: ")[2]}
     if done.returncode:
-        return figures | {"error": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
+        return figures | {"failed": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
 
     events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0})
     events.Reload()
@@ -120,8 +133,8 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         start = f"| {row['plugin']} | {row['placement']} | {row['precision']} | {row['gpus']} | {row['batch']} |"
-        if "error" in row:
-            lines.append(f"{start} {row['error']} | | |")
+        if "losses" not in row:
+            lines.append(f"{start} – | – | – |")
             continue
         difference = "–"
         if "losses" in rows[0]:
@@ -131,19 +144,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    on_gpu = torch.cuda.is_available()
+    shape, resolution, batch = ("stable-diffusion-v1-4", 512, 8) if on_gpu else ("tiny", 32, 2)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=torch.cuda.device_count(), help="GPUs to use (default: all)")
-    parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default="stable-diffusion-v1-4")
-    parser.add_argument("--resolution", type=int, default=512, help="in pixels (default: 512)")
-    parser.add_argument("--train_batch_size", type=int, default=8, help="per GPU (default: 8)")
+    parser.add_argument("--nproc", type=int, default=max(torch.cuda.device_count(), 1), help="GPUs (default: all)")
+    parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default=shape, help=f"(default: {shape})")
+    parser.add_argument("--resolution", type=int, default=resolution, help=f"in pixels (default: {resolution})")
+    parser.add_argument("--train_batch_size", type=int, default=batch, help=f"per GPU (default: {batch})")
     parser.add_argument("--steps", type=int, default=10, help="of each run; the second half is timed (default: 10)")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="high enough to move a loss (default: 1e-4)")
     parser.add_argument("--only", nargs="*", help="names of strategies, such as gemini-cuda-bf16 (default: all)")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a run may take (default: 300)")
-    parser.add_argument("--json", help="file for all the figures")
-    args = parser.parse_args()
+    parser.add_argument("--json", help="file for all the figures (default: none)")
+    return parser
 
+
+def main() -> None:
+    args = build_parser().parse_args()
+    disable_progress_bar()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model, photos, output_dir = Path(folder, "model"), Path(folder, "photos"), Path(folder, "out")
@@ -163,13 +182,16 @@ def main() -> None:
         for strategy in STRATEGIES:
             if args.only and strategy.name not in args.only:
                 continue
-            rows.append(run_strategy(strategy, args.nproc, flags, args.limit))
+            row = run_strategy(strategy, args.nproc, flags, args.limit)
             shutil.rmtree(output_dir, ignore_errors=True)
-            print(strategy.name, rows[-1].get("error") or f"{rows[-1]['median_seconds_per_step']:.3f} s", flush=True)
-            print(rows[-1].get("log", "")[-4000:], end="", flush=True)
+            rows.append(row)
+            outcome = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), "ran, output loads")
+            print(f"{strategy.name}: {outcome}", row.get("log", ""), flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=1))
     print(table(rows))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Installs the requirements, runs the tests, then trains with every plugin and placement that this machine can run.
+# Any failure is the exit status. PYTHON names the interpreter, best that of a virtual environment.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=${PYTHON:-python3}
+
+"$python" -m pip install --quiet --requirement requirements.txt
+
+echo "== style"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+
+echo "== tests"
+# Two at a time: most of a test is the start of a Python process.
+"$python" -m pytest -n 2
+
+echo "== smoke runs"
+gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
+# On GPUs as many processes as there are, up to two; on the CPU two.
+nproc=$((gpus == 1 ? 1 : 2))
+"$python" -m benchmarks.strategies --shape tiny --resolution 32 --train_batch_size 2 --steps 2 --nproc "$nproc"

@@ -1,0 +1,196 @@
+"""Images, the stream of samples, and random draws."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth.class_images import image_name, missing_numbers, save_whole
+from dreambooth.console import UserError
+from dreambooth.data import Examples, collate, crop_to_square, find_images, list_images, load_image
+from dreambooth.randomness import Stream, generator
+from dreambooth.schedule import Schedule
+
+
+def examples(paths, **changed) -> Examples:
+    settings = dict(
+        prompt_index=0,
+        seed=3,
+        order=Stream.INSTANCE_ORDER,
+        draws=Stream.INSTANCE_SAMPLE,
+        resolution=16,
+        center_crop=False,
+        latent_shape=(4, 8, 8),
+        num_timesteps=1000,
+    )
+    return Examples(paths, **(settings | changed))
+
+
+def test_only_images_are_found_and_in_order(tmp_path):
+    for name in ("b.PNG", "a.jpg", "c.webp", "d.bmp", "e.jpeg", ".hidden.png", "notes.txt", "f.png.partial"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "c.webp", "d.bmp", "e.jpeg"]
+    assert len(find_images(tmp_path, "--x", limit=2)) == 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(tmp_path, orientation):
+    """The upright picture has its red pixel at the top left, whichever way the camera was held."""
+    upright = Image.new("RGB", (3, 2), "white")
+    upright.putpixel((0, 0), (255, 0, 0))
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    loaded = load_image(tmp_path / "photo.png")
+    assert loaded.size == (3, 2)
+    assert loaded.tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "1"])
+def test_every_mode_becomes_rgb_over_white(tmp_path, mode):
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))
+    suffix = "jpg" if mode == "CMYK" else "png"
+    image.convert(mode).save(tmp_path / f"image.{suffix}")
+    loaded = load_image(tmp_path / f"image.{suffix}")
+    assert loaded.mode == "RGB"
+    if mode in ("RGBA", "LA"):
+        assert loaded.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_crop_keeps_the_shorter_side_and_the_place(tmp_path):
+    """Left third red, middle green, right blue: the crop's place along the long side decides what is seen."""
+    image = Image.new("RGB", (30, 10), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 10, 10))
+    image.paste((0, 0, 255), (20, 0, 30, 10))
+    for position, channel in ((0.0, 0), (0.5, 1), (1.0, 2)):
+        cropped = crop_to_square(image, 20, position)
+        assert cropped.shape == (3, 20, 20) and cropped.dtype == torch.float32
+        expected = torch.full((3, 20, 20), -1.0)
+        expected[channel] = 1.0
+        torch.testing.assert_close(cropped, expected)
+
+
+def test_a_sample_is_a_function_of_its_number_alone(photos):
+    paths = list_images(photos)
+    forwards = [examples(paths)[n] for n in range(8)]
+    backwards = [examples(paths)[n] for n in reversed(range(8))][::-1]
+    for first, second in zip(forwards, backwards, strict=True):
+        for key in first:
+            assert torch.equal(first[key], second[key])
+    noises = {tuple(sample["noise"].flatten().tolist()) for sample in forwards}
+    assert len(noises) == 8
+    other_seed = examples(paths, seed=4)[0]
+    assert not torch.equal(other_seed["noise"], forwards[0]["noise"])
+    prior = examples(paths, draws=Stream.CLASS_SAMPLE)[0]
+    assert not torch.equal(prior["noise"], forwards[0]["noise"])
+
+
+def test_center_crop_changes_no_other_draw(photos):
+    paths = list_images(photos)
+    random, center = examples(paths)[0], examples(paths, center_crop=True)[0]
+    assert torch.equal(random["noise"], center["noise"])
+    assert not torch.equal(random["pixel_values"], center["pixel_values"])
+
+
+def test_draws_have_the_distribution_that_they_claim(photos):
+    samples = [examples(list_images(photos)[:1], num_timesteps=10)[n] for n in range(400)]
+    noise = torch.stack([sample["noise"] for sample in samples])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((noise * torch.stack([sample["posterior_noise"] for sample in samples])).mean()) < 0.01
+    timesteps = torch.stack([sample["timesteps"] for sample in samples])
+    assert set(timesteps.tolist()) == set(range(10))
+    assert timesteps.bincount().max() < 70
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_every_pass_takes_every_image_once_in_a_new_order(photos, count):
+    paths = list_images(photos)[:count]
+    stream = examples(paths)
+    passes = [[stream.path_of(p * count + i) for i in range(count)] for p in range(20)]
+    assert all(sorted(one) == paths for one in passes)
+    if count > 1:
+        assert len({tuple(one) for one in passes}) > 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_ranks_share_consecutive_samples(world_size, batch):
+    """Also where a step takes more samples than there are images."""
+    schedule = Schedule(batch=batch, world_size=world_size, steps=3)
+    steps = zip(*[schedule.batches(rank) for rank in range(world_size)], strict=True)
+    for step, shares in enumerate(steps):
+        assert all(len(share) == batch for share in shares)
+        first = step * schedule.total_batch
+        assert list(itertools.chain(*shares)) == list(range(first, first + schedule.total_batch))
+    assert list(schedule.batches(0, first_step=2)) == list(schedule.batches(0))[2:]
+
+
+def test_generators_never_overlap():
+    draws = [generator(1, stream, n).integers(2**63, size=4) for stream in Stream for n in range(50)]
+    assert len(np.unique(np.concatenate(draws))) == len(draws) * 4
+    first, second = generator(7, Stream.CLASS_ORDER, 0), generator(7, Stream.CLASS_ORDER, 1)
+    ahead = first.integers(2**63, size=100_000)
+    assert not np.isin(second.integers(2**63, size=100), ahead).any()
+
+
+def test_collate_puts_instance_examples_before_class_examples(photos):
+    paths = list_images(photos)
+    instance, prior = examples(paths), examples(paths, prompt_index=1)
+    batch = collate([[instance[n], prior[n]] for n in range(3)])
+    assert batch["prompt_indices"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch["pixel_values"].shape == (6, 3, 16, 16)
+    assert torch.equal(batch["noise"][4], prior[1]["noise"])
+
+
+def test_only_missing_class_images_are_asked_for(tmp_path):
+    assert missing_numbers(tmp_path, 4) == [0, 1, 2, 3]
+    for name in ("mine.jpg", image_name(1), image_name(2) + ".partial", "note.txt"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+    assert missing_numbers(tmp_path, 4) == [0, 2]
+    assert missing_numbers(tmp_path, 2) == []
+    assert missing_numbers(tmp_path, 1) == []
+
+
+def test_an_image_is_written_whole_or_not_at_all(tmp_path):
+    """A writer that fails half-way leaves no image behind."""
+
+    class Torn(Image.Image):
+        def save(self, path, format):
+            path.write_bytes(b"half an image")
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError):
+        save_whole(Torn(), tmp_path / "00000.png")
+    assert list_images(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(UserError, match="broken.png"):
+        find_images(tmp_path, "--instance_data_dir")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_a_truncated_image_is_named(tmp_path, suffix):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"cut.{suffix}"
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"cut.{suffix}"):
+        find_images(tmp_path, "--instance_data_dir")

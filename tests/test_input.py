@@ -1,0 +1,205 @@
+"""Bad input: one clear line, exit status 2, and nothing written."""
+
+import shutil
+
+import pytest
+from harness import COLOSSALAI, TRADITIONAL, run, train
+from PIL import Image
+
+from benchmarks import random_model
+
+# Flags changed from those of a good run, and what the error line has to say.
+BAD_FLAGS = {
+    "no folder of photos": ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere is not a folder"),
+    "prior without class flags": (
+        {"with_prior_preservation": True},
+        "--with_prior_preservation also needs --class_data_dir and --class_prompt",
+    ),
+    "no model": ({"pretrained_model_name_or_path": "./nowhere"}, "./nowhere is not a folder"),
+    "no external UNet": ({"external_unet_path": "nowhere"}, "--external_unet_path nowhere is not a folder"),
+    "resolution": ({"resolution": 31}, "--resolution 31 is not a multiple of 2"),
+    "zero": ({"train_batch_size": 0}, "--train_batch_size: '0' is not a whole number of at least 1"),
+    "negative": ({"max_train_steps": -1}, "--max_train_steps: '-1' is not a whole number of at least 1"),
+    "fraction": ({"num_class_images": 1.5}, "--num_class_images: '1.5' is not a whole number"),
+    "NaN": ({"learning_rate": "nan"}, "--learning_rate: 'nan' is not a number of at least 0"),
+    "infinite": ({"max_grad_norm": "inf"}, "--max_grad_norm: 'inf' is not a number of at least 0"),
+    "boolean": ({"test_run": "maybe"}, "--test_run: 'maybe' is neither true nor false"),
+    "unknown flag": ({"use_magic": True}, "unrecognized arguments: --use_magic"),
+    "missing flag": ({"instance_prompt": None}, "the following arguments are required: --instance_prompt"),
+    "fp16 on the CPU": ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a CUDA GPU"),
+    "several": (
+        {"instance_data_dir": "nowhere", "with_prior_preservation": True, "class_prompt": "a dog"},
+        "also needs --class_data_dir; --instance_data_dir nowhere is not a folder",
+    ),
+}
+
+# The same for the plugins; without a CUDA GPU all but torch_ddp refuse.
+BAD_PLUGINS = {
+    "torch_ddp on cpu": ({"plugin": "torch_ddp", "placement": "cpu"}, "--plugin torch_ddp goes with --placement cuda"),
+    "zero auto": (
+        {"plugin": "low_level_zero", "placement": "auto"},
+        "--plugin low_level_zero goes with --placement cuda or cpu, not auto",
+    ),
+    "zero without GPU": ({"plugin": "low_level_zero"}, "--plugin low_level_zero needs a CUDA GPU"),
+    "gemini without GPU": ({"plugin": "gemini"}, "--plugin gemini needs a CUDA GPU"),
+    "fp16 without GPU": ({"plugin": "torch_ddp_fp16"}, "--plugin torch_ddp_fp16 needs a CUDA GPU"),
+    "placement without GPU": ({"placement": "auto"}, "--placement auto (plugin gemini) needs a CUDA GPU"),
+    "offload": ({"offload_optim_frac": 0.5}, "--offload_optim_frac goes with --plugin gemini"),
+    "offload above one": ({"offload_optim_frac": 1.5}, "'1.5' is not a number of at least 0 and at most 1"),
+    "unknown plugin": ({"plugin": "magic"}, "invalid choice: 'magic'"),
+}
+
+
+def assert_one_line(done, expected: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert len(done.error_lines) == 1, done.stderr
+    assert expected in done.error_lines[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(case, flags):
+    changed, expected = BAD_FLAGS[case]
+    # Both scripts share the parser; each meets half of the cases.
+    script = (COLOSSALAI, TRADITIONAL)[sorted(BAD_FLAGS).index(case) % 2]
+    assert_one_line(train(script, flags | changed, check=False), expected)
+    assert not flags["output_dir"].exists()
+
+
+@pytest.mark.parametrize("case", BAD_PLUGINS)
+def test_bad_plugins(case, flags):
+    changed, expected = BAD_PLUGINS[case]
+    assert_one_line(train(COLOSSALAI, flags | changed, check=False), expected)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "unet", "scheduler"])
+def test_model_without_a_part(part, flags, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(flags["pretrained_model_name_or_path"], model)
+    shutil.rmtree(model / part)
+    done = train(COLOSSALAI, flags | {"pretrained_model_name_or_path": model}, check=False)
+    assert_one_line(done, f"{model} has no {part}")
+
+
+def test_model_with_a_torn_part(flags, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(flags["pretrained_model_name_or_path"], model)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = train(COLOSSALAI, flags | {"pretrained_model_name_or_path": model}, check=False)
+    assert_one_line(done, f"cannot load the VAE of {model}: ")
+
+
+def test_prediction_type_without_a_loss(flags, tmp_path):
+    model = tmp_path / "model"
+    random_model.build(model, "tiny", prediction_type="sample")
+    done = train(COLOSSALAI, flags | {"pretrained_model_name_or_path": model}, check=False)
+    assert_one_line(done, "prediction_type 'sample'; this project trains epsilon and v_prediction")
+
+
+def test_hub_id_that_cannot_be_had(flags):
+    """Offline, a Hub id that is not in the cache is one line too."""
+    done = train(
+        COLOSSALAI,
+        flags | {"pretrained_model_name_or_path": "nobody/nothing"},
+        check=False,
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    assert_one_line(done, "cannot load the tokenizer of nobody/nothing: ")
+
+
+def test_output_path_that_is_a_file(flags, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = train(COLOSSALAI, flags | {"output_dir": tmp_path / "file"}, check=False)
+    assert_one_line(done, "is a file; name a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folder_without_images(flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = train(COLOSSALAI, flags | {"instance_data_dir": tmp_path / "empty"}, check=False)
+    assert_one_line(done, "has no image (png, jpg, jpeg, webp, bmp)")
+
+
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+def test_on_several_ranks_the_line_appears_once(script, flags, photos, tmp_path):
+    """Every rank finds the truncated photo, after the process group was built; torchrun itself then exits with 1."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    Image.new("RGB", (64, 64)).save(folder / "9.png")
+    (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:60])
+    done = train(script, flags | {"instance_data_dir": folder}, nproc=2, check=False)
+    assert done.returncode == 1
+    assert len(done.error_lines) == 1, done.stderr
+    assert "cannot read the image" in done.error_lines[0] and "9.png" in done.error_lines[0]
+    assert "exitcode  : 2" in done.stderr
+    assert done.seconds < 60
+    assert not flags["output_dir"].exists()
+
+
+def test_an_error_of_one_rank_alone_is_told(flags, photos, tmp_path):
+    """Rank 1 has another folder in mind than rank 0: it waits for rank 0 to speak, then speaks itself."""
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--instance_data_dir') + 1] = 'nowhere'\n"
+        f"runpy.run_path({COLOSSALAI!r}, run_name='__main__')\n"
+    )
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
+    done = train(launcher, flags, nproc=2, check=False, env=env)
+    assert len(done.error_lines) == 1 and "nowhere is not a folder" in done.error_lines[0]
+    assert done.seconds < 40
+
+
+def test_warnings(flags, tiny_model):
+    """Flags without an effect, and a prompt that does not fit, are told once; the run goes on."""
+    flags |= {
+        "instance_prompt": "a photo of sks dog " + "very " * 30 + "happy",
+        "class_prompt": "a photo of dog",
+        "prior_loss_weight": 0.5,
+        "hub_token": "hf_secret",
+        "revision": "main",
+        "local_rank": 3,
+        "lr_warmup_steps": 5,
+        "num_train_epochs": 4,
+        "max_train_steps": 1,
+    }
+    done = train(COLOSSALAI, flags, nproc=2)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    for expected in (
+        "--class_prompt, --prior_loss_weight: no effect without --with_prior_preservation",
+        "--hub_token: no effect without --push_to_hub",
+        "--revision: no effect on a local folder",
+        "--local_rank 3: no effect",
+        "--lr_warmup_steps: no effect",
+        "--num_train_epochs: no effect",
+        "is longer than the 75 tokens that fit",
+        "no CUDA GPU was found",
+    ):
+        assert sum(expected in line for line in warnings) == 1, (expected, warnings)
+    cut = next(line for line in warnings if "is cut" in line).rpartition("is cut: ")[2]
+    assert cut.strip("'").endswith("happy") and "sks" not in cut
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_hub_that_cannot_be_reached_is_known_before_training(flags):
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = train(COLOSSALAI, flags | {"push_to_hub": True, "hub_token": "hf_secret"}, check=False, env=env)
+    assert_one_line(done, "--push_to_hub: cannot create out on the Hub: ")
+    assert "hf_secret" not in done.stderr
+    assert not flags["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["nowhere", "--prompt", "a dog"], "cannot load a pipeline from nowhere"),
+        (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end as an image's does"),
+        (["nowhere", "--prompt", "a dog", "--device", "cuda"], "--device cuda: no CUDA GPU was found"),
+        (["nowhere", "--prompt", "a dog", "--num_images", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_inference(words, expected):
+    env = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    assert_one_line(run(["python", "inference.py", *words], env=env, check=False), expected)
