@@ -29,8 +29,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 def unet_with(weights: dict[str, torch.Tensor], config: dict) -> UNet2DConditionModel:
     """Returns a UNet of `config` that has `weights`, fp32, on the CPU."""
-    unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(weights)
+    with torch.device("meta"):  # no time for random weights that are replaced
+        unet = UNet2DConditionModel.from_config(config)
+    unet.load_state_dict(weights, assign=True)
     return unet
 
 

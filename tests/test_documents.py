@@ -1,0 +1,97 @@
+"""What README.md and the launchers say of flags is what the scripts parse."""
+
+import importlib
+import re
+
+import pytest
+from harness import ROOT
+
+import dreambooth.arguments
+
+SCRIPTS = ("train_dreambooth_colossalai.py", "train_dreambooth.py", "inference.py")
+DOCUMENTS = ["README.md", *sorted(path.name for path in ROOT.glob("*.sh"))]
+FLAG = re.compile(r"(?<![\w-])(--?[a-z][\w-]*)")
+
+
+def parser_of(script: str):
+    module = importlib.import_module(script.removesuffix(".py"))
+    if hasattr(module, "build_parser"):
+        return module.build_parser()
+    return dreambooth.arguments.build_parser(module.__doc__)
+
+
+@pytest.fixture(scope="module")
+def options():
+    """The flags of each script."""
+    return {script: set(parser_of(script)._option_string_actions) for script in SCRIPTS}
+
+
+def commands(document: str) -> list[tuple[str, str]]:
+    """Returns (script, the words after it) of every command in a document or docstring."""
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    script = re.compile(rf"^[^`|#\n]*?\b({'|'.join(map(re.escape, SCRIPTS))})\s+([^|\n]*--[^|\n]*)$", re.MULTILINE)
+    return [(match[1], match[2]) for match in script.finditer(text)]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *SCRIPTS])
+def test_flags_of_commands_are_parsed(document, options):
+    found = commands(document)
+    if document not in ("test_ci.sh",):
+        assert found, f"no command found in {document}"
+    for script, words in found:
+        used = {flag for flag in FLAG.findall(re.sub(r'"[^"]*"', "", words)) if flag != "-"}
+        assert used - {"--help"} <= options[script], (script, words)
+
+
+def test_readme_names_every_flag_and_no_other(options):
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## Flags") : text.index("## How it compares")]
+    named = set(re.findall(r"`(--?[a-z]\w*)", table))
+    assert named == (options[SCRIPTS[0]] | options[SCRIPTS[1]]) - {"-h", "--help"}
+
+
+def test_shared_flags_have_the_same_default(options):
+    first, second = parser_of(SCRIPTS[0]), parser_of(SCRIPTS[1])
+    shared = options[SCRIPTS[0]] & options[SCRIPTS[1]]
+    assert len(shared) > 35
+    for option in shared:
+        one, other = first._option_string_actions[option], second._option_string_actions[option]
+        assert (one.default, one.required, one.choices) == (other.default, other.required, other.choices), option
+
+
+def test_help_gives_every_default():
+    for script in SCRIPTS[:2]:
+        for action in parser_of(script)._actions:
+            text = action.help or ""
+            assert (
+                action.required
+                or "default" in text
+                or action.dest in ("help", "local_rank", "class_data_dir", "class_prompt")
+            ), action.dest
+            if isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+                stated = float(re.search(r"\(default: ([\d.e-]+)", text)[1])
+                assert stated == action.default, action.dest
+
+
+def test_defaults_of_the_public_example():
+    args = parser_of(SCRIPTS[0]).parse_args(
+        ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
+    )
+    expected = dict(
+        prior_loss_weight=1.0,
+        num_class_images=100,
+        resolution=512,
+        train_batch_size=4,
+        sample_batch_size=4,
+        num_train_epochs=1,
+        save_steps=500,
+        learning_rate=5e-6,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        max_grad_norm=1.0,
+        adam_weight_decay=1e-2,
+        test_run=False,
+        placement="cuda",
+        plugin=None,
+    )
+    assert {name: getattr(args, name) for name in expected} == expected
