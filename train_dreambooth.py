@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = DTYPES[precision]
     prompts = [args.instance_prompt, args.class_prompt][: dataset.examples_per_sample]
     prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
+    del text_encoder
     vae.to(ranks.device, dtype)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.

@@ -405,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = DTYPES[strategy.precision]
     prompts = [args.instance_prompt, args.class_prompt][: dataset.examples_per_sample]
     prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
+    del text_encoder
     vae.to(ranks.device, dtype)
 
     # The optimizer, and the plugin around it and the UNet.
