@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
 
 from dreambooth import arguments, models
 from dreambooth.class_images import generate_class_images
@@ -32,7 +33,7 @@ from dreambooth.data import build_dataset, build_loader
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler
 from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
-from dreambooth.precision import DTYPES, choose_precision, sampling_dtype
+from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave
 from dreambooth.schedule import plan
@@ -42,7 +43,11 @@ from dreambooth.tracker import Tracker
 def launch(precision: str) -> tuple[Accelerator, Ranks]:
     """Joins the process group of accelerate's or torchrun's environment, if there is one."""
     check_gpus()
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[GradScalerKwargs(init_scale=INITIAL_LOSS_SCALE)],
+    )
     return accelerator, Ranks(
         rank=accelerator.process_index,
         local_rank=accelerator.local_process_index,

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
+from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossalai.interface import OptimizerWrapper
 from colossalai.nn.optimizer import HybridAdam
@@ -45,7 +46,7 @@ from dreambooth.data import build_dataset, build_loader
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler
 from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
-from dreambooth.precision import DTYPES, choose_precision, sampling_dtype
+from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
 from dreambooth.schedule import plan
@@ -58,8 +59,6 @@ PLACEMENTS = {
     "low_level_zero": ("cuda", "cpu"),
     "gemini": ("cuda", "cpu", "auto"),
 }
-# ColossalAI's plugins start at 2**16 or 2**32; at 2**32 a run loses its first steps to overflows.
-INITIAL_LOSS_SCALE = 2**16
 
 
 def build_parser() -> arguments.Parser:
@@ -205,7 +204,7 @@ def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: di
         return HybridAdam(unet.parameters(), **settings)
 
 
-def build_booster(strategy: Strategy, max_grad_norm: float) -> Booster:
+def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm: float) -> Booster:
     """Returns the Booster with the strategy's plugin; the sharding plugins clip gradients themselves."""
     if strategy.plugin == "low_level_zero":
         return Booster(
@@ -228,11 +227,13 @@ def build_booster(strategy: Strategy, max_grad_norm: float) -> Booster:
                 initial_scale=INITIAL_LOSS_SCALE,
                 max_norm=max_grad_norm,
                 pin_memory=True,
+                # Gemini does not shard a model that is smaller than this many times 2**20 elements.
+                min_chunk_size_m=min(32, unet.num_parameters() / 4 / 2**20),
             )
         )
     return Booster(
         plugin=TorchDDPPlugin(gradient_as_bucket_view=True),
-        mixed_precision="fp16" if strategy.precision == "fp16" else None,
+        mixed_precision=FP16TorchMixedPrecision(INITIAL_LOSS_SCALE) if strategy.precision == "fp16" else None,
     )
 
 
@@ -338,6 +339,7 @@ class Boosted:
         """Yields each parameter's name, the chunk that holds its master weights, and where in it they lie."""
         for half, master in zip(self.model.fp16_params, self.model.fp32_params, strict=True):
             chunk = self.model.chunk_manager.get_chunk(master)
+            assert not chunk.is_gathered, "each rank holds a shard"
             yield self.model.param2name[half], chunk, chunk.tensors_info[master]
 
 
@@ -350,7 +352,7 @@ def boost(
 ) -> Boosted:
     """Puts the strategy's plugin around the UNet and its optimizer, without losing a bit of the fp32 weights."""
     pretrained = unet.state_dict()  # keeps the fp32 tensors alive while the plugin puts half-precision ones in place
-    booster = build_booster(strategy, max_grad_norm)
+    booster = build_booster(strategy, unet, max_grad_norm)
     model, optimizer, _, _, lr_scheduler = booster.boost(unet, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, unet, model, optimizer, lr_scheduler, max_grad_norm)
     boosted.load_master_weights(pretrained)

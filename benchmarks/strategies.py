@@ -51,7 +51,7 @@ class Strategy:
     @property
     def may_be_refused(self) -> bool:
         """Whether there are machines that cannot run it; the others run everywhere."""
-        return self.plugin not in ("torch_ddp", "traditional")
+        return self.plugin not in ("torch_ddp", "traditional") or self.precision == "fp16"
 
     @property
     def name(self) -> str:
@@ -72,6 +72,7 @@ STRATEGIES = (
     Strategy("gemini", "auto", "bf16"),
     Strategy("traditional", "cuda", "no"),
     Strategy("traditional", "cuda", "bf16"),
+    Strategy("traditional", "cuda", "fp16"),
 )
 
 
@@ -150,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=max(torch.cuda.device_count(), 1), help="GPUs (default: all)")
     parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default=shape, help=f"(default: {shape})")
+    parser.add_argument("--model", help="folder of a model to train instead (default: a random one of --shape)")
     parser.add_argument("--resolution", type=int, default=resolution, help=f"in pixels (default: {resolution})")
     parser.add_argument("--train_batch_size", type=int, default=batch, help=f"per GPU (default: {batch})")
     parser.add_argument("--steps", type=int, default=10, help="of each run; the second half is timed (default: 10)")
@@ -166,7 +168,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model, photos, output_dir = Path(folder, "model"), Path(folder, "photos"), Path(folder, "out")
-        random_model.build(model, args.shape)
+        if args.model:
+            model = Path(args.model)
+        else:
+            random_model.build(model, args.shape)
         make_photos(photos, args.resolution)
         flags = {
             "pretrained_model_name_or_path": model,

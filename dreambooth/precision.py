@@ -4,6 +4,9 @@ import torch
 
 from dreambooth.console import UserError
 
+# Of fp16. The usual 2**16 overflows in the first steps, which then train nothing; the scale grows by itself if it can.
+INITIAL_LOSS_SCALE = 2**12
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
