@@ -36,6 +36,7 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 from colossalai.interface import OptimizerWrapper
 from colossalai.nn.optimizer import HybridAdam
 from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
+from colossalai.zero.gemini import gemini_optimizer
 from colossalai.zero.gemini.chunk import Chunk, TensorInfo
 from colossalai.zero.gemini.utils import get_temp_total_chunk_on_cuda
 from diffusers import UNet2DConditionModel
@@ -195,13 +196,35 @@ def launch() -> Ranks:
     )
 
 
+class ClippingHybridAdam(HybridAdam):
+    """HybridAdam whose gradient clipping reaches bf16 gradients in host memory.
+
+    Gemini leaves the division of the gradients, for clipping and by the loss scale, to the optimizer: it calls
+    `step(div_scale=...)`. HybridAdam of ColossalAI 0.5.0 forgets it for bf16 gradients on the CPU, which it updates
+    in `torch_adam_update`.
+    """
+
+    div_scale = -1.0  # not above 0: no division
+
+    def step(self, closure=None, div_scale: float = -1.0):
+        self.div_scale = div_scale
+        return super().step(closure, div_scale)
+
+    def torch_adam_update(self, data: torch.Tensor, grad: torch.Tensor, *others) -> None:
+        grad = grad.to(data.dtype)
+        super().torch_adam_update(data, grad / self.div_scale if self.div_scale > 0 else grad, *others)
+
+
+gemini_optimizer._AVAIL_OPTIM_LIST.add(ClippingHybridAdam)  # Gemini takes the exact types of this set only
+
+
 def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: dict) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the UNet's parameters."""
     if strategy.optimizer != "HybridAdam":
         return torch.optim.AdamW(unet.parameters(), fused=strategy.optimizer == "fused AdamW", **settings)
     say("loading HybridAdam's kernels; the first time they are compiled, which takes a minute or two")
     with contextlib.redirect_stdout(io.StringIO()):
-        return HybridAdam(unet.parameters(), **settings)
+        return ClippingHybridAdam(unet.parameters(), **settings)
 
 
 def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm: float) -> Booster:
