@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.console import is_rank_0
-from dreambooth.data import images_to_use, list_images
+from dreambooth.data import find_images, images_to_use, list_images
 from dreambooth.models import load_pipeline, load_unet
 from dreambooth.ranks import Ranks
 
@@ -48,8 +48,8 @@ def one_cpu_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Brings --class_data_dir to --num_class_images images; returns on all ranks once all of them are there.
+def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, dtype: torch.dtype) -> list[Path]:
+    """Brings --class_data_dir to --num_class_images images, and returns them on all ranks once they are there.
 
     Image number n starts from latents that follow from `seed` + n. Ranks take whole batches in turn, so that the
     make-up of a batch, and with it every rounding, is the same on any number of ranks.
@@ -57,12 +57,11 @@ def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, 
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     # Listed once, before any rank writes.
-    missing = [missing_numbers(folder, images_to_use(args, args.num_class_images))]
+    wanted = images_to_use(args, args.num_class_images)
+    missing = [missing_numbers(folder, wanted)]
     if dist.is_initialized():
         dist.broadcast_object_list(missing, src=0)
     numbers, size = missing[0], args.sample_batch_size
-    if not numbers:
-        return
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     share = batches[ranks.rank :: ranks.world_size]
     if share:
@@ -70,6 +69,7 @@ def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, 
             _generate(args, share, folder, seed=seed, device=ranks.device, dtype=dtype)
     if dist.is_initialized():
         dist.barrier()
+    return find_images(folder, "--class_data_dir", wanted)
 
 
 def _generate(args, batches: list[list[int]], folder: Path, *, seed: int, device: torch.device, dtype) -> None:

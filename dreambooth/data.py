@@ -48,8 +48,15 @@ def load_image(path: Path) -> Image.Image:
         raise UserError(f"cannot read the image {path}: {error}") from error
 
 
+def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
+    """Returns how many images of a folder a run uses: `wanted` (None: all), but 10 at most in a --test_run."""
+    if not args.test_run:
+        return wanted
+    return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
+
+
 def find_images(folder: str, flag: str, limit: int | None = None) -> list[Path]:
-    """Returns the first `limit` images of `folder` (all if None), each of which was decoded once.
+    """Returns the first `limit` images of `folder` (all if None), each decoded once to see that it can be.
 
     Raises:
         UserError: if there is none, or one that cannot be read.
@@ -172,36 +179,36 @@ class DreamBoothDataset(Dataset):
         return [part[n] for part in self.parts]
 
 
-def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
-    """Returns how many images of a folder a run uses: `wanted` (None: all), but 10 at most in a --test_run."""
-    if not args.test_run:
-        return wanted
-    return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
-
-
 def build_dataset(
-    args: argparse.Namespace, seed: int, latent_shape: tuple[int, int, int], num_timesteps: int
+    args: argparse.Namespace,
+    instance_images: list[Path],
+    class_images: list[Path],
+    *,
+    seed: int,
+    latent_shape: tuple[int, int, int],
+    num_timesteps: int,
 ) -> DreamBoothDataset:
     """Returns the run's samples; prompt 0 is the instance prompt, prompt 1 the class prompt.
 
-    Raises:
-        UserError: if a folder has no image, or one that cannot be read.
+    Args:
+        instance_images: at least one.
+        class_images: none where there is no prior preservation.
+        seed, latent_shape, num_timesteps: as of `Examples`.
     """
-    shared = {
+    settings = {
         "seed": seed,
         "resolution": args.resolution,
         "center_crop": args.center_crop,
         "latent_shape": latent_shape,
         "num_timesteps": num_timesteps,
     }
-    paths = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
-    instance = Examples(paths, prompt_index=0, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **shared)
-    if not args.with_prior_preservation:
-        return DreamBoothDataset(instance)
-    paths = find_images(args.class_data_dir, "--class_data_dir", images_to_use(args, args.num_class_images))
-    return DreamBoothDataset(
-        instance, Examples(paths, prompt_index=1, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **shared)
+    instance = Examples(
+        instance_images, prompt_index=0, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings
     )
+    if not class_images:
+        return DreamBoothDataset(instance)
+    prior = Examples(class_images, prompt_index=1, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
+    return DreamBoothDataset(instance, prior)
 
 
 def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:

@@ -123,7 +123,7 @@ def test_folder_without_images(flags, tmp_path):
 
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 def test_on_several_ranks_the_line_appears_once(script, flags, photos, tmp_path):
-    """Every rank finds the truncated photo, after the process group was built; torchrun itself then exits with 1."""
+    """Every rank finds the truncated photo; torchrun itself exits with 1, as for any failure of its processes."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     Image.new("RGB", (64, 64)).save(folder / "9.png")
