@@ -1,0 +1,1 @@
+"""How assets/tiny-stable-diffusion and assets/instance_images were made."""
