@@ -18,7 +18,13 @@ export PLACEMENT=${PLACEMENT:-cuda}
 export NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}                      # processes: one per GPU
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1))}
 
-exec torchrun --standalone --nproc_per_node "$NPROC" train_dreambooth_colossalai.py \
+# One process needs no launcher.
+launcher=(python)
+if [ "$NPROC" -gt 1 ]; then
+  launcher=(torchrun --standalone --nproc_per_node "$NPROC")
+fi
+
+exec "${launcher[@]}" train_dreambooth_colossalai.py \
   --pretrained_model_name_or_path "$MODEL_NAME" \
   --instance_data_dir "$INSTANCE_DIR" \
   --instance_prompt "$INSTANCE_PROMPT" \

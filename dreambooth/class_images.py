@@ -3,17 +3,17 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.console import is_rank_0
 from dreambooth.data import find_images, images_to_use, list_images
-from dreambooth.models import load_pipeline, load_unet
 from dreambooth.ranks import Ranks
 
 
@@ -48,11 +48,19 @@ def one_cpu_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, dtype: torch.dtype) -> list[Path]:
+def generate_class_images(
+    args: argparse.Namespace, load: Callable[[], StableDiffusionPipeline], *, seed: int, ranks: Ranks
+) -> list[Path]:
     """Brings --class_data_dir to --num_class_images images, and returns them on all ranks once they are there.
 
     Image number n starts from latents that follow from `seed` + n. Ranks take whole batches in turn, so that the
     make-up of a batch, and with it every rounding, is the same on any number of ranks.
+
+    Args:
+        args: the flags.
+        load: returns the pipeline that generates; called only where there is something to generate.
+        seed: of the run.
+        ranks: which share is this process's.
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,22 +74,22 @@ def generate_class_images(args: argparse.Namespace, *, seed: int, ranks: Ranks, 
     share = batches[ranks.rank :: ranks.world_size]
     if share:
         with one_cpu_thread():
-            _generate(args, share, folder, seed=seed, device=ranks.device, dtype=dtype)
+            _generate(load().to(ranks.device), args.class_prompt, share, folder, seed)
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # the pipeline is gone
     if dist.is_initialized():
         dist.barrier()
     return find_images(folder, "--class_data_dir", wanted)
 
 
-def _generate(args, batches: list[list[int]], folder: Path, *, seed: int, device: torch.device, dtype) -> None:
-    pipeline = load_pipeline(args, load_unet(args).to(dtype), dtype).to(device)
+def _generate(
+    pipeline: StableDiffusionPipeline, prompt: str, batches: list[list[int]], folder: Path, seed: int
+) -> None:
     pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=sum(map(len, batches)), desc="class images", unit="image", disable=not is_rank_0()) as progress:
         for numbers in batches:
             generators = [torch.Generator().manual_seed((seed + number) % 2**32) for number in numbers]
-            images = pipeline([args.class_prompt] * len(numbers), generator=generators).images
+            images = pipeline([prompt] * len(numbers), generator=generators).images
             for number, image in zip(numbers, images, strict=True):
                 save_whole(image, folder / image_name(number))
             progress.update(len(numbers))
-    del pipeline
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -15,129 +15,129 @@ from dreambooth.console import UserError, warn
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-def check_model_source(args: argparse.Namespace) -> None:
-    """Finds a model folder that is incomplete before anything is loaded from it.
+def find_model(args: argparse.Namespace) -> Path:
+    """Returns the folder of --pretrained_model_name_or_path; a Hub id is downloaded, or found in the Hub's cache.
 
     Raises:
-        UserError: naming the parts that are missing, or the path that does not exist.
+        UserError: if there is no such model, or a part of it is missing.
     """
-    source = args.pretrained_model_name_or_path
-    folder = Path(source)
+    name = args.pretrained_model_name_or_path
+    folder = Path(name)
     if not folder.is_dir():
         # A Hub id is "name" or "owner/name"; everything else can only have meant a path.
-        if folder.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(f"--pretrained_model_name_or_path {source} is not a folder")
-        return
+        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"--pretrained_model_name_or_path {name} is not a folder")
+        folder = _download(name, args.revision)
     parts = ["text_encoder", "vae", "scheduler"]
     parts += [] if args.external_unet_path else ["unet"]
     parts += [] if args.tokenizer_name else ["tokenizer"]
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:
         raise UserError(
-            f"--pretrained_model_name_or_path {source} has no {', '.join(missing)}: "
+            f"--pretrained_model_name_or_path {name} has no {', '.join(missing)}: "
             "it is not a whole Stable Diffusion folder in diffusers' layout"
         )
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Brings what is needed of a Hub model into the cache, which alone serves where the Hub is out of reach."""
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    try:
+        return Path(StableDiffusionPipeline.download(name, revision=revision, **unused))
+    except (OSError, ValueError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is no folder, and cannot be had from the Hub: {reason}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what a library says, or the kind of error where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
-def _loading(part: str, source: str) -> Iterator[None]:
+def _loading(part: str, source: str | Path) -> Iterator[None]:
     """Turns what the libraries raise for a file that is missing, torn or of another shape into one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the {part} of {source}: {first_line}") from error
+        raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
 
 
-def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
-    """Loads the tokenizer, from --tokenizer_name where that is given."""
-    with _loading("tokenizer", args.tokenizer_name or args.pretrained_model_name_or_path):
-        if args.tokenizer_name:
-            return CLIPTokenizer.from_pretrained(args.tokenizer_name)
-        return CLIPTokenizer.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision
-        )
+def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
+    """Loads the tokenizer of `model`, or of the folder or Hub id `other` where that is given."""
+    with _loading("tokenizer", other or model):
+        return CLIPTokenizer.from_pretrained(other) if other else CLIPTokenizer.from_pretrained(model / "tokenizer")
 
 
-def load_text_encoder(args: argparse.Namespace) -> CLIPTextModel:
+def load_text_encoder(model: Path) -> CLIPTextModel:
     """Loads the text encoder: frozen, fp32, on the CPU."""
-    with _loading("text encoder", args.pretrained_model_name_or_path):
-        text_encoder = CLIPTextModel.from_pretrained(
-            args.pretrained_model_name_or_path,
-            subfolder="text_encoder",
-            revision=args.revision,
-            torch_dtype=torch.float32,
-        )
+    with _loading("text encoder", model):
+        text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", torch_dtype=torch.float32)
     return text_encoder.requires_grad_(False).eval()
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+def load_vae(model: Path, resolution: int) -> AutoencoderKL:
     """Loads the VAE: frozen, fp32, on the CPU.
 
     Raises:
-        UserError: if it cannot be loaded, or halves the image in a way that --resolution does not allow.
+        UserError: if it cannot be loaded, or its factor does not divide `resolution`.
     """
-    with _loading("VAE", args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision, torch_dtype=torch.float32
-        )
+    with _loading("VAE", model):
+        vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
     factor = vae_factor(vae)
-    if args.resolution % factor:
-        lower = args.resolution // factor * factor
+    if resolution % factor:
+        lower = resolution // factor * factor
         raise UserError(
-            f"--resolution {args.resolution} is not a multiple of {factor}, the factor of this model's VAE: "
+            f"--resolution {resolution} is not a multiple of {factor}, the factor of this model's VAE: "
             f"use {f'{lower} or ' if lower else ''}{lower + factor}"
         )
     return vae.requires_grad_(False).eval()
 
 
-def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
-    """Loads the UNet that is trained: fp32, on the CPU; from --external_unet_path where that is given."""
-    source = args.external_unet_path or args.pretrained_model_name_or_path
-    with _loading("UNet", source):
-        if args.external_unet_path:
-            # A UNet folder itself, such as checkpoint-500/unet, or a pipeline that has one.
-            inside = "unet" if (Path(source) / "unet").is_dir() else None
-            return UNet2DConditionModel.from_pretrained(source, subfolder=inside, torch_dtype=torch.float32)
-        return UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", revision=args.revision, torch_dtype=torch.float32
-        )
+def load_unet(model: Path, external: str | None) -> UNet2DConditionModel:
+    """Loads the UNet that is trained, fp32, on the CPU: that of `model`, or of the folder `external` where given."""
+    folder = Path(external or model)
+    # An external folder is a UNet itself, such as checkpoint-500/unet, or has one.
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    with _loading("UNet", folder):
+        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def load_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
+def load_noise_scheduler(model: Path) -> DDPMScheduler:
     """Loads the noise schedule that the checkpoint was trained with.
 
     Raises:
         UserError: if its UNet predicts something that this project has no loss for.
     """
-    with _loading("scheduler", args.pretrained_model_name_or_path):
-        noise_scheduler = DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
-        )
+    with _loading("scheduler", model):
+        noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"the scheduler of {args.pretrained_model_name_or_path} has prediction_type {prediction_type!r}; "
+            f"the scheduler of {model} has prediction_type {prediction_type!r}; "
             f"this project trains {' and '.join(PREDICTION_TYPES)}"
         )
     return noise_scheduler
 
 
 def load_pipeline(
-    args: argparse.Namespace, unet: UNet2DConditionModel, torch_dtype: torch.dtype = torch.float32
+    model: Path, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, torch_dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
-    """Loads the whole checkpoint anew, with `unet` in place of its own and without a safety checker."""
-    parts = {"unet": unet, "safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    if args.tokenizer_name:
-        parts["tokenizer"] = load_tokenizer(args)
+    """Loads `model` anew, with `unet` and `tokenizer` in place of its own and without a safety checker."""
     disable_progress_bar()  # a bar for five parts, on every rank
-    with _loading("pipeline", args.pretrained_model_name_or_path):
+    with _loading("pipeline", model):
         return StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            torch_dtype=torch_dtype,
+            model,
+            unet=unet,
+            tokenizer=tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
             requires_safety_checker=False,
-            **parts,
+            torch_dtype=torch_dtype,
         )
 
 

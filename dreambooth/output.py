@@ -4,15 +4,15 @@ import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi
 
 from dreambooth.console import UserError
-from dreambooth.models import load_pipeline
+from dreambooth.models import first_line
 
 
 @contextlib.contextmanager
@@ -41,16 +41,15 @@ def save_checkpoint(output_dir: Path, step: int, unet: UNet2DConditionModel) -> 
         unet.save_pretrained(folder / "unet", safe_serialization=True)
 
 
-def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
-    """Writes the whole pipeline, with the trained UNet, into --output_dir.
+def save_pipeline(output_dir: Path, load: Callable[..., StableDiffusionPipeline], unet: UNet2DConditionModel) -> None:
+    """Writes the whole pipeline, with the trained UNet, into `output_dir`.
 
-    The parts that were not trained come from the original checkpoint once more: those in memory are in the run's
-    precision, not in the checkpoint's.
+    `load(unet)` brings the parts that were not trained from the original checkpoint once more: those in memory are in
+    the run's precision, not in the checkpoint's.
     """
-    output_dir = Path(args.output_dir)
     partial = output_dir / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    load_pipeline(args, unet).save_pretrained(partial, safe_serialization=True)
+    load(unet).save_pretrained(partial, safe_serialization=True)
     # model_index.json goes first and comes last: a folder that has it is whole.
     index = "model_index.json"
     (output_dir / index).unlink(missing_ok=True)
@@ -74,7 +73,7 @@ def prepare_hub(args: argparse.Namespace) -> str:
     try:
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
-        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {first_line(error)}") from error
 
 
 def upload(args: argparse.Namespace, repo_id: str) -> None:

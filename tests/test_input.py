@@ -105,7 +105,7 @@ def test_hub_id_that_cannot_be_had(flags):
         check=False,
         env={"HF_HUB_OFFLINE": "1"},
     )
-    assert_one_line(done, "cannot load the tokenizer of nobody/nothing: ")
+    assert_one_line(done, "nobody/nothing is no folder, and cannot be had from the Hub: Cannot reach")
 
 
 def test_output_path_that_is_a_file(flags, tmp_path):

@@ -1,0 +1,122 @@
+"""Models from the Hub and back to it, against a server on this machine that speaks the Hub's protocol."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from harness import COLOSSALAI, TRADITIONAL, train
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_secret"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as the model someone/tiny, and keeps what is uploaded."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        self.fetched: list[str] = []
+        self.uploaded: dict[str, bytes] = {}
+        self.tokens: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body: bytes, **headers):
+        self.send_response(200)
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/someone/tiny"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self.answer(json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}).encode())
+        elif path.startswith("/someone/tiny/resolve/") and (name := path.split("/", 5)[5]) in self.server.files:
+            if self.command == "GET":
+                self.server.fetched.append(name)
+            body = self.server.files[name].read_bytes()
+            self.answer(body, ETag=f'"{abs(hash((name, len(body)))):x}"')
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        self.server.tokens.add(self.headers.get("Authorization", ""))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.answer(json.dumps({"url": f"{self.server.url}/someone/{json.loads(body)['name']}"}).encode())
+        elif self.path.startswith("/api/models/someone/out/preupload"):
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self.answer(json.dumps({"files": files}).encode())
+        elif self.path.startswith("/api/models/someone/out/commit"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"{self.server.url}/someone/out/commit/{COMMIT}"
+            self.answer(json.dumps({"success": True, "commitUrl": url, "commitOid": COMMIT}).encode())
+        else:
+            self.send_error(404)
+
+
+@pytest.fixture
+def hub(tiny_model):
+    server = Hub(tiny_model)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def hub_env(hub, tmp_path):
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
+
+
+def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, tmp_path):
+    flags |= {"pretrained_model_name_or_path": "someone/tiny", "revision": "main", "max_train_steps": 1}
+    train(COLOSSALAI, flags | {"output_dir": tmp_path / "online"}, nproc=2, env=hub_env)
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
+    hub.fetched.clear()
+    for name, env in (("offline", {"HF_HUB_OFFLINE": "1"}), ("unreachable", {"HF_ENDPOINT": "http://127.0.0.1:9"})):
+        train(TRADITIONAL, flags | {"output_dir": tmp_path / name}, env=hub_env | env)
+        StableDiffusionPipeline.from_pretrained(tmp_path / name)
+    assert hub.fetched == []
+
+
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
+    """All of it, without checkpoints and logs; the token goes to the Hub and nowhere else."""
+    flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN}
+    done = train(script, flags, env=hub_env)
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    for name, content in hub.uploaded.items():
+        (tmp_path / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pushed" / name).write_bytes(content)
+        assert name.split("/")[0] in {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    StableDiffusionPipeline.from_pretrained(tmp_path / "pushed")
+    assert TOKEN not in done.stdout + done.stderr
+    assert not any(TOKEN.encode() in path.read_bytes() for path in flags["output_dir"].rglob("*") if path.is_file())
+
+
+def test_a_model_that_is_not_there_is_one_line(hub, hub_env, flags):
+    done = train(COLOSSALAI, flags | {"pretrained_model_name_or_path": "someone/else"}, env=hub_env, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1
+    assert "someone/else is no folder, and cannot be had from the Hub" in done.error_lines[0]
+    assert done.seconds < 60
