@@ -2,7 +2,11 @@
 
     python inference.py dreambooth-model --prompt "A photo of sks dog in a bucket" --output dog.png
 
-Several prompts, or several images of each, are laid out as a grid: a row per prompt, a column per seed.
+Several prompts, or several images of each, are laid out on a sheet: a row per prompt with the prompt under it, a
+column per seed. With --compare_with, the images of another model stand beside them, from the same seeds:
+
+    python inference.py dreambooth-model --compare_with CompVis/stable-diffusion-v1-4 \\
+        --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
 """
 
 from dreambooth.console import UserError, quiet_libraries, run
@@ -15,11 +19,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import make_image_grid
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
+from tqdm import tqdm
 
 from dreambooth.arguments import Parser, number
+from dreambooth.grid import captioned_grid
+from dreambooth.models import first_line, warn_of_cut_prompts
 from dreambooth.precision import DTYPES
 from dreambooth.randomness import MAX_SEED
 
@@ -31,6 +37,11 @@ def build_parser() -> Parser:
     parser.add_argument("model", metavar="MODEL", help="folder of a trained pipeline, or a Hub id")
     parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
+    parser.add_argument(
+        "--compare_with",
+        metavar="MODEL",
+        help="model to show beside, as before the training: a folder or a Hub id (default: none)",
+    )
     parser.add_argument("--output", default="image.png", metavar="FILE", help="image to write (default: image.png)")
     parser.add_argument(
         "--num_images", type=positive, default=1, metavar="N", help="images of each prompt (default: 1)"
@@ -70,24 +81,30 @@ def load(model: str, device: str, dtype: str) -> StableDiffusionPipeline:
             model, torch_dtype=torch_dtype, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a pipeline from {model}: {str(error).splitlines()[0]}") from error
-    pipeline.set_progress_bar_config(leave=False)
+        raise UserError(f"cannot load a pipeline from {model}: {first_line(error)}") from error
     return pipeline.to(device)
 
 
-def generate(pipeline: StableDiffusionPipeline, prompt: str, args) -> list[Image.Image]:
-    """Returns the images of one prompt, one at a time, each from a seed of its own."""
-    images = []
-    for i in range(args.num_images):
-        generator = torch.Generator().manual_seed((args.seed + i) % (MAX_SEED + 1))
-        images += pipeline(
-            prompt,
-            negative_prompt=args.negative_prompt,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            generator=generator,
-        ).images
-    return images
+def generate(model: str, args, device: str, dtype: str) -> list[list[Image.Image]]:
+    """Returns the images of each prompt, one at a time, each from a seed of its own."""
+    pipeline = load(model, device, dtype)
+    warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
+    total = len(args.prompt) * args.num_images
+    with tqdm(total=total, desc=model, unit="image", disable=total == 1) as progress:
+        pipeline.set_progress_bar_config(disable=total > 1)
+
+        def image(prompt: str, seed: int) -> Image.Image:
+            made = pipeline(
+                prompt,
+                negative_prompt=args.negative_prompt,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                generator=torch.Generator().manual_seed(seed % (MAX_SEED + 1)),
+            ).images[0]
+            progress.update()
+            return made
+
+        return [[image(prompt, args.seed + i) for i in range(args.num_images)] for prompt in args.prompt]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU was found")
-    pipeline = load(args.model, device, args.dtype or ("fp16" if device == "cuda" else "fp32"))
+    dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
 
-    images = [image for prompt in args.prompt for image in generate(pipeline, prompt, args)]
+    rows, headings = generate(args.model, args, device, dtype), []
+    if args.compare_with:
+        before = generate(args.compare_with, args, device, dtype)
+        rows, headings = [old + new for old, new in zip(before, rows, strict=True)], ["before", "after"]
+    single = len(rows) == len(rows[0]) == 1
     output.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(args.prompt), cols=args.num_images).save(output)
-    print(f"{output}: {len(args.prompt)} x {args.num_images} image{'s' * (len(images) > 1)}")
+    (rows[0][0] if single else captioned_grid(rows, args.prompt, headings)).save(output)
+    print(f"{output}: {sum(map(len, rows))} image{'' if single else 's'}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(colossalai|torch|transformers|diffusers)\b")
-    for library in ("transformers", "diffusers", "accelerate", "bitsandbytes", "torch.distributed"):
+    for library in ("accelerate", "bitsandbytes", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # These two set the levels of their loggers when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

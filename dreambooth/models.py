@@ -152,23 +152,32 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
     return vae.config.latent_channels, side, side
 
 
+def max_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
+    """Returns how many tokens of a prompt are read, its start and end marks counted in."""
+    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+
+
+def warn_of_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Tells which prompts are longer than what is read, and what of them is cut."""
+    longest = max_tokens(tokenizer, text_encoder)
+    for prompt in prompts:
+        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        if len(tokens) > longest:
+            cut = tokenizer.decode(tokens[longest - 1 : -1])  # the end mark takes the last place
+            warn(f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}")
+
+
 @torch.no_grad()
 def embed_prompts(
     prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Encodes each prompt once; warns where the tokenizer has to cut one.
+    """Encodes each prompt once; warns where one is cut.
 
     Returns:
         Tensor of shape (prompts, tokens, width), of `dtype`, on `device`.
     """
-    longest = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    for prompt in prompts:
-        kept = tokenizer(prompt, truncation=True, max_length=longest).input_ids
-        whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        if len(whole) > longest:
-            # The last id that is kept is the end mark.
-            cut = tokenizer.decode(whole[len(kept) - 1 : -1])
-            warn(f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}")
+    warn_of_cut_prompts(prompts, tokenizer, text_encoder)
+    longest = max_tokens(tokenizer, text_encoder)
     token_ids = tokenizer(
         prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
     ).input_ids
