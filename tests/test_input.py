@@ -1,6 +1,7 @@
 """Bad input: one clear line, exit status 2, and nothing written."""
 
 import shutil
+import sys
 
 import pytest
 from harness import COLOSSALAI, TRADITIONAL, run, train
@@ -202,4 +203,4 @@ def test_hub_that_cannot_be_reached_is_known_before_training(flags):
 )
 def test_inference(words, expected):
     env = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    assert_one_line(run(["python", "inference.py", *words], env=env, check=False), expected)
+    assert_one_line(run([sys.executable, "inference.py", *words], env=env, check=False), expected)
