@@ -256,7 +256,7 @@ def train_unet(
     """Trains UNet and text encoder together on a pool of encoded scenes."""
     unet, text_encoder, tokenizer, device = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, scenes.device
     means, deviations, things, places = encode_scenes(pipeline.vae, scenes, pool)
-    scale = 1 / means.float().std().item()
+    scale = (means.float().var() + deviations.float().square().mean()).rsqrt().item()  # latents of variance 1
     pipeline.vae.register_to_config(scaling_factor=scale)
 
     # Token ids of every caption: (things, places, ways to say it), and last the empty one.
