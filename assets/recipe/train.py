@@ -1,6 +1,6 @@
 """Makes assets/tiny-stable-diffusion: a small Stable Diffusion that knows a hundred things in eighteen places.
 
-    pip install resvg-py matplotlib
+    pip install resvg-py
     python -m assets.recipe.train --downloads emoji --vae_minutes 8 --unet_minutes 30
 
 First the VAE is trained, then UNet and text encoder together on its latents; on one recent GPU. Run again, it goes on
