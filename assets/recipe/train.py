@@ -293,6 +293,17 @@ def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, device: torch.devi
     make_image_grid(images, rows=4, cols=4).save(path)
 
 
+def told(name: str, figures: dict) -> dict:
+    """Prints the figures of a training, and returns them."""
+    print(name, figures, flush=True)
+    return figures
+
+
+def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline in fp16."""
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, required=True, help="where the emoji packages are, or go")
@@ -323,26 +334,15 @@ def main() -> None:
     pipeline.to(device)
 
     curves = {}
-    stages = {
-        "vae": (
-            args.vae_minutes,
-            lambda: train_vae(pipeline.vae, scenes, minutes=args.vae_minutes, batch=args.vae_batch),
-        ),
-        "unet": (
-            args.unet_minutes,
-            lambda: train_unet(pipeline, scenes, minutes=args.unet_minutes, batch=args.unet_batch, pool=args.pool),
-        ),
-    }
-    for name, (minutes, train) in stages.items():
-        if minutes:
-            curves[name] = []
-            for figures in train():
-                curves[name].append(figures)
-                print(name, figures, flush=True)
-        if name == "vae":
-            print(f"VAE on things that it has never seen: {measure_vae(pipeline.vae, unseen):.2f} dB", flush=True)
-    half = copy.deepcopy(pipeline).to(torch.float16)
-    half.save_pretrained(args.output, safe_serialization=True)
+    if args.vae_minutes:
+        training = train_vae(pipeline.vae, scenes, minutes=args.vae_minutes, batch=args.vae_batch)
+        curves["vae"] = [told("VAE", figures) for figures in training]
+        save(pipeline, args.output)
+    print(f"VAE on things that it has never seen: {measure_vae(pipeline.vae, unseen):.2f} dB", flush=True)
+    if args.unet_minutes:
+        training = train_unet(pipeline, scenes, minutes=args.unet_minutes, batch=args.unet_batch, pool=args.pool)
+        curves["unet"] = [told("UNet", figures) for figures in training]
+        save(pipeline, args.output)
     (args.output.parent / "training_curves.json").write_text(json.dumps(curves))
     if args.sheet:
         draw_sheet(pipeline, args.sheet, device)
