@@ -51,7 +51,6 @@ def launch(precision: str) -> tuple[Accelerator, Ranks]:
     )
     return accelerator, Ranks(
         rank=accelerator.process_index,
-        local_rank=accelerator.local_process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
     )

@@ -191,7 +191,6 @@ def launch() -> Ranks:
     colossalai.launch_from_torch(verbose=False)
     return Ranks(
         rank=dist.get_rank(),
-        local_rank=int(os.environ["LOCAL_RANK"]),
         world_size=dist.get_world_size(),
         device=get_accelerator().get_current_device(),
     )

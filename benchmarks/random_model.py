@@ -21,7 +21,7 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 # Both have the vocabulary of `byte_tokenizer`; a larger one would only add unused rows to the text encoder.
 SHAPES = {
-    # For tests: 16 px latents of 128 px images would already be slow on a CPU; 32 px images are enough.
+    # For tests: 32 px images.
     "tiny": {
         "text": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
         "vae": dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=32),

@@ -50,8 +50,11 @@ class Strategy:
 
     @property
     def may_be_refused(self) -> bool:
-        """Whether there are machines that cannot run it; the others run everywhere."""
-        return self.plugin not in ("torch_ddp", "traditional") or self.precision == "fp16"
+        """Whether this machine may lack what it needs; any other refusal is a failure."""
+        if not torch.cuda.is_available():
+            return self.plugin not in ("torch_ddp", "traditional") or self.precision == "fp16"
+        compiles = self.plugin == "gemini" or self.placement == "cpu"
+        return compiles or (self.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8)
 
     @property
     def name(self) -> str:

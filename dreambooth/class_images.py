@@ -64,8 +64,8 @@ def generate_class_images(
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # Listed once, before any rank writes.
     wanted = images_to_use(args, args.num_class_images)
+    # Listed once, before any rank writes.
     missing = [missing_numbers(folder, wanted)]
     if dist.is_initialized():
         dist.broadcast_object_list(missing, src=0)

@@ -15,7 +15,6 @@ class Ranks:
     """This process among the others, in torchrun's words, and the device that it computes on."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
