@@ -1,37 +1,14 @@
 #!/usr/bin/env bash
-# Trains with the traditional process, on accelerate. Settings come from the environment; further arguments go to the
+# Trains with the traditional process, on accelerate, and compares the images before and after. With nothing set, on the
+# small model and the pictures in assets/; other settings come from the environment, and further arguments go to the
 # trainer:
 #
-#   INSTANCE_DIR=photos MODEL_NAME=CompVis/stable-diffusion-v1-4 bash dreambooth.sh --max_train_steps 800
+#   bash dreambooth.sh
+#   MODEL_NAME=CompVis/stable-diffusion-v1-4 INSTANCE_DIR=photos bash dreambooth.sh --max_train_steps 800
+#
+# The settings are in dreambooth/launch.sh.
 set -euo pipefail
 cd "$(dirname "$0")"
+source dreambooth/launch.sh
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-
-export MODEL_NAME=${MODEL_NAME:-CompVis/stable-diffusion-v1-4}       # a folder or a Hub id
-export INSTANCE_DIR=${INSTANCE_DIR:-instance_images}                 # 3 to 6 images of the subject
-export INSTANCE_PROMPT=${INSTANCE_PROMPT:-a photo of sks dog}
-export CLASS_DIR=${CLASS_DIR:-class_images}                          # class images; missing ones are generated
-export CLASS_PROMPT=${CLASS_PROMPT:-a photo of dog}
-export OUTPUT_DIR=${OUTPUT_DIR:-dreambooth-model}
-export NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}                      # processes: one per GPU
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1))}
-
-# One process needs no launcher, and then no process group either.
-launcher=(python)
-if [ "$NPROC" -gt 1 ]; then
-  launcher=(torchrun --standalone --nproc_per_node "$NPROC")
-fi
-
-exec "${launcher[@]}" train_dreambooth.py \
-  --pretrained_model_name_or_path "$MODEL_NAME" \
-  --instance_data_dir "$INSTANCE_DIR" \
-  --instance_prompt "$INSTANCE_PROMPT" \
-  --with_prior_preservation \
-  --class_data_dir "$CLASS_DIR" \
-  --class_prompt "$CLASS_PROMPT" \
-  --output_dir "$OUTPUT_DIR" \
-  --train_batch_size 1 \
-  --learning_rate 5e-6 \
-  --max_train_steps 400 \
-  "$@"
+train_and_compare train_dreambooth.py "$@"

@@ -1,11 +1,12 @@
 """Makes images with a trained pipeline.
 
-    python inference.py dreambooth-model --prompt "A photo of sks dog in a bucket" --output dog.png
+    python inference.py --prompt "a sks dog in a bucket" --output dog.png
 
-Several prompts, or several images of each, are laid out on a sheet: a row per prompt with the prompt under it, a
-column per seed. With --compare_with, the images of another model stand beside them, from the same seeds:
+Without MODEL it is the folder that the trainers write to by default. Several prompts, or several images of each, are
+laid out on a sheet: a row per prompt with the prompt under it, a column per seed. With --compare_with, the images of
+another model stand beside them, from the same seeds; with --instance_data_dir, the subject stands below:
 
-    python inference.py dreambooth-model --compare_with CompVis/stable-diffusion-v1-4 \\
+    python inference.py --compare_with CompVis/stable-diffusion-v1-4 --instance_data_dir photos \\
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
 """
 
@@ -20,10 +21,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from dreambooth.arguments import Parser, number
+from dreambooth.arguments import OUTPUT_DIR, Parser, number
+from dreambooth.data import find_images, load_image
 from dreambooth.grid import captioned_grid
 from dreambooth.models import first_line, warn_of_cut_prompts
 from dreambooth.precision import DTYPES
@@ -34,13 +36,25 @@ def build_parser() -> Parser:
     """Returns the parser."""
     positive = number(int, 1)
     parser = Parser(__doc__)
-    parser.add_argument("model", metavar="MODEL", help="folder of a trained pipeline, or a Hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=OUTPUT_DIR,
+        help=f"folder of a trained pipeline, or a Hub id (default: {OUTPUT_DIR})",
+    )
     parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
     parser.add_argument(
         "--compare_with",
         metavar="MODEL",
         help="model to show beside, as before the training: a folder or a Hub id (default: none)",
+    )
+    parser.add_argument(
+        "--instance_data_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="photos of the subject: a row of them below (default: none)",
     )
     parser.add_argument("--output", default="image.png", metavar="FILE", help="image to write (default: image.png)")
     parser.add_argument(
@@ -112,19 +126,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     if not output.suffix or Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--output {output}: the name has to end as an image's does, such as .png")
+    if args.model == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
+        raise UserError(f"there is no folder {OUTPUT_DIR}: train a model first, or name one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU was found")
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
+    photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
 
     rows, headings = generate(args.model, args, device, dtype), []
     if args.compare_with:
         before = generate(args.compare_with, args, device, dtype)
         rows, headings = [old + new for old, new in zip(before, rows, strict=True)], ["before", "after"]
-    single = len(rows) == len(rows[0]) == 1
+    number, single, captions = sum(map(len, rows)), len(rows) == len(rows[0]) == 1 and not photos, args.prompt
+    if photos:
+        shown = [ImageOps.fit(load_image(path), rows[0][0].size) for path in photos[: len(rows[0])]]
+        rows, captions = [*rows, shown], [*captions, "instance images"]
     output.parent.mkdir(parents=True, exist_ok=True)
-    (rows[0][0] if single else captioned_grid(rows, args.prompt, headings)).save(output)
-    print(f"{output}: {sum(map(len, rows))} image{'' if single else 's'}")
+    (rows[0][0] if single else captioned_grid(rows, captions, headings)).save(output)
+    print(f"{output}: {number} image{'' if number == 1 else 's'}")
 
 
 if __name__ == "__main__":

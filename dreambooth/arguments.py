@@ -9,6 +9,7 @@ from pathlib import Path
 from dreambooth.console import UserError, warn
 from dreambooth.randomness import MAX_SEED
 
+OUTPUT_DIR = "dreambooth-model"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -264,9 +265,9 @@ def _add_output(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_dir",
-        default="dreambooth-model",
+        default=OUTPUT_DIR,
         metavar="FOLDER",
-        help="where the trained pipeline goes (default: dreambooth-model)",
+        help=f"where the trained pipeline goes (default: {OUTPUT_DIR})",
     )
     group.add_argument(
         "--save_steps",

@@ -61,6 +61,8 @@ def find_images(folder: str, flag: str, limit: int | None = None) -> list[Path]:
     Raises:
         UserError: if there is none, or one that cannot be read.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"{flag} {folder} is not a folder")
     paths = list_images(folder)[:limit]
     if not paths:
         raise UserError(f"{flag} {folder} has no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")

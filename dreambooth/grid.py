@@ -11,7 +11,7 @@ def captioned_grid(rows: list[list[Image.Image]], captions: list[str], headings:
     """Returns a sheet of images of one size.
 
     Args:
-        rows: the images, all rows of the same length.
+        rows: the images; no row is longer than the first.
         captions: a text under each row.
         headings: texts over equal groups of columns, such as "before" and "after"; none is no line for them.
     """

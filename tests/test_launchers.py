@@ -7,32 +7,57 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 from harness import run, scalars
+from PIL import Image
+
+
+def launch(launcher: str, tmp_path: Path, settings: dict, *flags, **options):
+    """Runs a launcher on the CPU, writing to `tmp_path`."""
+    env = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "CLASS_DIR": str(tmp_path / "class_images"),
+        "OUTPUT_DIR": str(tmp_path / "a folder with spaces"),
+        "COMPARISON": str(tmp_path / "comparison.png"),
+    }
+    return run(["bash", launcher, *flags], env=env | settings, **options)
 
 
 @pytest.mark.parametrize(
-    "launcher, settings, expected",
+    "launcher, nproc, expected",
     [
-        ("colossalai.sh", {"NPROC": "2", "PLUGIN": "torch_ddp"}, "plugin torch_ddp, placement cuda"),
-        ("colossalai.sh", {}, "plugin torch_ddp, placement cuda"),
-        ("dreambooth.sh", {"NPROC": "2"}, "traditional process"),
-        ("dreambooth.sh", {}, "traditional process"),
+        ("colossalai.sh", "2", "plugin torch_ddp, placement cuda"),
+        ("colossalai.sh", "", "plugin torch_ddp, placement cuda"),
+        ("dreambooth.sh", "2", "traditional process"),
+        ("dreambooth.sh", "", "traditional process"),
     ],
 )
-def test_launcher(launcher, settings, expected, tiny_model, photos, tmp_path):
-    env = settings | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MODEL_NAME": str(tiny_model),
-        "INSTANCE_DIR": str(photos),
-        "CLASS_DIR": str(tmp_path / "class_images"),
-        "OUTPUT_DIR": str(tmp_path / "a folder with spaces"),
-    }
+def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, photos, tmp_path):
+    settings = {"MODEL_NAME": str(tiny_model), "INSTANCE_DIR": str(photos), "COMPARISON": "", "NPROC": nproc}
     more = ["--resolution", "32", "--num_class_images", "2", "--max_train_steps", "3"]
-    done = run(["bash", launcher, *more], env=env)
-    ranks = settings.get("NPROC", "1")
-    assert expected in done.stdout and f"on {ranks} x cpu, 3 steps of {ranks} samples" in done.stdout
+    done = launch(launcher, tmp_path, settings, *more)
+    assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} samples" in done.stdout
     assert len(scalars(tmp_path / "a folder with spaces", "loss")) == 3, "the later --max_train_steps wins"
     StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
+    assert not (tmp_path / "comparison.png").exists()
+
+
+@pytest.mark.parametrize("launcher", ["colossalai.sh", "dreambooth.sh"])
+def test_with_nothing_set_the_small_model_is_trained_and_compared(launcher, tmp_path):
+    """A step of 4 samples on any number of processes; pictures of 128 px."""
+    settings = {} if launcher == "colossalai.sh" else {"NPROC": "1"}
+    done = launch(launcher, tmp_path, settings, "--max_train_steps", "1", "--num_class_images", "4")
+    ranks = settings.get("NPROC", min(2, os.cpu_count()))
+    assert f"on {ranks} x cpu, 1 steps of 4 samples" in done.stdout
+    comparison = Image.open(tmp_path / "comparison.png")
+    assert comparison.width == 4 * (128 + 8) + 8 and comparison.height > 7 * 128
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
+    assert pipeline.unet.config.sample_size * 8 == Image.open(tmp_path / "class_images" / "00000.png").width == 128
+
+
+def test_the_output_folder_is_a_setting_only(tmp_path):
+    """The comparison would look for the trained model elsewhere."""
+    done = launch("colossalai.sh", tmp_path, {}, "--output_dir", "x", check=False)
+    assert done.returncode == 2 and "OUTPUT_DIR" in done.error_lines[0]
 
 
 def test_settings_reach_the_trainer(tmp_path):
@@ -42,8 +67,8 @@ def test_settings_reach_the_trainer(tmp_path):
         ("PLUGIN", "gemini", "--plugin gemini needs a CUDA GPU"),
         ("INSTANCE_DIR", str(tmp_path / "none"), "none is not a folder"),
     ):
-        env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"INSTANCE_DIR": str(tmp_path), name: value}
-        done = run(["bash", "colossalai.sh"], env=env, check=False)
+        done = launch(
+            "colossalai.sh", tmp_path, {"INSTANCE_DIR": str(tmp_path), "NPROC": "1", name: value}, check=False
+        )
         assert done.returncode != 0
         assert len(done.error_lines) == 1 and expected in done.error_lines[0], done.stderr

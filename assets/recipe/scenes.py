@@ -183,9 +183,9 @@ PLACES: dict[str, Callable[[Canvas], None]] = {
 
 
 def captions(cutout: Cutout, place: str) -> tuple[str, str, str]:
-    """Returns the ways to say it: by name, by style and name, by kind."""
+    """Returns the ways to say it: by name, by style and name, by kind; an empty place is left out."""
     nouns = (cutout.name, f"{cutout.style} {cutout.name}", cutout.kind)
-    return tuple(f"{with_article(noun)} {place}" for noun in nouns)
+    return tuple(f"{with_article(noun)} {place}".rstrip() for noun in nouns)
 
 
 class Scenes:
@@ -263,7 +263,8 @@ class Scenes:
         ]
         theta = torch.stack(rows, dim=1)
         shape = (len(things), 4, 2 * RESOLUTION, 2 * RESOLUTION)
-        grid = F.affine_grid(theta, shape, align_corners=False)
+        with torch.autocast(self.device.type, enabled=False):  # half precision would move a drawing by a pixel
+            grid = F.affine_grid(theta, shape, align_corners=False)
         sprites = F.grid_sample(self.sprites[things].float(), grid, align_corners=False)
         sprites = F.avg_pool2d(sprites, 2)
         background = self.backgrounds[places * self.variants + layout["variant"]].float() / 255

@@ -1,7 +1,7 @@
 """Makes assets/tiny-stable-diffusion: a small Stable Diffusion that knows a hundred things in eighteen places.
 
     pip install resvg-py
-    python -m assets.recipe.train --downloads emoji --vae_minutes 8 --unet_minutes 30
+    python -m assets.recipe.train --downloads emoji --vae_minutes 8 --unet_minutes 15
 
 First the VAE is trained, then UNet and text encoder together on its latents; on one recent GPU. Run again, it goes on
 from the weights in the output folder; `--vae_minutes 0` leaves the VAE as it is. `--sheet` draws sixteen prompts.
@@ -23,19 +23,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import make_image_grid
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from assets.recipe import cutouts
 from assets.recipe.scenes import PLACES, RESOLUTION, Scenes, captions
+from dreambooth.grid import captioned_grid
 
 # Rare words for subjects: one token each, in no caption.
 IDENTIFIERS = ("sks", "zwx", "ohwx", "xjy", "tok")
 MAX_TOKENS = 24
 # Shares of captions that name the thing, its style too, its kind; the rest are empty, for classifier-free guidance.
 NAME, STYLE, KIND = 0.55, 0.25, 0.10
+# Share of captions that do not say where, so that "a dog" means something.
+NO_PLACE = 0.15
+# The decoder sees latents with noise up to this share of their deviation: what a UNet draws is never quite clean.
+LATENT_NOISE = 0.2
 
 SHEET_PROMPTS = (
     "a dog on the beach",
@@ -139,8 +143,8 @@ def new_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
 class Training:
     """Steps of AdamW with a cosine learning rate over a given time, and an average of the weights.
 
-    On CUDA a step is captured once as a graph and replayed: these models are so small that a step launched kernel by
-    kernel would mostly wait for the host.
+    On CUDA the loss is compiled, and a step is captured once as a graph and replayed: these models are so small that
+    a step launched kernel by kernel would mostly wait for the host.
 
     Args:
         modules: trained together, in place.
@@ -172,9 +176,10 @@ class Training:
         return loss.detach()
 
     def captured(self) -> Callable[[], torch.Tensor]:
-        """Returns `step` as a graph's replay on CUDA, as it is elsewhere."""
+        """Returns `step`, on CUDA compiled and as a graph's replay."""
         if self.device.type != "cuda":
             return self.step
+        self.loss_of = torch.compile(self.loss_of, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -217,6 +222,8 @@ def train_vae(vae: AutoencoderKL, scenes: Scenes, *, minutes: float, batch: int)
         posterior = vae.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        noise = LATENT_NOISE * torch.rand(batch, 1, 1, 1, device=mean.device) * mean.detach().std()
+        latents = latents + noise * torch.randn_like(mean)
         decoded = vae.decode(latents).sample.float()
         error = decoded - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -256,11 +263,11 @@ def train_unet(
     """Trains UNet and text encoder together on a pool of encoded scenes."""
     unet, text_encoder, tokenizer, device = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, scenes.device
     means, deviations, things, places = encode_scenes(pipeline.vae, scenes, pool)
-    scale = (means.float().var() + deviations.float().square().mean()).rsqrt().item()  # latents of variance 1
-    pipeline.vae.register_to_config(scaling_factor=scale)
+    scale = (means.float().var() + deviations.float().square().mean()).rsqrt()  # latents of variance 1
+    pipeline.vae.register_to_config(scaling_factor=scale.item())
 
-    # Token ids of every caption: (things, places, ways to say it), and last the empty one.
-    texts = [text for thing in scenes.cutouts for place in scenes.places for text in captions(thing, place)]
+    # Token ids of every caption: (things, places and none, ways to say it), and last the empty one.
+    texts = [text for thing in scenes.cutouts for place in [*scenes.places, ""] for text in captions(thing, place)]
     tokens = tokenizer([*texts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     alphas = noise_scheduler.alphas_cumprod.to(device)
@@ -269,7 +276,9 @@ def train_unet(
         chosen = torch.randint(len(means), (batch,), device=device)
         way = torch.rand(batch, device=device)
         phrase = (way > NAME).long() + (way > NAME + STYLE).long()
-        caption = (things[chosen] * len(scenes.places) + places[chosen]) * 3 + phrase
+        untold = torch.rand(batch, device=device) < NO_PLACE
+        place = torch.where(untold, len(scenes.places), places[chosen])
+        caption = (things[chosen] * (len(scenes.places) + 1) + place) * 3 + phrase
         caption = torch.where(way > NAME + STYLE + KIND, len(tokens) - 1, caption)
         mean, deviation = means[chosen].float(), deviations[chosen].float()
         latents = (mean + deviation * torch.randn_like(mean)) * scale
@@ -285,18 +294,26 @@ def train_unet(
 
 
 def draw_sheet(pipeline: StableDiffusionPipeline, path: Path, device: torch.device) -> None:
-    """Writes a 4 x 4 grid of SHEET_PROMPTS, 25 steps each."""
+    """Writes the images of SHEET_PROMPTS, 25 steps each, four to a row."""
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(number) for number in range(len(SHEET_PROMPTS))]
     images = pipeline(list(SHEET_PROMPTS), num_inference_steps=25, guidance_scale=4.0, generator=generators).images
-    make_image_grid(images, rows=4, cols=4).save(path)
+    rows = [slice(first, first + 4) for first in range(0, len(images), 4)]
+    captions = [" · ".join(SHEET_PROMPTS[row]) for row in rows]
+    captioned_grid([images[row] for row in rows], captions, []).save(path)
 
 
-def told(name: str, figures: dict) -> dict:
-    """Prints the figures of a training, and returns them."""
-    print(name, figures, flush=True)
-    return figures
+def record(path: Path, name: str, training: Iterator[dict]) -> None:
+    """Trains to the end, prints the figures, and adds them to the curves in the file `path`."""
+    curves = json.loads(path.read_text()) if path.is_file() else {}
+    curve = []
+    for figures in training:
+        print(name, figures, flush=True)
+        curve.append(figures)
+    curves.setdefault(name, []).append(curve)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(curves))
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
@@ -309,7 +326,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, required=True, help="where the emoji packages are, or go")
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-stable-diffusion"), help="pipeline folder")
     parser.add_argument("--vae_minutes", type=float, default=8, help="of training the VAE; 0 is none (default: 8)")
-    parser.add_argument("--unet_minutes", type=float, default=30, help="of training the UNet; 0 is none (default: 30)")
+    parser.add_argument("--unet_minutes", type=float, default=15, help="of training the UNet; 0 is none (default: 15)")
     parser.add_argument("--vae_batch", type=int, default=96, help="images per step (default: 96)")
     parser.add_argument("--unet_batch", type=int, default=512, help="images per step (default: 512)")
     parser.add_argument("--pool", type=int, default=262144, help="encoded scenes that the UNet sees (default: 262144)")
@@ -333,17 +350,16 @@ def main() -> None:
         pipeline = new_pipeline(train_tokenizer([*texts, " ".join(IDENTIFIERS)]))
     pipeline.to(device)
 
-    curves = {}
+    curves = args.output.parent / "training_curves.json"
     if args.vae_minutes:
         training = train_vae(pipeline.vae, scenes, minutes=args.vae_minutes, batch=args.vae_batch)
-        curves["vae"] = [told("VAE", figures) for figures in training]
+        record(curves, "VAE", training)
         save(pipeline, args.output)
     print(f"VAE on things that it has never seen: {measure_vae(pipeline.vae, unseen):.2f} dB", flush=True)
     if args.unet_minutes:
         training = train_unet(pipeline, scenes, minutes=args.unet_minutes, batch=args.unet_batch, pool=args.pool)
-        curves["unet"] = [told("UNet", figures) for figures in training]
+        record(curves, "UNet", training)
         save(pipeline, args.output)
-    (args.output.parent / "training_curves.json").write_text(json.dumps(curves))
     if args.sheet:
         draw_sheet(pipeline, args.sheet, device)
 

@@ -1,0 +1,123 @@
+"""That the method works, on the small model in assets/: DreamBooth teaches the subject and keeps its class.
+
+Images are made before and after a training from the same prompts and starting noise, of four places and six seeds, and
+compared with the instance images (similarity.py). What counts is the change of the similarity. A training that does
+nothing changes it by 0, and chance is measured too: each picture changes by something, with a standard deviation of
+about 0.08, so that the mean of 24 has a standard error of about 0.017. MARGIN is three of them.
+"""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from harness import COLOSSALAI, ROOT, train
+
+from benchmarks.strategies import STRATEGIES, strategy_flags
+from dreambooth.data import find_images, load_image
+
+MODEL = ROOT / "assets" / "tiny-stable-diffusion"
+INSTANCE_IMAGES = ROOT / "assets" / "instance_images"
+SUBJECT, CLASS = "a sks dog", "a dog"
+PLACES = ("on the beach", "in the snow", "at night", "in the desert")  # in none of the instance images
+SEEDS = range(6)
+MARGIN = 0.05
+
+FLAGS = {
+    "pretrained_model_name_or_path": MODEL,
+    "instance_data_dir": INSTANCE_IMAGES,
+    "instance_prompt": SUBJECT,
+    "resolution": 128,
+    "learning_rate": 5e-4,
+    "seed": 0,
+}
+PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 24}
+
+
+def similarities(model, prompt: str) -> torch.Tensor:
+    """Returns the similarity to the instance images of an image for each place and seed."""
+    from similarity import similarity  # whose packages are not needed to collect the tests
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [f"{prompt} {place}" for place in PLACES]
+    images = []
+    for seed in SEEDS:
+        generators = [torch.Generator().manual_seed(len(PLACES) * seed + number) for number in range(len(PLACES))]
+        images += pipeline(prompts, num_inference_steps=12, guidance_scale=4.0, generator=generators).images
+    return similarity(images, [load_image(path) for path in find_images(INSTANCE_IMAGES, "INSTANCE_IMAGES")])
+
+
+@pytest.fixture(scope="module")
+def before():
+    """The similarities of the small model as it is, by prompt."""
+    return {prompt: similarities(MODEL, prompt) for prompt in (SUBJECT, CLASS)}
+
+
+@pytest.fixture(scope="module")
+def changes(before, tmp_path_factory):
+    """How much each image's similarity changes in two trainings on the CPU, by (training, prompt)."""
+    folder = tmp_path_factory.mktemp("learning")
+    trainings = {
+        "with prior": PRIOR | {"class_data_dir": folder / "class_images", "max_train_steps": 180},
+        "without prior": {"max_train_steps": 100},
+    }
+    changes = {}
+    for name, more in trainings.items():
+        output = {"train_batch_size": 4, "output_dir": folder / name}
+        train(COLOSSALAI, FLAGS | more | output, timeout=900)
+        for prompt in (SUBJECT, CLASS):
+            changes[name, prompt] = similarities(folder / name, prompt) - before[prompt]
+            print(f"{name}, {prompt}: {describe(changes[name, prompt])}")
+    return changes
+
+
+def describe(change: torch.Tensor) -> str:
+    """Returns mean, standard error, and the share of images that have come closer."""
+    error = change.std() / len(change) ** 0.5
+    return f"{change.mean():+.3f} (standard error {error:.3f}), {(change > 0).float().mean():.0%} closer"
+
+
+def rises(change: torch.Tensor) -> bool:
+    """Whether the similarity rises by the margin on average, and at all in three of four images."""
+    return bool(change.mean() > MARGIN and (change > 0).float().mean() >= 0.75)
+
+
+@pytest.mark.xdist_group("learning")  # one process trains for all of them
+class TestOnTheCPU:
+    def test_the_subject_is_learned(self, changes):
+        assert rises(changes["with prior", SUBJECT]), describe(changes["with prior", SUBJECT])
+
+    def test_the_class_is_kept(self, changes):
+        """The same prompt without the identifier still shows other dogs."""
+        assert changes["with prior", CLASS].mean() < MARGIN / 2, describe(changes["with prior", CLASS])
+
+    def test_without_the_prior_term_the_class_becomes_the_subject(self, changes):
+        """Which is what the term is for: the effect of the method itself."""
+        for prompt in (SUBJECT, CLASS):
+            assert rises(changes["without prior", prompt]), describe(changes["without prior", prompt])
+
+
+NPROC = min(torch.cuda.device_count(), 2) or 1
+GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 300}
+
+
+@pytest.fixture(scope="module")
+def in_fp32(tmp_path_factory):
+    """A training under torch_ddp in fp32 on GPUs, with its class images beside it."""
+    folder = tmp_path_factory.mktemp("in_fp32")
+    flags = GPU_FLAGS | {"class_data_dir": folder / "class_images", "output_dir": folder / "out"}
+    train(COLOSSALAI, flags | strategy_flags(STRATEGIES[0]), nproc=NPROC, on_gpu=True)
+    return folder / "out"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=[strategy.name for strategy in STRATEGIES[1:]])
+def test_every_plugin_learns_as_much(strategy, before, in_fp32, tmp_path):
+    """As in fp32 under torch_ddp, within three standard errors of the difference image by image."""
+    flags = GPU_FLAGS | {"class_data_dir": in_fp32.parent / "class_images", "output_dir": tmp_path / "out"}
+    train(strategy.script, flags | strategy_flags(strategy), nproc=NPROC, on_gpu=True)
+    after = similarities(tmp_path / "out", SUBJECT)
+    reference = similarities(in_fp32, SUBJECT)
+    assert rises(after - before[SUBJECT]), describe(after - before[SUBJECT])
+    difference = after - reference
+    assert difference.mean().abs() < 3 * difference.std() / len(difference) ** 0.5 + 0.005, describe(difference)
+    assert (similarities(tmp_path / "out", CLASS) - before[CLASS]).mean() < MARGIN / 2
