@@ -31,6 +31,7 @@ from accelerate.utils import GradScalerKwargs
 from dreambooth import arguments, models
 from dreambooth.class_images import generate_class_images
 from dreambooth.data import build_dataset, build_loader, find_images, images_to_use
+from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler
 from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
     del text_encoder
     vae.to(ranks.device, dtype)
+    cache_latents(args, dataset, vae, ranks)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     if args.gradient_checkpointing:

@@ -45,6 +45,7 @@ from diffusers import UNet2DConditionModel
 from dreambooth import arguments, models
 from dreambooth.class_images import generate_class_images
 from dreambooth.data import build_dataset, build_loader, find_images, images_to_use
+from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler
 from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
@@ -444,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
     del text_encoder
     vae.to(ranks.device, dtype)
+    cache_latents(args, dataset, vae, ranks)
 
     # The optimizer, and the plugin around it and the UNet.
     if args.gradient_checkpointing:

@@ -111,6 +111,13 @@ def _add_data(parser: Parser) -> None:
         help="crop images that are not square at their centre (default: at a random place, anew for each sample)",
     )
     group.add_argument(
+        "--cache_latents",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="encode images once, before training: auto takes those whose crop is always the same (square ones, or "
+        "all with --center_crop), on insists on all, off takes none (default: auto)",
+    )
+    group.add_argument(
         "--test_run",
         type=true_or_false,
         nargs="?",

@@ -132,6 +132,19 @@ class Examples:
         self.center_crop = center_crop
         self.latent_shape = latent_shape
         self.num_timesteps = num_timesteps
+        # By path: mean and deviation of the VAE's posterior, times its scaling factor; (2, *latent_shape), float32.
+        self.moments: dict[Path, torch.Tensor] = {}
+
+    def has_fixed_crop(self, path: Path) -> bool:
+        """Returns whether every example of an image shows the same pixels."""
+        if self.center_crop:
+            return True
+        with Image.open(path) as image:
+            return image.width == image.height
+
+    def pixel_values(self, path: Path, position: float = 0.5) -> torch.Tensor:
+        """Returns an image as `crop_to_square` does."""
+        return crop_to_square(load_image(path), self.resolution, 0.5 if self.center_crop else position)
 
     def path_of(self, n: int) -> Path:
         """Returns the image of example `n`: every pass takes each image once."""
@@ -142,19 +155,26 @@ class Examples:
         """Returns example `n`, a function of the seed and `n` alone.
 
         Returns:
+            latents: `latent_shape`, float32, a sample of the VAE's posterior times its scaling factor; or, of an image
+                that is not in the cache, what makes one:
             pixel_values: (3, resolution, resolution), float32, in [-1, 1].
-            posterior_noise: `latent_shape`, float32, standard normal; makes a sample of the VAE's posterior.
+            posterior_noise: `latent_shape`, float32, standard normal.
+
             noise: `latent_shape`, float32, standard normal; what the UNet has to find.
             timesteps: (), int64, from 0 to num_timesteps - 1.
             prompt_indices: (), int64.
         """
         draw = generator(self.seed, self.draws, n)
-        # Drawn in any case, so that the draws after it do not depend on --center_crop.
+        # Drawn in any case, so that the draws after it do not depend on the crop.
         position = draw.random()
-        image = load_image(self.path_of(n))
-        return {
-            "pixel_values": crop_to_square(image, self.resolution, 0.5 if self.center_crop else position),
-            "posterior_noise": torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32)),
+        posterior_noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
+        path = self.path_of(n)
+        if path in self.moments:
+            mean, deviation = self.moments[path]
+            image = {"latents": mean + deviation * posterior_noise}
+        else:
+            image = {"pixel_values": self.pixel_values(path, position), "posterior_noise": posterior_noise}
+        return image | {
             "noise": torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32)),
             "timesteps": torch.tensor(int(draw.integers(self.num_timesteps))),
             "prompt_indices": torch.tensor(self.prompt_index),
@@ -214,9 +234,16 @@ def build_dataset(
 
 
 def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """Stacks samples: first all instance examples, then all class examples, ready for one forward pass."""
+    """Stacks samples: first all instance examples, then all class examples, ready for one forward pass.
+
+    Examples with and without latents may meet in a batch: `latents` has those of the first kind, `pixel_values` and
+    `posterior_noise` those of the second, and `rows`, (batch,), int64, where in both together each example is.
+    """
     examples = [sample[part] for part in range(len(samples[0])) for sample in samples]
-    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    keys = dict.fromkeys(key for example in examples for key in example)
+    batch = {key: torch.stack([example[key] for example in examples if key in example]) for key in keys}
+    latents_first = sorted(range(len(examples)), key=lambda row: "latents" not in examples[row])
+    return batch | {"rows": torch.tensor(latents_first).argsort()}
 
 
 def build_loader(dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:

@@ -2,7 +2,7 @@
 # With nothing set, the small model in assets/ learns the subject of the pictures beside it.
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc)  # which would heed it
 
 if [ -z "${MODEL_NAME:-}" ]; then
   MODEL_NAME=assets/tiny-stable-diffusion

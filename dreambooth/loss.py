@@ -31,6 +31,18 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Ten
     return latents * vae.config.scaling_factor
 
 
+def latents_of(batch: dict[str, Tensor], vae: AutoencoderKL) -> Tensor:
+    """Returns the latents of a batch of `dreambooth.data.collate`, encoding the images that are not yet.
+
+    Returns:
+        (batch, channels, height, width), float32, multiplied by the VAE's scaling factor.
+    """
+    parts = [batch["latents"]] if "latents" in batch else []
+    if "pixel_values" in batch:
+        parts.append(encode_images(vae, batch["pixel_values"], batch["posterior_noise"]))
+    return torch.cat(parts)[batch["rows"]]
+
+
 def target_of(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Returns what the UNet has to predict: the noise, or v = sqrt(abar_t) e - sqrt(1 - abar_t) z.
 
@@ -84,7 +96,7 @@ def training_loss(
     Args:
         unet: called as diffusers' UNet2DConditionModel, wrapped or not.
         batch: what `dreambooth.data.collate` makes, on the UNet's device.
-        vae: frozen, on the same device.
+        vae: frozen, on the same device where the batch has images to encode.
         prompt_embeddings: (prompts, tokens, width).
         noise_scheduler: adds the noise and defines the target.
         unet_dtype: dtype of the UNet's weights, hence of its inputs.
@@ -93,7 +105,7 @@ def training_loss(
     Returns:
         Scalar, float32, with gradient.
     """
-    latents = encode_images(vae, batch["pixel_values"], batch["posterior_noise"])
+    latents = latents_of(batch, vae)
     noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     target = target_of(noise_scheduler, latents, batch["noise"], batch["timesteps"])
     text = prompt_embeddings[batch["prompt_indices"]]

@@ -157,6 +157,24 @@ def test_collate_puts_instance_examples_before_class_examples(photos):
     assert torch.equal(batch["noise"][4], prior[1]["noise"])
 
 
+def test_examples_with_and_without_latents_meet_in_a_batch(photos):
+    """Each keeps its place, and its draws."""
+    paths = list_images(photos)
+    plain, cached = examples(paths), examples(paths)
+    for number in (0, 3):
+        path = plain.path_of(number)
+        cached.moments[path] = torch.stack([torch.full(plain.latent_shape, 7.0), torch.ones(plain.latent_shape)])
+    batch = collate([[cached[n]] for n in range(4)])
+    assert batch["latents"].shape[0] == batch["pixel_values"].shape[0] == 2
+    assert torch.equal(batch["noise"], collate([[plain[n]] for n in range(4)])["noise"])
+    both = [*batch["latents"], *(row.mean() for row in batch["pixel_values"])]
+    in_order = [both[row] for row in batch["rows"]]
+    for number in range(4):
+        example = plain[number]
+        expected = 7 + example["posterior_noise"] if number in (0, 3) else example["pixel_values"].mean()
+        assert torch.equal(in_order[number], expected)
+
+
 def test_only_missing_class_images_are_asked_for(tmp_path):
     assert missing_numbers(tmp_path, 4) == [0, 1, 2, 3]
     for name in ("mine.jpg", image_name(1), image_name(2) + ".partial", "note.txt"):

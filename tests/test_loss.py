@@ -43,6 +43,7 @@ def known_case(prediction_type: str, prior_loss_weight: float | None):
         "noise": torch.tensor([2.0, -2.0]).view(2, 1, 1, 1),
         "timesteps": torch.tensor([0, 1]),
         "prompt_indices": torch.tensor([0, 1]),
+        "rows": torch.tensor([0, 1]),
     }
     scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=BETAS, prediction_type=prediction_type)
     unet = ConstantUNet(0.1)

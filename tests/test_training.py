@@ -1,5 +1,8 @@
 """Whole runs of both trainers on the CPU."""
 
+import argparse
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
 
 from benchmarks import random_model
+from dreambooth import models
+from dreambooth.data import build_dataset, collate, list_images
+from dreambooth.latents import cache_latents
+from dreambooth.loss import latents_of
+from dreambooth.ranks import Ranks
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 
@@ -167,3 +175,43 @@ def test_test_run_uses_ten_images_of_each_folder(flags, prior, tmp_path):
         train(COLOSSALAI, flags | {"test_run": value, "output_dir": output_dir, "class_data_dir": class_images})
         assert len(scalars(output_dir, "loss")) == steps
         assert len(list(class_images.iterdir())) == min(steps, 11)
+
+
+@BOTH
+@pytest.mark.parametrize("crop", ["every image", "class images", "no image"])
+def test_the_latent_cache_changes_nothing(crop, script, flags, prior, photos, tmp_path):
+    """Losses and gradient norms are the same with and without, whatever part of the images can be in it."""
+    flags |= prior | {"center_crop": crop == "every image", "max_train_steps": 5}
+    if crop == "no image":  # photos that are not square as class images too
+        shutil.copytree(photos, prior["class_data_dir"])
+        flags["num_class_images"] = 5
+    results = {}
+    for cache, nproc in (("off", 1), ("auto", 2)):
+        output_dir = tmp_path / cache
+        more = {"cache_latents": cache, "output_dir": output_dir, "train_batch_size": 2 // nproc}
+        done = train(script, flags | more, nproc=nproc)
+        results[cache] = {name: scalars(output_dir, name) for name in ("loss", "grad_norm")}
+        told = {"every image": "latents of 12 of 12 images", "class images": "latents of 7 of 12 images"}.get(crop)
+        assert ("cached in" in done.stdout) == bool(told and cache == "auto")
+        assert not told or cache == "off" or told in done.stdout
+    for name, values in results["off"].items():
+        np.testing.assert_allclose(results["auto"][name], values, rtol=1e-5, err_msg=name)
+
+
+def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
+    """Once all images are in it, the photos may be gone."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    args = argparse.Namespace(resolution=32, center_crop=True, cache_latents="on")
+    vae = models.load_vae(tiny_model, 32)
+    shape = models.latent_shape(vae, 32)
+    dataset = build_dataset(args, list_images(folder), [], seed=1, latent_shape=shape, num_timesteps=10)
+    encoded = latents_of(collate([dataset[n] for n in range(5)]), vae)
+    cache_latents(args, dataset, vae, Ranks(0, 1, torch.device("cpu")))
+    shutil.rmtree(folder)
+    torch.testing.assert_close(latents_of(collate([dataset[n] for n in range(5)]), vae=None), encoded)
+
+
+def test_a_cache_of_all_latents_needs_fixed_crops(flags):
+    done = train(COLOSSALAI, flags | {"cache_latents": "on"}, check=False)
+    assert done.returncode == 2 and "--cache_latents on" in done.error_lines[0] and "not square" in done.error_lines[0]

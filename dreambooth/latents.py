@@ -1,0 +1,68 @@
+"""The VAE's work, done once for the images whose crop is the same in every step."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+
+from dreambooth.console import UserError, say
+from dreambooth.data import DreamBoothDataset, Examples
+from dreambooth.ranks import Ranks
+
+ENCODED_AT_A_TIME = 4
+
+
+@torch.no_grad()
+def cache_latents(args: argparse.Namespace, dataset: DreamBoothDataset, vae: AutoencoderKL, ranks: Ranks) -> None:
+    """Encodes the images of `dataset` whose crop never changes, and moves the VAE to the CPU if that is all of them.
+
+    What is kept is mean and standard deviation of the VAE's posterior, in fp32 in host memory; every step draws its
+    own sample, so that training is the same with and without, to rounding. Ranks take whole batches of images in turn
+    and then share them, so that the result does not depend on their number.
+
+    Args:
+        args: --cache_latents auto caches what it can, on insists on all images, off does nothing.
+        dataset: its examples take their latents from the cache afterwards.
+        vae: frozen, on this rank's device, in the run's precision.
+        ranks: which share is this process's.
+
+    Raises:
+        UserError: for --cache_latents on, where an image is cropped anew in each step.
+    """
+    if args.cache_latents == "off":
+        return
+    started = time.monotonic()
+    examples = [(part, path) for part in dataset.parts for path in part.paths]
+    fixed = [(part, path) for part, path in examples if part.has_fixed_crop(path)]
+    if args.cache_latents == "on" and len(fixed) < len(examples):
+        path = next(path for part, path in examples if not part.has_fixed_crop(path))
+        raise UserError(
+            f"--cache_latents on: {path} is not square, so each step crops it elsewhere: "
+            "add --center_crop, or use --cache_latents auto"
+        )
+    if not fixed:
+        return
+    shape = (len(fixed), 2, *dataset.parts[0].latent_shape)
+    moments = torch.zeros(shape, device=ranks.device)  # each rank fills its share
+    for first in range(0, len(fixed), ENCODED_AT_A_TIME):
+        if first // ENCODED_AT_A_TIME % ranks.world_size == ranks.rank:
+            batch = slice(first, first + ENCODED_AT_A_TIME)
+            moments[batch] = _encode(vae, fixed[batch], ranks.device)
+    if ranks.world_size > 1:
+        dist.all_reduce(moments)  # the sum of one share and zeros
+    for (part, path), of_image in zip(fixed, moments.cpu(), strict=True):
+        part.moments[path] = of_image
+    if len(fixed) == len(examples):
+        vae.to("cpu")
+    size, seconds = moments.nbytes / 2**20, time.monotonic() - started
+    say(f"latents of {len(fixed)} of {len(examples)} images cached in {seconds:.1f} s, {size:.1f} MiB")
+
+
+def _encode(vae: AutoencoderKL, examples: list[tuple[Examples, Path]], device: torch.device) -> torch.Tensor:
+    """Returns (examples, 2, channels, height, width), fp32: mean and deviation, times the scaling factor."""
+    pixel_values = torch.stack([part.pixel_values(path) for part, path in examples])
+    posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
+    return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1) * vae.config.scaling_factor
