@@ -17,11 +17,14 @@ from dreambooth.schedule import Schedule
 GIB = 2**30
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Returns the most memory that this process held: on the GPU what torch allocated, else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
+def peak_host_memory_gib() -> float:
+    """Returns the largest resident set that this process had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the most memory that this process held for training: what torch allocated on a GPU, else on the host."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else peak_host_memory_gib()
 
 
 class Tracker:
@@ -98,6 +101,7 @@ class Tracker:
             step, figures, mark = self.pending.popleft()
             figures["images_per_second"] = self.images_per_step / self._seconds(self.last_mark, mark)
             figures["peak_memory_gib"] = peak_memory_gib(self.device)
+            figures["peak_host_memory_gib"] = peak_host_memory_gib()
             self.last_mark = mark
             for name, value in figures.items():
                 self.writer.add_scalar(name, float(value), step)

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
 
-from benchmarks.strategies import STRATEGIES, strategy_flags
+from benchmarks.runs import STRATEGIES, strategy_flags
 
 pytestmark = pytest.mark.gpu
 

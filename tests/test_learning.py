@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from harness import COLOSSALAI, ROOT, train
 
-from benchmarks.strategies import STRATEGIES, strategy_flags
+from benchmarks.runs import STRATEGIES, strategy_flags
 from dreambooth.data import find_images, load_image
 
 MODEL = ROOT / "assets" / "tiny-stable-diffusion"

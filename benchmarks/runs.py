@@ -1,0 +1,171 @@
+"""One run of a trainer with one strategy, as a subprocess, and its figures."""
+
+import argparse
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dreambooth.console import quiet_libraries
+
+quiet_libraries()  # before the imports that warn
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks import random_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run a trainer."""
+
+    plugin: str
+    placement: str
+    precision: str
+
+    @property
+    def script(self) -> str:
+        return "train_dreambooth.py" if self.plugin == "traditional" else "train_dreambooth_colossalai.py"
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether this machine may lack what it needs; any other refusal is a failure."""
+        if not torch.cuda.is_available():
+            return self.plugin not in ("torch_ddp", "traditional") or self.precision == "fp16"
+        compiles = self.plugin == "gemini" or self.placement == "cpu"
+        return compiles or (self.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8)
+
+    @property
+    def name(self) -> str:
+        return f"{self.plugin}-{self.placement}-{self.precision}"
+
+
+# The first is what the others are compared with.
+STRATEGIES = (
+    Strategy("torch_ddp", "cuda", "no"),
+    Strategy("torch_ddp", "cuda", "bf16"),
+    Strategy("torch_ddp_fp16", "cuda", "fp16"),
+    Strategy("low_level_zero", "cuda", "bf16"),
+    Strategy("low_level_zero", "cuda", "fp16"),
+    Strategy("low_level_zero", "cpu", "bf16"),
+    Strategy("low_level_zero", "cpu", "fp16"),
+    Strategy("gemini", "cuda", "bf16"),
+    Strategy("gemini", "cuda", "fp16"),
+    Strategy("gemini", "cpu", "bf16"),
+    Strategy("gemini", "cpu", "fp16"),
+    Strategy("gemini", "auto", "bf16"),
+    Strategy("gemini", "auto", "fp16"),
+    Strategy("traditional", "cuda", "no"),
+    Strategy("traditional", "cuda", "bf16"),
+    Strategy("traditional", "cuda", "fp16"),
+)
+
+
+def strategy_flags(strategy: Strategy) -> dict:
+    """Returns the flags that choose a strategy."""
+    if strategy.plugin == "traditional":
+        return {"mixed_precision": strategy.precision}
+    return {"plugin": strategy.plugin, "placement": strategy.placement, "mixed_precision": strategy.precision}
+
+
+def make_photos(folder: Path, resolution: int) -> None:
+    """Draws five pictures; a random model has no use for more."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0)
+    for number in range(5):
+        coarse = Image.fromarray(pixels.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+
+
+def build_parser(description: str, *, steps: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags that all benchmarks share; `steps` is a default."""
+    on_gpu = torch.cuda.is_available()
+    shape, resolution = ("stable-diffusion-v1-4", 512) if on_gpu else ("tiny", 32)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default=shape, help=f"(default: {shape})")
+    parser.add_argument("--model", help="folder of a model to train instead (default: a random one of --shape)")
+    parser.add_argument("--resolution", type=int, default=resolution, help=f"in pixels (default: {resolution})")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of each run (default: {steps})")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="high enough to move a loss (default: 1e-4)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a run may take (default: 300)")
+    return parser
+
+
+@contextlib.contextmanager
+def base_flags(args: argparse.Namespace) -> Iterator[dict]:
+    """Builds the model and the photos in a temporary folder, and yields the flags that every run has."""
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model, photos = Path(args.model or Path(folder, "model")), Path(folder, "photos")
+        if not args.model:
+            random_model.build(model, args.shape)
+        make_photos(photos, args.resolution)
+        yield {
+            "pretrained_model_name_or_path": model,
+            "instance_data_dir": photos,
+            "instance_prompt": "a photo of sks dog",
+            "resolution": args.resolution,
+            "max_train_steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "seed": 1,
+            "output_dir": Path(folder, "out"),
+        }
+
+
+def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> dict:
+    """Trains once, loads the trained pipeline, and removes it.
+
+    Returns:
+        The strategy, and with each step's figures "losses" and "seconds_per_step", and "peak_memory_gib" and
+        "peak_host_memory_gib" of the first process; or "skipped" or "failed", with the reason.
+    """
+    figures = asdict(strategy) | {"gpus": nproc, "batch": flags["train_batch_size"]}
+    words = []
+    for name, value in (flags | strategy_flags(strategy)).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    try:
+        done = subprocess.run(
+            [*launcher, strategy.script, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit_s
+        )
+        refusal = [line for line in done.stderr.splitlines() if f"{strategy.script}: error: " in line]
+        if done.returncode and refusal and strategy.may_be_refused:
+            return figures | {"skipped": refusal[0].partition(": error: ")[2]}
+        if done.returncode:
+            return figures | {"failed": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
+        return figures | _read(flags["output_dir"], flags["train_batch_size"] * nproc)
+    except subprocess.TimeoutExpired:
+        return figures | {"failed": f"not finished after {limit_s:.0f} s"}
+    finally:
+        shutil.rmtree(flags["output_dir"], ignore_errors=True)
+
+
+def _read(output_dir: Path, images_per_step: int) -> dict:
+    StableDiffusionPipeline.from_pretrained(output_dir)
+    events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        "losses": [point.value for point in events.Scalars("loss")],
+        "seconds_per_step": [images_per_step / point.value for point in events.Scalars("images_per_second")],
+        "peak_memory_gib": events.Scalars("peak_memory_gib")[-1].value,
+        "peak_host_memory_gib": events.Scalars("peak_host_memory_gib")[-1].value,
+    }
+
+
+def outcome(row: dict) -> str:
+    """Returns what became of a run, in a line; with all that it said if it failed."""
+    found = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), "ran, output loads")
+    return f"{row['plugin']}-{row['placement']}-{row['precision']}: {found}{row.get('log', '')}"

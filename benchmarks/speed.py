@@ -1,0 +1,197 @@
+"""Measures how fast the trainers are and how much memory they take, on the GPUs of this machine.
+
+    python -m benchmarks.speed --output speed
+
+writes a table to speed.md, all figures to speed.json and a bar chart to speed.png. The real trainers run, on a model
+of Stable Diffusion 1.4's shape with random weights at 512 px. Each row is compared with the traditional process on one
+GPU in fp32, without the latent cache, with the same batch, measured in the same run.
+
+Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from diffusers import UNet2DConditionModel
+from matplotlib import pyplot
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_strategy
+
+BASELINE = Strategy("traditional", "cuda", "no")
+# What it can be compared with; every other strategy has a name too.
+DEFAULT = (
+    "traditional-cuda-bf16",
+    "torch_ddp-cuda-bf16",
+    "low_level_zero-cuda-bf16",
+    "gemini-cuda-bf16",
+    "gemini-auto-bf16",
+    "low_level_zero-cpu-bf16",
+    "gemini-cpu-bf16",
+)
+COLUMNS = (
+    "strategy",
+    "GPUs",
+    "batch per GPU",
+    "peak GPU GiB",
+    "peak host GiB",
+    "s per step",
+    "spread",
+    "images/s per GPU",
+    "speed-up",
+    "of matrix rate",
+)
+
+
+def matrix_rate() -> float | None:
+    """Returns the floating-point operations per second of a large bf16 matrix product on the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    started, times = time.perf_counter(), 20
+    for _ in range(times):
+        a @ b
+    torch.cuda.synchronize()
+    return times * 2 * 8192**3 / (time.perf_counter() - started)
+
+
+def operations_per_image(model: Path, resolution: int) -> int:
+    """Returns the floating-point operations of the UNet's matrix products, forward and backward, for one image."""
+    config = UNet2DConditionModel.load_config(model / "unet")
+    vae = json.loads((model / "vae" / "config.json").read_text())
+    tokenizer = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text())
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet = UNet2DConditionModel.from_config(config)
+        latents = torch.empty(1, unet.config.in_channels, side, side)
+        text = torch.empty(1, tokenizer["model_max_length"], unet.config.cross_attention_dim)
+        unet(latents, torch.empty(1), text).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def summarize(rows: list[dict], warm_up: int, operations: int, rate: float | None) -> None:
+    """Adds the columns of the table to the rows that have figures."""
+    baseline = {}
+    for row in rows:
+        if "seconds_per_step" not in row:
+            continue
+        seconds = row["seconds_per_step"][warm_up:]
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        if row["baseline"]:
+            baseline[row["batch"]] = median
+        row["median_seconds_per_step"] = median
+        row["quartiles"] = [low, high]
+        row["images_per_second_per_gpu"] = row["batch"] / median
+        row["speed_up"] = baseline[row["batch"]] / median if row["batch"] in baseline else None
+        row["of_matrix_rate"] = operations * row["batch"] / median / rate if rate else None
+
+
+def name(row: dict) -> str:
+    """Returns what the table calls a strategy."""
+    if row["plugin"] == "traditional":
+        return "traditional, fp32, no cache" if row["baseline"] else f"traditional, {row['precision']}"
+    return f"{row['plugin']}, {row['placement']}, {row['precision']}"
+
+
+def table(rows: list[dict], rate: float | None) -> str:
+    """Returns the rows as Markdown; the spread is that between the quartiles, `rate` None where there is no GPU."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        cells = [name(row), str(row["gpus"]), str(row["batch"])]
+        if "median_seconds_per_step" in row:
+            low, high = row["quartiles"]
+            cells += [
+                f"{row['peak_memory_gib']:.1f}" if rate else "–",
+                f"{row['peak_host_memory_gib']:.1f}",
+                f"{row['median_seconds_per_step']:.3f}",
+                f"{low:.3f}–{high:.3f}",
+                f"{row['images_per_second_per_gpu']:.1f}",
+                f"{row['speed_up']:.2f}" if row["speed_up"] else "–",
+                f"{row['of_matrix_rate']:.0%}" if row["of_matrix_rate"] else "–",
+            ]
+        else:
+            cells += ["skipped" if "skipped" in row else "failed"] + ["–"] * (len(COLUMNS) - 4)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Writes a bar chart of images per second and of memory."""
+    shown = [row for row in rows if "median_seconds_per_step" in row][::-1]
+    labels = [f"{name(row)}\n{row['gpus']} x batch {row['batch']}" for row in shown]
+    matplotlib.use("Agg")
+    figure, (speed, memory) = pyplot.subplots(1, 2, sharey=True, figsize=(11, 1.2 + 0.5 * len(shown)))
+    for axes, key, label in (
+        (speed, "images_per_second_per_gpu", "images per second and GPU"),
+        (memory, "peak_memory_gib", "peak GPU memory, GiB" if torch.cuda.is_available() else "peak host memory, GiB"),
+    ):
+        colours = ["tab:gray" if row["plugin"] == "traditional" else "tab:blue" for row in shown]
+        bars = axes.barh(labels, [row[key] for row in shown], color=colours)
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.12)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    found = torch.cuda.device_count()
+    batches = [8, 16] if found else [2]
+    parser = build_parser(__doc__, steps=30)
+    parser.add_argument("--warm_up", type=int, default=10, help="steps that are not timed (default: 10)")
+    parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"per GPU (default: {batches})")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=sorted({1, found or 1}),
+        help="numbers of GPUs to run on; the traditional process runs on one (default: 1 and all)",
+    )
+    parser.add_argument("--strategies", nargs="+", default=DEFAULT, help=f"(default: {' '.join(DEFAULT)})")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in all rows but the baseline")
+    parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
+    args = parser.parse_args()
+    by_name = {strategy.name: strategy for strategy in STRATEGIES}
+    if unknown := set(args.strategies) - set(by_name):
+        parser.error(f"unknown strategies {sorted(unknown)}; there are {', '.join(by_name)}")
+
+    device = torch.cuda.get_device_name() if found else platform.processor() or platform.machine()
+    title = f"{device}, torch {torch.__version__}, {args.resolution} px"
+    rate, rows = matrix_rate(), []
+    with base_flags(args) as flags:
+        operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
+        plan = [(BASELINE, 1, batch, True) for batch in args.batches]
+        for batch in args.batches:
+            for strategy in map(by_name.get, args.strategies):
+                counts = [1] if strategy.plugin == "traditional" else args.gpus
+                plan += [(strategy, gpus, batch, False) for gpus in counts]
+        for strategy, gpus, batch, is_baseline in plan:
+            more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
+            if args.gradient_checkpointing and not is_baseline:
+                more["gradient_checkpointing"] = True
+            rows.append(run_strategy(strategy, gpus, flags | more, args.limit) | {"baseline": is_baseline})
+            summarize(rows, args.warm_up, operations, rate)
+            print(f"{gpus} x {batch}: {outcome(rows[-1])}", flush=True)
+            # Written after each row: a run that is cut short leaves what it has measured.
+            facts = {"title": title, "matrix_rate": rate, "operations_per_image": operations, "rows": rows}
+            args.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+            args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
+    draw(rows, title, args.output.with_suffix(".png"))
+    print(table(rows, rate))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The benchmarks prove themselves on the CPU."""
+
+import json
+import sys
+
+from harness import run
+from PIL import Image
+
+
+def test_speed(tmp_path):
+    """Table, figures and chart; a row that is slower than the baseline says so."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--steps", 4, "--warm_up", 1, "--output", tmp_path / "speed"]
+    strategies = ["--strategies", "traditional-cuda-no", "low_level_zero-cuda-bf16"]
+    done = run([*command, *strategies], env={"CUDA_VISIBLE_DEVICES": ""})
+    table = (tmp_path / "speed.md").read_text()
+    assert "| traditional, fp32, no cache | 1 | 2 |" in table and table.splitlines()[-1] in done.stdout
+    assert "| low_level_zero, cuda, bf16 | 1 | 2 | skipped |" in table
+    baseline, cached, skipped = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert baseline["speed_up"] == 1 and len(baseline["seconds_per_step"]) == 4
+    ratio = baseline["median_seconds_per_step"] / cached["median_seconds_per_step"]
+    assert cached["speed_up"] == ratio and f"| {ratio:.2f} |" in table
+    assert max(abs(a - b) for a, b in zip(baseline["losses"], cached["losses"], strict=True)) < 1e-5
+    assert "needs a CUDA GPU" in skipped["skipped"]
+    assert Image.open(tmp_path / "speed.png").width > 500
