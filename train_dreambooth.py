@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     settings = adamw_settings(args, schedule)
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=ranks.device.type == "cuda", **settings)
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **settings)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     unet, optimizer = accelerator.prepare(unet, optimizer)
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         unet_dtype=torch.float32,
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
     )
-    say(f"traditional process, precision {precision}, AdamW on {ranks}, {schedule}, seed {seed}")
+    say(f"traditional process, precision {precision}, fused AdamW on {ranks}, {schedule}, seed {seed}")
     with Tracker(args, schedule, ranks, images_per_step=schedule.total_batch * dataset.examples_per_sample) as tracker:
         train(args, accelerator, unet, optimizer, lr_scheduler, batches, loss_of, tracker)
 

@@ -155,7 +155,7 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
         check_cuda_toolkit(chosen)
         optimizer = "HybridAdam"
     else:
-        optimizer = "fused AdamW" if on_gpu else "AdamW"
+        optimizer = "fused AdamW"
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
     return Strategy(plugin, args.placement, precision, optimizer, offload)
 
@@ -221,8 +221,8 @@ gemini_optimizer._AVAIL_OPTIM_LIST.add(ClippingHybridAdam)  # Gemini takes the e
 
 def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: dict) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the UNet's parameters."""
-    if strategy.optimizer != "HybridAdam":
-        return torch.optim.AdamW(unet.parameters(), fused=strategy.optimizer == "fused AdamW", **settings)
+    if strategy.optimizer == "fused AdamW":
+        return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
     say("loading HybridAdam's kernels; the first time they are compiled, which takes a minute or two")
     with contextlib.redirect_stdout(io.StringIO()):
         return ClippingHybridAdam(unet.parameters(), **settings)
