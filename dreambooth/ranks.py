@@ -50,7 +50,12 @@ def run_alone_without_torchrun() -> None:
 
 
 def leave() -> None:
-    """Waits for the other ranks, then leaves the process group."""
+    """Waits for the other ranks; the run is over.
+
+    A gloo group is left to the end of the process. Destroyed here it could wait for ever: for its thread, which may be
+    about to free a tensor of the last all-reduce and waits for Python's lock, which the destructor holds.
+    """
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        if dist.get_backend() == dist.Backend.NCCL:
+            dist.destroy_process_group()

@@ -29,7 +29,7 @@ def photos(tmp_path_factory):
     """Five smooth pictures of different sizes, none of them square."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(5):
-        width, height = 40 + 8 * number, 64 - 4 * number
+        width, height = 40 + 8 * number, 66 - 4 * number
         x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
         channels = [np.sin((number + 2) * x + c) * np.cos((c + 1) * y) * 0.5 + 0.5 for c in range(3)]
         Image.fromarray((np.stack(channels, axis=-1) * 255).astype("uint8")).save(folder / f"{number}.png")
