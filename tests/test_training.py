@@ -178,8 +178,15 @@ def test_test_run_uses_ten_images_of_each_folder(flags, prior, tmp_path):
         assert len(list(class_images.iterdir())) == min(steps, 11)
 
 
-@BOTH
-@pytest.mark.parametrize("crop", ["every image", "class images", "no image"])
+@pytest.mark.parametrize(
+    "script, crop",
+    [
+        (COLOSSALAI, "every image"),
+        (COLOSSALAI, "class images"),
+        (COLOSSALAI, "no image"),
+        (TRADITIONAL, "class images"),
+    ],
+)
 def test_the_latent_cache_changes_nothing(crop, script, flags, prior, photos, tmp_path):
     """Losses and gradient norms are the same with and without, whatever part of the images can be in it."""
     flags |= prior | {"center_crop": crop == "every image", "max_train_steps": 5}
