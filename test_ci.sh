@@ -19,6 +19,11 @@ OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
-# On GPUs as many processes as there are, up to two; on the CPU two.
+# On GPUs as many processes as there are, up to two; on the CPU two, with what can run there.
 nproc=$((gpus == 1 ? 1 : 2))
-"$python" -m benchmarks.strategies --shape tiny --resolution 32 --train_batch_size 2 --steps 2 --nproc "$nproc"
+only=()
+if [ "$gpus" -eq 0 ]; then
+  only=(--only torch_ddp-cuda-no torch_ddp-cuda-bf16 traditional-cuda-no traditional-cuda-bf16)
+fi
+"$python" -m benchmarks.strategies --shape tiny --resolution 32 --train_batch_size 2 --steps 2 --nproc "$nproc" \
+  "${only[@]}"
