@@ -9,6 +9,10 @@ GPU in fp32, without the latent cache, with the same batch, measured in the same
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
 
+from dreambooth.console import quiet_libraries
+
+quiet_libraries()  # before the imports that warn
+
 import json
 import platform
 import statistics
@@ -25,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_strategy
 
 BASELINE = Strategy("traditional", "cuda", "no")
-# What it can be compared with; every other strategy has a name too.
+# What runs unless --strategies says otherwise.
 DEFAULT = (
     "traditional-cuda-bf16",
     "torch_ddp-cuda-bf16",

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def test_speed(tmp_path):
-    """Table, figures and chart; a row that is slower than the baseline says so."""
+    """Table, figures and chart, of a strategy that runs here and one that does not."""
     command = [sys.executable, "-m", "benchmarks.speed", "--steps", 4, "--warm_up", 1, "--output", tmp_path / "speed"]
     strategies = ["--strategies", "traditional-cuda-no", "low_level_zero-cuda-bf16"]
     done = run([*command, *strategies], env={"CUDA_VISIBLE_DEVICES": ""})

@@ -1,4 +1,4 @@
-"""Makes assets/tiny-stable-diffusion: a small Stable Diffusion that knows a hundred things in eighteen places.
+"""Makes assets/tiny-stable-diffusion: a small Stable Diffusion that knows 95 things in eighteen places.
 
     pip install resvg-py
     python -m assets.recipe.train --downloads emoji --vae_minutes 8 --unet_minutes 15
