@@ -19,10 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
-import io
 import os
-import re
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +32,6 @@ from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossalai.interface import OptimizerWrapper
-from colossalai.nn.optimizer import HybridAdam
 from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
 from colossalai.zero.gemini.chunk import Chunk, TensorInfo
@@ -96,16 +92,15 @@ def build_parser() -> arguments.Parser:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Plugin, placement, precision and optimizer: a combination that this machine can run."""
+    """Plugin, placement and precision: a combination that this machine can run."""
 
     plugin: str
     placement: str
     precision: str
-    optimizer: str
     offload_optim_frac: float = 0.0
 
     def __str__(self) -> str:
-        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}, {self.optimizer}"
+        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}, fused AdamW"
 
     @property
     def shards(self) -> bool:
@@ -151,38 +146,8 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
         )
     if offload is None:
         offload = 1.0 if args.placement == "cpu" else 0.0
-    if plugin == "gemini" or args.placement == "cpu":
-        check_cuda_toolkit(chosen)
-        optimizer = "HybridAdam"
-    else:
-        optimizer = "fused AdamW"
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
-    return Strategy(plugin, args.placement, precision, optimizer, offload)
-
-
-def check_cuda_toolkit(chosen: str) -> None:
-    """Checks that HybridAdam's kernels, which are compiled at their first use, can be compiled here.
-
-    Raises:
-        UserError: if the CUDA toolkit is missing, or of another major version than torch's.
-    """
-    from torch.utils.cpp_extension import CUDA_HOME  # on a machine without a GPU this import prints a line
-
-    needed = torch.version.cuda.split(".")[0]
-    remedy = (
-        f"install CUDA toolkit {needed} and set CUDA_HOME, or use --plugin torch_ddp or low_level_zero with "
-        "--placement cuda, which compile nothing"
-    )
-    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
-    if CUDA_HOME is None or not nvcc.is_file():
-        raise UserError(f"{chosen} needs HybridAdam, whose kernels are compiled, and no nvcc was found: {remedy}")
-    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    if release is None or release[1] != needed:
-        found = release[1] if release else "of an unknown version"
-        raise UserError(
-            f"{chosen} needs HybridAdam, whose kernels are compiled with torch's CUDA {needed}; "
-            f"the toolkit in {CUDA_HOME} is {found}: {remedy}"
-        )
+    return Strategy(plugin, args.placement, precision, offload)
 
 
 def launch() -> Ranks:
@@ -197,35 +162,41 @@ def launch() -> Ranks:
     )
 
 
-class ClippingHybridAdam(HybridAdam):
-    """HybridAdam whose gradient clipping reaches bf16 gradients in host memory.
+class ShardAdamW(torch.optim.AdamW):
+    """torch's fused AdamW for the shards that Gemini hands out: fp32 weights with half-precision gradients.
 
     Gemini leaves the division of the gradients, for clipping and by the loss scale, to the optimizer: it calls
-    `step(div_scale=...)`. HybridAdam of ColossalAI 0.5.0 forgets it for bf16 gradients on the CPU, which it updates
-    in `torch_adam_update`.
+    `step(div_scale=...)`. ColossalAI has optimizers for that, whose kernels are compiled at their first use; this one
+    needs no compiler, and works on GPUs and in host memory.
     """
 
+    num_fp32_shards_per_param = 4  # weight, gradient, two moments: by which Gemini finds room for them
     div_scale = -1.0  # not above 0: no division
 
     def step(self, closure=None, div_scale: float = -1.0):
         self.div_scale = div_scale
-        return super().step(closure, div_scale)
+        return super().step(closure)
 
-    def torch_adam_update(self, data: torch.Tensor, grad: torch.Tensor, *others) -> None:
-        grad = grad.to(data.dtype)
-        super().torch_adam_update(data, grad / self.div_scale if self.div_scale > 0 else grad, *others)
+    def _init_group(self, group: dict, params: list, grads: list, *others):
+        """Gathers a group's tensors, as torch's optimizers do; the gradients in fp32."""
+        found = super()._init_group(group, params, grads, *others)
+        grads[:] = [grad.float() for grad in grads]
+        if self.div_scale > 0:
+            torch._foreach_div_(grads, self.div_scale)
+        return found
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST.add(ClippingHybridAdam)  # Gemini takes the exact types of this set only
+gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact types of this set only
 
 
 def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: dict) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the UNet's parameters."""
-    if strategy.optimizer == "fused AdamW":
-        return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
-    say("loading HybridAdam's kernels; the first time they are compiled, which takes a minute or two")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return ClippingHybridAdam(unet.parameters(), **settings)
+    if strategy.placement != "cuda":
+        # Part of it works on the CPU, of which torchrun gives each process one core.
+        cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(torch.get_num_threads(), cores))
+    adamw = ShardAdamW if strategy.plugin == "gemini" else torch.optim.AdamW
+    return adamw(unet.parameters(), fused=True, **settings)
 
 
 def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm: float) -> Booster:

@@ -43,8 +43,7 @@ class Strategy:
         """Whether this machine may lack what it needs; any other refusal is a failure."""
         if not torch.cuda.is_available():
             return self.plugin not in ("torch_ddp", "traditional") or self.precision == "fp16"
-        compiles = self.plugin == "gemini" or self.placement == "cpu"
-        return compiles or (self.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8)
+        return self.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8
 
     @property
     def name(self) -> str:

@@ -1,0 +1,28 @@
+"""The optimizer that works for Gemini, on the CPU, without Gemini: half-precision gradients beside fp32 weights."""
+
+import pytest
+import torch
+
+from train_dreambooth_colossalai import ShardAdamW
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("div_scale", [-1.0, 250.0])
+def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale):
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=draw)
+    weights, reference = torch.nn.Parameter(start.to(dtype)), torch.nn.Parameter(start.clone())
+    optimizer = ShardAdamW([weights], lr=1e-2, weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1)
+    shard = start.clone()
+    for _ in range(5):
+        gradient = torch.randn(1000, generator=draw).to(dtype)
+        # As Gemini does it: the gradient is set beside data of its dtype, then the fp32 shard takes the data's place.
+        weights.data = gradient
+        weights.grad = weights.data
+        weights.data = shard
+        optimizer.step(div_scale=div_scale)
+        reference.grad = gradient.float() / (div_scale if div_scale > 0 else 1)
+        adamw.step()
+        torch.testing.assert_close(shard, reference.data, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(shard, start, atol=1e-3)
