@@ -18,23 +18,34 @@ from dreambooth.console import quiet_libraries, run, say
 quiet_libraries()  # before the imports that warn
 
 import argparse
-import copy
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradScalerKwargs
+from diffusers import UNet2DConditionModel
 
 from dreambooth import arguments, models
+from dreambooth.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    Progress,
+    check_settings,
+    find_checkpoint,
+    save_checkpoint,
+    settings_of,
+)
 from dreambooth.class_images import generate_class_images
 from dreambooth.data import build_dataset, build_loader, find_images, images_to_use
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
-from dreambooth.optimizer import adamw_settings, build_lr_scheduler
-from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
+from dreambooth.optimizer import adamw_settings, build_lr_scheduler, resume_lr_scheduler
+from dreambooth.output import prepare_hub, save_pipeline, unet_with, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave
@@ -57,38 +68,72 @@ def launch(precision: str) -> tuple[Accelerator, Ranks]:
     )
 
 
+@dataclass
+class Training:
+    """What accelerate has prepared, and what it takes to go on with a run."""
+
+    accelerator: Accelerator
+    unet: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.accelerator.unwrap_model(self.unet).named_parameters()
+
+    def progress(self, step: int) -> Progress:
+        """Returns how far the run is after `step`."""
+        state = self.optimizer.optimizer.state
+        scaler = self.accelerator.scaler
+        return Progress(
+            step=step,
+            adam_step=int(next(iter(state.values()))["step"]),
+            moments={m: {name: state[parameter][m].cpu() for name, parameter in self._parameters()} for m in MOMENTS},
+            lr_scheduler=self.lr_scheduler.state_dict(),
+            grad_scaler=scaler.state_dict() if scaler else {},
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
+        for name, parameter in self._parameters():
+            state = self.optimizer.optimizer.state[parameter]
+            state["step"] = torch.tensor(float(checkpoint.adam_step), device=parameter.device)
+            for moment in MOMENTS:
+                state[moment] = checkpoint.moment(moment, name).to(parameter.device)
+        resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
+        if self.accelerator.scaler and checkpoint.grad_scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.grad_scaler)
+
+
 def train(
     args: argparse.Namespace,
-    accelerator: Accelerator,
-    unet: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    training: Training,
     batches: Iterable,
     loss_of: Callable,
     tracker: Tracker,
+    write_checkpoint: Callable[[Progress, UNet2DConditionModel], None],
+    first_step: int,
 ) -> None:
     """Takes one optimizer step per batch, and writes checkpoint-N every --save_steps steps."""
-    for step, batch in enumerate(batches, start=1):
-        loss = loss_of(unet, batch)
-        accelerator.backward(loss)
+    for step, batch in enumerate(batches, start=first_step + 1):
+        loss = loss_of(training.unet, batch)
+        training.accelerator.backward(loss)
         grad_norm = None
         if args.max_grad_norm:
-            grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-        lr = lr_scheduler.get_last_lr()[0]
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
+            grad_norm = training.accelerator.clip_grad_norm_(training.unet.parameters(), args.max_grad_norm)
+        lr = training.lr_scheduler.get_last_lr()[0]
+        training.optimizer.step()
+        training.lr_scheduler.step()
+        training.optimizer.zero_grad()
         tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
-        if step % args.save_steps == 0:
-            save(accelerator, unet, functools.partial(save_checkpoint, Path(args.output_dir), step))
+        if step % args.save_steps == 0 and training.accelerator.is_main_process:
+            save(training, functools.partial(write_checkpoint, training.progress(step)))
 
 
-def save(accelerator: Accelerator, unet: torch.nn.Module, write: Callable) -> None:
+def save(training: Training, write: Callable[[UNet2DConditionModel], None]) -> None:
     """Hands the UNet, in fp32 and on the CPU, to `write` on rank 0."""
-    if accelerator.is_main_process:
-        unet = accelerator.unwrap_model(unet)
-        weights = {name: parameter.detach().cpu() for name, parameter in unet.named_parameters()}
-        write(unet_with(weights, unet.config))
+    if training.accelerator.is_main_process:
+        unet = training.accelerator.unwrap_model(training.unet)
+        write(unet_with({name: parameter.detach().cpu() for name, parameter in unet.named_parameters()}, unet.config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = choose_precision(args.mixed_precision)
     model_folder = models.find_model(args)
     instance_images = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    checkpoint = find_checkpoint(args)
     accelerator, ranks = launch(precision)
     seed = shared_seed(args.seed)
     repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
@@ -104,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
     text_encoder = models.load_text_encoder(model_folder)
     vae = models.load_vae(model_folder, args.resolution)
-    unet = models.load_unet(model_folder, args.external_unet_path)
+    unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
 
@@ -113,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.with_prior_preservation:
         half = sampling_dtype(precision)
         class_images = generate_class_images(
-            args, lambda: load_pipeline(copy.deepcopy(unet).to(half), torch_dtype=half), seed=seed, ranks=ranks
+            args,
+            lambda: load_pipeline(models.load_unet(model_folder, args.external_unet_path).to(half), torch_dtype=half),
+            seed=seed,
+            ranks=ranks,
         )
 
     # Samples, and which rank takes which.
@@ -126,7 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
-    batches = build_loader(dataset, schedule, ranks)
+    settings = settings_of(args, seed=seed, total_batch=schedule.total_batch, images=instance_images + class_images)
+    first_step = 0
+    if checkpoint is not None:
+        check_settings(checkpoint, settings, args.resume_anyway)
+        first_step = checkpoint.step
+    batches = build_loader(dataset, schedule, ranks, first_step)
 
     # The frozen parts, in the run's precision.
     dtype = DTYPES[precision]
@@ -139,10 +193,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    settings = adamw_settings(args, schedule)
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **settings)
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **adamw_settings(args, schedule))
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    training = Training(accelerator, *accelerator.prepare(unet, optimizer), lr_scheduler)
+    if checkpoint is not None:
+        training.resume(checkpoint)
 
     # Train.
     loss_of = functools.partial(
@@ -154,11 +209,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
     )
     say(f"traditional process, precision {precision}, fused AdamW on {ranks}, {schedule}, seed {seed}")
-    with Tracker(args, schedule, ranks, images_per_step=schedule.total_batch * dataset.examples_per_sample) as tracker:
-        train(args, accelerator, unet, optimizer, lr_scheduler, batches, loss_of, tracker)
+    with Tracker(args, schedule, ranks, first_step, schedule.total_batch * dataset.examples_per_sample) as tracker:
+        train(
+            args, training, batches, loss_of, tracker, functools.partial(save_checkpoint, args, settings), first_step
+        )
 
     # Save.
-    save(accelerator, unet, functools.partial(save_pipeline, Path(args.output_dir), load_pipeline))
+    save(training, functools.partial(save_pipeline, Path(args.output_dir), load_pipeline))
     if repo_id:
         upload(args, repo_id)
     leave()

@@ -17,7 +17,6 @@ quiet_libraries()  # before the imports that warn
 
 import argparse
 import contextlib
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,29 +27,39 @@ import colossalai
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
-from colossalai.zero.gemini.chunk import Chunk, TensorInfo
-from colossalai.zero.gemini.utils import get_temp_total_chunk_on_cuda
 from diffusers import UNet2DConditionModel
 
 from dreambooth import arguments, models
+from dreambooth.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    Progress,
+    check_settings,
+    find_checkpoint,
+    save_checkpoint,
+    settings_of,
+)
 from dreambooth.class_images import generate_class_images
 from dreambooth.data import build_dataset, build_loader, find_images, images_to_use
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
-from dreambooth.optimizer import adamw_settings, build_lr_scheduler
-from dreambooth.output import prepare_hub, save_checkpoint, save_pipeline, unet_with, upload
+from dreambooth.optimizer import adamw_settings, build_lr_scheduler, resume_lr_scheduler
+from dreambooth.output import prepare_hub, save_pipeline, unet_with, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
 
+# What ColossalAI's loss scaler counts, besides the scale.
+SCALER_COUNTERS = ("_growth_step", "_hysteresis_step")
 # Which placements each plugin can serve.
 PLACEMENTS = {
     "torch_ddp": ("cuda",),
@@ -233,6 +242,27 @@ def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm:
 
 
 @dataclass
+class Part:
+    """What this rank holds of a parameter of the UNet: its flattened elements from `first` to `last`.
+
+    Args:
+        name: of the parameter.
+        tensor: the fp32 master weights that AdamW updates; what is beyond `last - first` elements is padding.
+        state_key: by which the optimizer keeps its state of them.
+    """
+
+    name: str
+    first: int
+    last: int
+    tensor: torch.Tensor
+    state_key: torch.Tensor
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the elements of a tensor that is laid out as `tensor` is, without padding, flat."""
+        return tensor.view(-1)[: self.last - self.first]
+
+
+@dataclass
 class Boosted:
     """The UNet and its optimizer as Booster returned them, and the module that was boosted.
 
@@ -277,11 +307,36 @@ class Boosted:
         norm = self.optimizer.get_grad_norm()
         if not self.max_grad_norm or norm is None:
             return None
-        if self.strategy.precision != "fp16":
-            return norm
-        gemini = isinstance(self.model, GeminiDDP)
-        scaler = self.optimizer.mix_precision_mixin if gemini else self.optimizer.mixed_precision_mixin
-        return norm / scaler.loss_scale
+        return norm / self._sharded_grad_scaler.scale.item() if self.strategy.precision == "fp16" else norm
+
+    def _parts(self) -> Iterator[Part]:
+        """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
+        if isinstance(self.optimizer, LowLevelZeroOptimizer):
+            for name, parameter in self.unet.named_parameters():
+                shard = self.optimizer.working_to_master_param[id(parameter)]
+                first = min(dist.get_rank() * shard.numel(), parameter.numel())
+                yield Part(name, first, min(first + shard.numel(), parameter.numel()), shard, shard)
+        elif isinstance(self.model, GeminiDDP):
+            fakes = {
+                id(parameter): self.optimizer.id_to_fake_params.get(number)
+                for number, parameter in self.optimizer.id_to_real_params.items()
+            }
+            for half, master in zip(self.model.fp16_params, self.model.fp32_params, strict=True):
+                chunk = self.model.chunk_manager.get_chunk(master)
+                assert not chunk.is_gathered, "each rank holds a shard"
+                place = chunk.tensors_info[master]
+                first = max(place.offset, chunk.shard_begin)
+                last = max(first, min(place.end, chunk.shard_end))
+                shard = chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin]
+                name = self.model.param2name[half]
+                yield Part(name, first - place.offset, last - place.offset, shard, fakes[id(half)])
+        else:
+            for name, parameter in self.unet.named_parameters():
+                yield Part(name, 0, parameter.numel(), parameter.detach(), parameter)
+
+    def _state(self, part: Part) -> dict:
+        """Returns the state that AdamW keeps of a part."""
+        return self.optimizer.optim.state[part.state_key]
 
     @torch.no_grad()
     def load_master_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -290,52 +345,90 @@ class Boosted:
         Args:
             weights: fp32 tensors by the names of the UNet's parameters.
         """
-        if isinstance(self.optimizer, LowLevelZeroOptimizer):
-            for name, parameter in self.unet.named_parameters():
-                padding = self.optimizer.get_param_padding_size(parameter)
-                flat = torch.nn.functional.pad(weights[name].flatten(), (0, padding))
-                shard = self.optimizer.working_to_master_param[id(parameter)]
-                shard.copy_(flat.chunk(dist.get_world_size())[dist.get_rank()])
-        elif isinstance(self.model, GeminiDDP):
-            for name, chunk, place in self._gemini_places():
-                first, last = max(place.offset, chunk.shard_begin), min(place.end, chunk.shard_end)
-                if first < last:
-                    shard = chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin]
-                    shard.copy_(weights[name].flatten()[first - place.offset : last - place.offset])
+        if self.strategy.shards:
+            for part in self._parts():
+                part.of(part.tensor).copy_(weights[part.name].flatten()[part.first : part.last])
 
     @torch.no_grad()
-    def gather_master_weights(self) -> dict[str, torch.Tensor]:
-        """Collects the fp32 master weights on rank 0, on the CPU; to be called on every rank.
+    def gather(self, tensor_of: Callable[[Part], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Collects fp32 tensors of the parameters' shapes on rank 0, on the CPU; to be called on every rank.
+
+        Args:
+            tensor_of: returns this rank's tensor of a part that is not empty.
 
         Returns:
             Tensors by the names of the UNet's parameters; an empty dict on other ranks than 0.
         """
-        on_rank_0 = dist.get_rank() == 0
-        weights = {}
-        if isinstance(self.optimizer, LowLevelZeroOptimizer):
-            for name, parameter in self.unet.named_parameters():
-                shard = self.optimizer.working_to_master_param[id(parameter)].to(parameter.device)
-                whole = shard.new_empty(shard.numel() * dist.get_world_size())
-                dist.all_gather_into_tensor(whole, shard)
-                if on_rank_0:
-                    weights[name] = whole[: parameter.numel()].view(parameter.shape).cpu()
-        elif isinstance(self.model, GeminiDDP):
-            whole_of = functools.lru_cache(maxsize=1)(lambda chunk: get_temp_total_chunk_on_cuda(chunk, torch.float32))
-            shapes = {name: parameter.shape for name, parameter in self.unet.named_parameters()}
-            for name, chunk, place in self._gemini_places():
-                whole = whole_of(chunk)
-                if on_rank_0:
-                    weights[name] = whole[place.offset : place.end].view(shapes[name]).cpu()
-        elif on_rank_0:
-            weights = {name: parameter.detach().cpu() for name, parameter in self.unet.named_parameters()}
-        return weights
+        device = get_accelerator().get_current_device()
+        shapes = {name: parameter.shape for name, parameter in self.unet.named_parameters()}
+        gathered = {}
+        for part in self._parts():
+            if self.strategy.shards:
+                # As integers, the sum of all parts and zeros elsewhere is each part, to the sign of a zero.
+                whole = torch.zeros(shapes[part.name].numel(), dtype=torch.int32, device=device)
+                if part.first < part.last:
+                    whole[part.first : part.last] = part.of(tensor_of(part)).view(torch.int32).to(device)
+                dist.reduce(whole, dst=0)
+                whole = whole.view(torch.float32).view(shapes[part.name])
+            else:
+                whole = tensor_of(part)
+            if dist.get_rank() == 0:
+                gathered[part.name] = whole.detach().cpu()
+        return gathered
 
-    def _gemini_places(self) -> Iterator[tuple[str, Chunk, TensorInfo]]:
-        """Yields each parameter's name, the chunk that holds its master weights, and where in it they lie."""
-        for half, master in zip(self.model.fp16_params, self.model.fp32_params, strict=True):
-            chunk = self.model.chunk_manager.get_chunk(master)
-            assert not chunk.is_gathered, "each rank holds a shard"
-            yield self.model.param2name[half], chunk, chunk.tensors_info[master]
+    def gather_master_weights(self) -> dict[str, torch.Tensor]:
+        """Collects the fp32 master weights, as `gather` does."""
+        return self.gather(lambda part: part.tensor)
+
+    def progress(self, step: int) -> Progress:
+        """Returns how far the run is after `step`; to be called on every rank."""
+        adam_steps = [int(state["step"]) for state in self.optimizer.optim.state.values()]
+        return Progress(
+            step=step,
+            adam_step=adam_steps[0],
+            moments={name: self.gather(lambda part: self._state(part)[name]) for name in MOMENTS},  # noqa: B023
+            lr_scheduler=self.lr_scheduler.state_dict(),
+            grad_scaler=self._grad_scaler_state(),
+        )
+
+    @torch.no_grad()
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
+        for part in self._parts():
+            if part.first < part.last:
+                state = self._state(part)
+                state["step"] = torch.tensor(float(checkpoint.adam_step), device=part.tensor.device)
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(part.tensor, dtype=torch.float32)
+                    whole = checkpoint.moment(name, part.name).flatten()
+                    part.of(state[name]).copy_(whole[part.first : part.last])
+        resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
+        self._load_grad_scaler_state(checkpoint.grad_scaler)
+
+    @property
+    def _sharded_grad_scaler(self) -> DynamicGradScaler:
+        gemini = isinstance(self.model, GeminiDDP)
+        return (self.optimizer.mix_precision_mixin if gemini else self.optimizer.mixed_precision_mixin).grad_scaler
+
+    def _grad_scaler_state(self) -> dict:
+        """Returns the state of fp16's loss scale; ColossalAI's own `state_dict` leaves the counters out."""
+        if self.strategy.precision != "fp16":
+            return {}
+        if not self.strategy.shards:
+            return self.optimizer.scaler.state_dict()
+        scaler = self._sharded_grad_scaler
+        return {"scale": scaler.scale.item()} | {name: getattr(scaler, name) for name in SCALER_COUNTERS}
+
+    def _load_grad_scaler_state(self, state: dict) -> None:
+        if self.strategy.precision != "fp16" or not state:
+            return
+        if not self.strategy.shards:
+            self.optimizer.scaler.load_state_dict(state)
+            return
+        scaler = self._sharded_grad_scaler
+        scaler.scale.fill_(state["scale"])
+        for name in SCALER_COUNTERS:
+            setattr(scaler, name, state[name])
 
 
 def boost(
@@ -354,16 +447,24 @@ def boost(
     return boosted
 
 
-def train(args: argparse.Namespace, boosted: Boosted, batches: Iterable, loss_of: Callable, tracker: Tracker) -> None:
+def train(
+    args: argparse.Namespace,
+    boosted: Boosted,
+    batches: Iterable,
+    loss_of: Callable,
+    tracker: Tracker,
+    write_checkpoint: Callable[[Progress, UNet2DConditionModel], None],
+    first_step: int,
+) -> None:
     """Takes one optimizer step per batch, and writes checkpoint-N every --save_steps steps."""
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches, start=first_step + 1):
         with boosted.strategy.autocast():
             loss = loss_of(boosted.model, batch)
         lr = boosted.lr_scheduler.get_last_lr()[0]
         grad_norm = boosted.update(loss)
         tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
         if step % args.save_steps == 0:
-            save(boosted, functools.partial(save_checkpoint, Path(args.output_dir), step))
+            save(boosted, functools.partial(write_checkpoint, boosted.progress(step)))
 
 
 def save(boosted: Boosted, write: Callable[[UNet2DConditionModel], None]) -> None:
@@ -378,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     strategy = choose_strategy(args)
     model_folder = models.find_model(args)
     instance_images = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    checkpoint = find_checkpoint(args)
     ranks = launch()
     seed = shared_seed(args.seed)
     repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
@@ -386,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
     text_encoder = models.load_text_encoder(model_folder)
     vae = models.load_vae(model_folder, args.resolution)
-    unet = models.load_unet(model_folder, args.external_unet_path)
+    unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
 
@@ -395,7 +497,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.with_prior_preservation:
         half = sampling_dtype(strategy.precision)
         class_images = generate_class_images(
-            args, lambda: load_pipeline(copy.deepcopy(unet).to(half), torch_dtype=half), seed=seed, ranks=ranks
+            args,
+            lambda: load_pipeline(models.load_unet(model_folder, args.external_unet_path).to(half), torch_dtype=half),
+            seed=seed,
+            ranks=ranks,
         )
 
     # Samples, and which rank takes which.
@@ -408,7 +513,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
-    batches = build_loader(dataset, schedule, ranks)
+    settings = settings_of(args, seed=seed, total_batch=schedule.total_batch, images=instance_images + class_images)
+    first_step = 0
+    if checkpoint is not None:
+        check_settings(checkpoint, settings, args.resume_anyway)
+        first_step = checkpoint.step
+    batches = build_loader(dataset, schedule, ranks, first_step)
 
     # The frozen parts, in the run's precision.
     dtype = DTYPES[strategy.precision]
@@ -424,6 +534,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = build_optimizer(strategy, unet, adamw_settings(args, schedule))
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     boosted = boost(strategy, unet, optimizer, lr_scheduler, args.max_grad_norm)
+    if checkpoint is not None:
+        boosted.resume(checkpoint)
 
     # Train.
     loss_of = functools.partial(
@@ -435,8 +547,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
     )
     say(f"{strategy} on {ranks}, {schedule}, seed {seed}")
-    with Tracker(args, schedule, ranks, images_per_step=schedule.total_batch * dataset.examples_per_sample) as tracker:
-        train(args, boosted, batches, loss_of, tracker)
+    with Tracker(args, schedule, ranks, first_step, schedule.total_batch * dataset.examples_per_sample) as tracker:
+        write_checkpoint = functools.partial(save_checkpoint, args, settings)
+        train(args, boosted, batches, loss_of, tracker, write_checkpoint, first_step)
 
     # Save.
     save(boosted, functools.partial(save_pipeline, Path(args.output_dir), load_pipeline))

@@ -278,10 +278,27 @@ def _add_output(parser: Parser) -> None:
     )
     group.add_argument(
         "--save_steps",
+        "--checkpointing_steps",
         type=number(int, 1),
         metavar="N",
         default=500,
         help="steps between two checkpoint-N folders (default: 500)",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        type=number(int, 1),
+        metavar="N",
+        help="checkpoints to keep; the oldest goes once the newest is complete (default: all)",
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="latest|FOLDER",
+        help="go on from a checkpoint: the newest in --output_dir, or the one named (default: start anew)",
+    )
+    group.add_argument(
+        "--resume_anyway",
+        action="store_true",
+        help="also where settings differ from those that the checkpoint was written with (default: off)",
     )
     group.add_argument(
         "--logging_dir",

@@ -246,12 +246,14 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
     return batch | {"rows": torch.tensor(latents_first).argsort()}
 
 
-def build_loader(dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields this rank's batch of each step of the schedule, on its device."""
+def build_loader(
+    dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields this rank's batch of each step of the schedule from `first_step` (counted from 0) on, on its device."""
     on_gpu = ranks.device.type == "cuda"
     loader = DataLoader(
         dataset,
-        batch_sampler=list(schedule.batches(ranks.rank)),
+        batch_sampler=list(schedule.batches(ranks.rank, first_step)),
         collate_fn=collate,
         # On a GPU machine, worker processes decode while the GPU computes; on the CPU they would only take its cores.
         num_workers=min(4, os.cpu_count() or 1) if on_gpu else 0,

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dreambooth.schedule import Schedule
 
@@ -27,3 +27,10 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=schedule.steps,
     )
+
+
+def resume_lr_scheduler(lr_scheduler: LRScheduler, state: dict) -> None:
+    """Puts a new scheduler where another one was, and the learning rate too, which torch leaves as it is."""
+    lr_scheduler.load_state_dict(state)
+    for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr

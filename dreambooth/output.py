@@ -35,12 +35,6 @@ def unet_with(weights: dict[str, torch.Tensor], config: dict) -> UNet2DCondition
     return unet
 
 
-def save_checkpoint(output_dir: Path, step: int, unet: UNet2DConditionModel) -> None:
-    """Writes checkpoint-`step`/unet, which `UNet2DConditionModel.from_pretrained` loads."""
-    with written_whole(output_dir / f"checkpoint-{step}") as folder:
-        unet.save_pretrained(folder / "unet", safe_serialization=True)
-
-
 def save_pipeline(output_dir: Path, load: Callable[..., StableDiffusionPipeline], unet: UNet2DConditionModel) -> None:
     """Writes the whole pipeline, with the trained UNet, into `output_dir`.
 

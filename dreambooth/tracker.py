@@ -37,16 +37,21 @@ class Tracker:
         args: names the TensorBoard folder, which is written on rank 0 only.
         schedule: of the run.
         ranks: rank 0 shows; the others only take part in averaging.
+        first_step: steps done before, by the run that this one goes on with.
         images_per_step: images that go through the UNet in a step, over all ranks.
     """
 
-    def __init__(self, args: argparse.Namespace, schedule: Schedule, ranks: Ranks, images_per_step: int):
+    def __init__(
+        self, args: argparse.Namespace, schedule: Schedule, ranks: Ranks, first_step: int, images_per_step: int
+    ):
         self.device = ranks.device
         self.world_size = ranks.world_size
         self.images_per_step = images_per_step
         shown = ranks.rank == 0
-        self.writer = SummaryWriter(str(Path(args.output_dir, args.logging_dir))) if shown else None
-        self.progress = tqdm(total=schedule.steps, desc="training", unit="step", disable=not shown)
+        # What the earlier run logged after its checkpoint is hidden: those steps are taken again.
+        folder = str(Path(args.output_dir, args.logging_dir))
+        self.writer = SummaryWriter(folder, purge_step=first_step + 1 if first_step else None) if shown else None
+        self.progress = tqdm(total=schedule.steps, initial=first_step, desc="training", unit="step", disable=not shown)
         self.pending: deque = deque()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

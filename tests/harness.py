@@ -69,12 +69,12 @@ def train(script: str, flags: dict, *, nproc: int = 1, on_gpu: bool = False, **o
     return run([*launcher, script, *command_line(flags)], env=env | options.pop("env", {}), **options)
 
 
-def scalars(output_dir: Path, name: str) -> list[float]:
-    """Returns a TensorBoard scalar of every step, in order."""
+def scalars(output_dir: Path, name: str, first: int = 1) -> list[float]:
+    """Returns a TensorBoard scalar of every step from `first` on, in order."""
     events = EventAccumulator(str(Path(output_dir) / "logs"), size_guidance={"scalars": 0})
     events.Reload()
     points = events.Scalars(name)
-    assert [point.step for point in points] == list(range(1, len(points) + 1))
+    assert [point.step for point in points] == list(range(first, first + len(points)))
     return [point.value for point in points]
 
 

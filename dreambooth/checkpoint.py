@@ -1,0 +1,192 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+checkpoint-N/
+    unet/                    fp32 weights, which `UNet2DConditionModel.from_pretrained` loads
+    optimizer.safetensors    AdamW's two moments, "exp_avg.<parameter>" and "exp_avg_sq.<parameter>", fp32
+    state.json               step, learning rate schedule, loss scale, the run's settings, library versions
+
+Nothing in it is pickled. No state of a random generator is needed: every draw follows from the seed and the number of
+its sample (dreambooth/randomness.py). No part depends on the plugin or the number of ranks.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dreambooth.console import UserError, warn
+from dreambooth.models import first_line
+from dreambooth.output import written_whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+NAME = re.compile(r"checkpoint-(\d+)")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
+# Flags that do not change the steps that are still to come.
+FREE_FLAGS = {
+    "output_dir",
+    "logging_dir",
+    "save_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "resume_anyway",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "local_rank",
+    "sample_batch_size",
+    "cache_latents",
+    "plugin",
+    "placement",
+    "offload_optim_frac",
+    "num_train_epochs",
+    "train_batch_size",
+}
+
+
+@dataclass
+class Progress:
+    """How far a run is, besides its weights.
+
+    Args:
+        step: optimizer steps done, those included that the loss scale made no use of.
+        adam_step: updates that AdamW has made.
+        moments: AdamW's two, fp32, by MOMENTS and the names of the UNet's parameters; on rank 0 only.
+        lr_scheduler: what its `state_dict` returns.
+        grad_scaler: what a loss scaler's `state_dict` returns; empty where there is none.
+    """
+
+    step: int
+    adam_step: int
+    moments: dict[str, dict[str, torch.Tensor]]
+    lr_scheduler: dict
+    grad_scaler: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, whole."""
+
+    folder: Path
+    step: int
+    adam_step: int
+    lr_scheduler: dict
+    grad_scaler: dict
+    settings: dict
+    versions: dict
+
+    @property
+    def unet(self) -> Path:
+        """The folder of its UNet."""
+        return self.folder / "unet"
+
+    def moment(self, name: str, parameter: str) -> torch.Tensor:
+        """Returns one of MOMENTS of one of the UNet's parameters, fp32, on the CPU."""
+        with safe_open(self.folder / "optimizer.safetensors", framework="pt") as file:
+            return file.get_tensor(f"{name}.{parameter}")
+
+
+def settings_of(args: argparse.Namespace, *, seed: int, total_batch: int, images: list[Path]) -> dict:
+    """Returns what two runs have to share so that one can go on where the other stopped.
+
+    Args:
+        args: the flags.
+        seed: of the run, drawn or given.
+        total_batch: samples per step over all ranks; ranks and batch per rank may change, if their product does not.
+        images: of the subject and of the class.
+    """
+    digest = hashlib.sha256()
+    for path in images:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return flags | {"seed": seed, "samples per step": total_batch, "images": digest.hexdigest()[:16]}
+
+
+def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    """Returns the checkpoint of --resume_from_checkpoint: the one named, or the newest; None without any.
+
+    Raises:
+        UserError: if the one named is missing or broken.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        return _read(Path(wanted))
+    folders = list_checkpoints(Path(args.output_dir))
+    if not folders:
+        warn(f"--resume_from_checkpoint latest: {args.output_dir} has no checkpoint, starting from the beginning")
+        return None
+    return _read(folders[-1])
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, oldest first. One that was not finished has another name."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        with safe_open(folder / "optimizer.safetensors", framework="pt"):
+            return Checkpoint(folder=folder, **state)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} is not a whole checkpoint: {first_line(error)}"
+        ) from error
+
+
+def check_settings(checkpoint: Checkpoint, settings: dict, resume_anyway: bool) -> None:
+    """Compares the settings of the run that wrote the checkpoint with those of this one.
+
+    Raises:
+        UserError: naming each that differs, unless `resume_anyway`.
+    """
+    settings = json.loads(json.dumps(settings))
+    differing = [
+        f"{name} was {checkpoint.settings.get(name)!r} and is {settings.get(name)!r}"
+        for name in sorted(settings.keys() | checkpoint.settings.keys())
+        if settings.get(name) != checkpoint.settings.get(name)
+    ]
+    if differing and not resume_anyway:
+        raise UserError(f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differing)}; see --resume_anyway")
+    if differing:
+        warn(f"--resume_anyway: the run goes on, but not as it would have: {'; '.join(differing)}")
+    for library, found in versions().items():
+        if found != checkpoint.versions.get(library):
+            warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that compute."""
+    return {library: version(library) for library in LIBRARIES}
+
+
+def save_checkpoint(args: argparse.Namespace, settings: dict, progress: Progress, unet: UNet2DConditionModel) -> None:
+    """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on rank 0."""
+    output_dir = Path(args.output_dir)
+    with written_whole(output_dir / f"checkpoint-{progress.step}") as folder:
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        tensors = {f"{name}.{key}": t for name in MOMENTS for key, t in progress.moments[name].items()}
+        save_file(tensors, folder / "optimizer.safetensors")
+        state = {
+            "step": progress.step,
+            "adam_step": progress.adam_step,
+            "lr_scheduler": progress.lr_scheduler,
+            "grad_scaler": progress.grad_scaler,
+            "settings": settings,
+            "versions": versions(),
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+    if args.checkpoints_total_limit:
+        for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(old)

@@ -1,0 +1,113 @@
+"""Runs that stop and go on, compared with runs that never stopped."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
+from safetensors.torch import load_file
+
+BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+
+
+@pytest.fixture
+def long_run(flags, prior):
+    """Flags of eight steps with everything that has a state, and a checkpoint every three."""
+    return flags | prior | {"max_train_steps": 8, "save_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
+
+
+def stop_after(step: int, output_dir, elsewhere):
+    """Leaves in `elsewhere` what a run killed just after `step` leaves: its checkpoints up to there."""
+    elsewhere.mkdir()
+    for folder in output_dir.glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) <= step:
+            shutil.copytree(folder, elsewhere / folder.name)
+
+
+def assert_same(one, other) -> None:
+    """Weights, and the optimizer's state in the last checkpoint, to the bit."""
+    for weights, others in (
+        (unet_weights(one / "unet"), unet_weights(other / "unet")),
+        *((load_file(d / "checkpoint-6" / "optimizer.safetensors") for d in (one, other)),),
+    ):
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@BOTH
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, nproc, long_run, tmp_path):
+    whole, resumed = long_run["output_dir"], tmp_path / "resumed"
+    train(script, long_run, nproc=nproc)
+    stop_after(3, whole, resumed)
+    train(script, long_run | {"output_dir": resumed, "resume_from_checkpoint": "latest"}, nproc=nproc)
+    assert_same(whole, resumed)
+    assert (resumed / "checkpoint-3").is_dir()
+
+
+@BOTH
+def test_a_run_goes_on_with_other_ranks_and_the_other_trainer(script, long_run, tmp_path):
+    """Two processes of batch 1 go on where one of batch 2 stopped, in the other script."""
+    whole, resumed = long_run["output_dir"], tmp_path / "resumed"
+    train(script, long_run)
+    stop_after(3, whole, resumed)
+    other = {COLOSSALAI: TRADITIONAL, TRADITIONAL: COLOSSALAI}[script]
+    more = {"output_dir": resumed, "train_batch_size": 1, "resume_from_checkpoint": resumed / "checkpoint-3"}
+    train(other, long_run | more, nproc=2)
+    np.testing.assert_allclose(scalars(resumed, "loss", first=4), scalars(whole, "loss")[3:], rtol=1e-5)
+
+
+def test_what_a_checkpoint_is_made_of(long_run):
+    """fp32 weights that diffusers loads, fp32 moments, and JSON; nothing that is unpickled."""
+    train(COLOSSALAI, long_run | {"checkpoints_total_limit": 1, "save_steps": 2, "hub_token": "hf_secret"})
+    output_dir = long_run["output_dir"]
+    assert [path.name for path in sorted(output_dir.glob("checkpoint-*"))] == ["checkpoint-8"]
+    folder = output_dir / "checkpoint-8"
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    trained = unet_weights(output_dir / "unet")
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in unet.named_parameters())
+    moments = load_file(folder / "optimizer.safetensors")
+    assert {name.split(".")[0] for name in moments} == {"exp_avg", "exp_avg_sq"}
+    assert len(moments) == 2 * len(trained) and all(tensor.dtype == torch.float32 for tensor in moments.values())
+    state = json.loads((folder / "state.json").read_text())
+    assert state["step"] == state["adam_step"] == 8 and state["settings"]["learning_rate"] == 1e-4
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert all(b"hf_secret" not in path.read_bytes() for path in output_dir.rglob("*") if path.is_file())
+
+
+@BOTH
+def test_settings_that_change_the_run_are_refused_by_name(script, long_run, tmp_path):
+    train(script, long_run)
+    for flag, value, named in (
+        ("learning_rate", 1e-3, "learning_rate was 0.0001 and is 0.001"),
+        ("seed", 2, "seed was 1 and is 2"),
+        ("train_batch_size", 3, "samples per step was 2 and is 3"),
+        ("max_train_steps", 9, "max_train_steps was 8 and is 9"),
+    ):
+        changed = long_run | {flag: value, "resume_from_checkpoint": "latest"}
+        done = train(script, changed, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1 and named in done.error_lines[0]
+        assert "see --resume_anyway" in done.error_lines[0] and done.error_lines[0].count(" was ") == 1
+    train(script, changed | {"resume_anyway": True})
+    assert (long_run["output_dir"] / "checkpoint-6").is_dir()
+
+
+def test_only_whole_checkpoints_are_taken(long_run):
+    """A half-written one has another name; one that lost a file is named."""
+    output_dir = long_run["output_dir"]
+    train(COLOSSALAI, long_run)
+    shutil.copytree(output_dir / "checkpoint-6", output_dir / ".checkpoint-7.partial")
+    done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest", "max_train_steps": 8})
+    assert "6/8" in done.stderr or "7/8" in done.stderr
+    torn = output_dir / "checkpoint-6" / "optimizer.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest"}, check=False)
+    assert done.returncode == 2 and "checkpoint-6 is not a whole checkpoint" in done.error_lines[0]
+
+
+def test_latest_without_a_checkpoint_starts_anew(long_run):
+    done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest", "max_train_steps": 1})
+    assert "has no checkpoint, starting from the beginning" in done.stderr
