@@ -14,8 +14,7 @@ echo "== style"
 "$python" -m ruff format --check .
 
 echo "== tests"
-# Two at a time, each with one thread: most of a test is the start of a Python process.
-OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup
+"$python" -m pytest -n 2 --dist loadgroup
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")

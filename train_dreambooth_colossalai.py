@@ -334,9 +334,17 @@ class Boosted:
             for name, parameter in self.unet.named_parameters():
                 yield Part(name, 0, parameter.numel(), parameter.detach(), parameter)
 
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        """The optimizer inside the plugin's wrappers, of which torch_ddp_fp16 has two."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, OptimizerWrapper):
+            optimizer = optimizer.optim
+        return optimizer
+
     def _state(self, part: Part) -> dict:
         """Returns the state that AdamW keeps of a part."""
-        return self.optimizer.optim.state[part.state_key]
+        return self._adamw.state[part.state_key]
 
     @torch.no_grad()
     def load_master_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -382,7 +390,7 @@ class Boosted:
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`; to be called on every rank."""
-        adam_steps = [int(state["step"]) for state in self.optimizer.optim.state.values()]
+        adam_steps = [int(state["step"]) for state in self._adamw.state.values()]
         return Progress(
             step=step,
             adam_step=adam_steps[0],

@@ -1,5 +1,10 @@
 """A tiny model and a few photos, made once."""
 
+import os
+
+# Tests run several at a time, and processes with many threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

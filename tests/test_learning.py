@@ -10,6 +10,7 @@ them.
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from filelock import FileLock
 from harness import COLOSSALAI, ROOT, train
 
 from benchmarks.runs import STRATEGIES, strategy_flags
@@ -38,6 +39,7 @@ def similarities(model, prompt: str) -> torch.Tensor:
     from similarity import similarity  # whose packages are not needed to collect the tests
 
     pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     prompts = [f"{prompt} {place}" for place in PLACES]
     images = []
@@ -102,11 +104,14 @@ GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 
 
 
 @pytest.fixture(scope="module")
-def in_fp32(tmp_path_factory):
-    """A training under torch_ddp in fp32 on GPUs, with its class images beside it."""
-    folder = tmp_path_factory.mktemp("in_fp32")
-    flags = GPU_FLAGS | {"class_data_dir": folder / "class_images", "output_dir": folder / "out"}
-    train(COLOSSALAI, flags | strategy_flags(STRATEGIES[0]), nproc=NPROC, on_gpu=True)
+def in_fp32(tmp_path_factory, testrun_uid):
+    """A training under torch_ddp in fp32 on GPUs, with its class images beside it; one for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp().parent / f"in_fp32-{testrun_uid}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").is_file():
+            flags = GPU_FLAGS | {"class_data_dir": folder / "class_images", "output_dir": folder / "out"}
+            train(COLOSSALAI, flags | strategy_flags(STRATEGIES[0]), nproc=NPROC, on_gpu=True)
+            (folder / "done").touch()
     return folder / "out"
 
 
