@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train_dreambooth_colossalai import ShardAdamW
+from dreambooth.boosted import ShardAdamW
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
