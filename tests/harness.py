@@ -1,8 +1,13 @@
 """Running the real scripts as a user does, and reading what they leave behind."""
 
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +59,50 @@ def run(command: list, *, env: dict | None = None, check: bool = True, timeout: 
         text=True,
         timeout=timeout,
     )
-    result = Run(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
-    if check and done.returncode:
-        raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return result
+    return finish(done.returncode, done.stdout, done.stderr, started, check)
 
 
-def train(script: str, flags: dict, *, nproc: int = 1, on_gpu: bool = False, **options) -> Run:
-    """Runs a trainer: plain python for one process, torchrun for more; on the CPU unless `on_gpu`."""
+def finish(returncode: int, stdout: str, stderr: str, started: float, check: bool) -> Run:
+    if check and returncode:
+        raise AssertionError(f"exit status {returncode}\n{stdout}\n{stderr}")
+    return Run(returncode, stdout, stderr, time.monotonic() - started)
+
+
+@functools.cache
+def zygote() -> subprocess.Popen:
+    """Returns the process that runs scripts without importing the libraries anew (zygote.py); on the CPU."""
+    return subprocess.Popen(
+        [sys.executable, "tests/zygote.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def run_forked(script: str, argv: list[str], *, nproc: int = 1, check: bool = True, timeout: float = 300) -> Run:
+    """Runs `python script argv` as `run` does, sooner; several processes of it as torchrun would."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        order = {"script": script, "argv": argv, "stdout": str(stdout), "stderr": str(stderr), "nproc": nproc}
+        print(json.dumps(order), file=zygote().stdin, flush=True)
+        pids = json.loads(zygote().stdout.readline())
+        killer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        killer.start()
+        returncode = int(zygote().stdout.readline())
+        killer.cancel()
+        return finish(returncode, stdout.read_text(), stderr.read_text(), started, check)
+
+
+def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, on_gpu: bool = False, **options) -> Run:
+    """Runs a trainer, on the CPU unless `on_gpu`; several processes through torchrun itself there, or if asked to."""
+    if not (torchrun or on_gpu or "env" in options):
+        return run_forked(script, command_line(flags), nproc=nproc, **options)
     launcher = [sys.executable]
-    if nproc > 1:
+    if nproc > 1 or torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc]
     env = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return run([*launcher, script, *command_line(flags)], env=env | options.pop("env", {}), **options)

@@ -129,7 +129,7 @@ def test_on_several_ranks_the_line_appears_once(script, flags, photos, tmp_path)
     shutil.copytree(photos, folder)
     Image.new("RGB", (64, 64)).save(folder / "9.png")
     (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:60])
-    done = train(script, flags | {"instance_data_dir": folder}, nproc=2, check=False)
+    done = train(script, flags | {"instance_data_dir": folder}, nproc=2, torchrun=True, check=False)
     assert done.returncode == 1
     assert len(done.error_lines) == 1, done.stderr
     assert "cannot read the image" in done.error_lines[0] and "9.png" in done.error_lines[0]
@@ -166,7 +166,7 @@ def test_warnings(flags, tiny_model):
         "num_train_epochs": 4,
         "max_train_steps": 1,
     }
-    done = train(COLOSSALAI, flags, nproc=2)
+    done = train(COLOSSALAI, flags, nproc=2, torchrun=True)
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     for expected in (
         "--class_prompt, --prior_loss_weight: no effect without --with_prior_preservation",

@@ -34,7 +34,7 @@ def assert_weights_close(first: dict, second: dict, learning_rate: float, steps:
 @BOTH
 def test_two_processes_on_real_photos(script, flags, prior, dog_photos):
     flags |= prior | {"instance_data_dir": dog_photos, "max_train_steps": 4, "save_steps": 2}
-    done = train(script, flags, nproc=2)
+    done = train(script, flags, nproc=2, torchrun=True)
     assert "4 steps of 4 samples (2 ranks x 2)" in done.stdout
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 2, "what is told is told by one rank"

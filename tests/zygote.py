@@ -1,0 +1,71 @@
+"""Runs scripts in forks of a process that has imported the libraries, which takes longer than most tests.
+
+Reads a line of JSON for each run, {"script", "argv", "stdout", "stderr", "nproc"}, the outputs as names of files;
+answers with a line each for the ids of its processes and its exit status. The script's file is executed as
+`python script` would, each process with the environment that torchrun would give it if there are several.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no thread for a compiler that is not used
+
+import train_dreambooth  # noqa: F401
+import train_dreambooth_colossalai  # noqa: F401
+
+
+def start(script: str, argv: list[str], stdout: str, stderr: str, environment: dict) -> int:
+    """Returns the id of a new process that executes the script."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(environment)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+    sys.exit()
+
+
+def environments(nproc: int) -> list[dict]:
+    """Returns what torchrun adds to the environment of each of several processes."""
+    if nproc == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+    everyone = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(nproc)]
+    return [{name: str(value) for name, value in one.items()} for one in everyone]
+
+
+def wait(pids: list[int]) -> int:
+    """Returns the first exit status that is not 0, having ended the other processes then; or 0."""
+    status = 0
+    running = set(pids)
+    while running:
+        pid, found = os.wait()
+        running.remove(pid)
+        if found and not status:
+            status = os.waitstatus_to_exitcode(found)
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    return status
+
+
+def main() -> None:
+    assert threading.active_count() == 1, "a fork has the thread that forks only"
+    for line in sys.stdin:
+        run = json.loads(line)
+        pids = [start(**run, environment=environment) for environment in environments(run.pop("nproc"))]
+        print(json.dumps(pids), flush=True)
+        print(wait(pids), flush=True)
+
+
+main()
