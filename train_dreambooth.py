@@ -19,8 +19,9 @@ quiet_libraries()  # before the imports that warn
 
 import argparse
 import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,10 @@ from dreambooth.data import build_dataset, build_loader, find_images, images_to_
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler, resume_lr_scheduler
-from dreambooth.output import prepare_hub, save_pipeline, unet_with, upload
+from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, unet_with, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
-from dreambooth.ranks import Ranks, check_gpus, leave
+from dreambooth.ranks import Ranks, check_gpus, leave, stop_early
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
 
@@ -73,12 +74,16 @@ class Training:
     """What accelerate has prepared, and what it takes to go on with a run."""
 
     accelerator: Accelerator
-    unet: torch.nn.Module
+    unet: UNet2DConditionModel
+    model: torch.nn.Module
     optimizer: AcceleratedOptimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
-    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return self.accelerator.unwrap_model(self.unet).named_parameters()
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Returns the fp32 weights on the CPU, by name; on other ranks than 0 nothing."""
+        if not self.accelerator.is_main_process:
+            return {}
+        return {name: parameter.detach().cpu() for name, parameter in self.unet.named_parameters()}
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`."""
@@ -87,14 +92,18 @@ class Training:
         return Progress(
             step=step,
             adam_step=int(next(iter(state.values()))["step"]),
-            moments={m: {name: state[parameter][m].cpu() for name, parameter in self._parameters()} for m in MOMENTS},
+            moments={moment: self._moment(moment) for moment in MOMENTS},
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=scaler.state_dict() if scaler else {},
         )
 
+    def _moment(self, moment: str) -> dict[str, torch.Tensor]:
+        state = self.optimizer.optimizer.state
+        return {name: state[parameter][moment].cpu() for name, parameter in self.unet.named_parameters()}
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
-        for name, parameter in self._parameters():
+        for name, parameter in self.unet.named_parameters():
             state = self.optimizer.optimizer.state[parameter]
             state["step"] = torch.tensor(float(checkpoint.adam_step), device=parameter.device)
             for moment in MOMENTS:
@@ -110,30 +119,24 @@ def train(
     batches: Iterable,
     loss_of: Callable,
     tracker: Tracker,
-    write_checkpoint: Callable[[Progress, UNet2DConditionModel], None],
+    write_checkpoint: Callable[[int], None],
     first_step: int,
 ) -> None:
-    """Takes one optimizer step per batch, and writes checkpoint-N every --save_steps steps."""
+    """Takes one optimizer step per batch; writes checkpoint-N every --save_steps steps, and before an early stop."""
     for step, batch in enumerate(batches, start=first_step + 1):
-        loss = loss_of(training.unet, batch)
+        loss = loss_of(training.model, batch)
         training.accelerator.backward(loss)
-        grad_norm = None
-        if args.max_grad_norm:
-            grad_norm = training.accelerator.clip_grad_norm_(training.unet.parameters(), args.max_grad_norm)
+        grad_norm = training.accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
         lr = training.lr_scheduler.get_last_lr()[0]
         training.optimizer.step()
         training.lr_scheduler.step()
         training.optimizer.zero_grad()
-        tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
-        if step % args.save_steps == 0 and training.accelerator.is_main_process:
-            save(training, functools.partial(write_checkpoint, training.progress(step)))
-
-
-def save(training: Training, write: Callable[[UNet2DConditionModel], None]) -> None:
-    """Hands the UNet, in fp32 and on the CPU, to `write` on rank 0."""
-    if training.accelerator.is_main_process:
-        unet = training.accelerator.unwrap_model(training.unet)
-        write(unet_with({name: parameter.detach().cpu() for name, parameter in unet.named_parameters()}, unet.config))
+        stop = tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        if stop or step % args.save_steps == 0:
+            tracker.settle()
+            write_checkpoint(step)
+        if stop:
+            stop_early(tracker.request.name, step, tracker.schedule.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
+
+    prepare_output_dir(Path(args.output_dir))
 
     # Class images, generated by the model as it is before training.
     class_images = []
@@ -195,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **adamw_settings(args, schedule))
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    training = Training(accelerator, *accelerator.prepare(unet, optimizer), lr_scheduler)
+    training = Training(accelerator, unet, *accelerator.prepare(unet, optimizer), lr_scheduler)
     if checkpoint is not None:
         training.resume(checkpoint)
 
@@ -209,13 +214,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
     )
     say(f"traditional process, precision {precision}, fused AdamW on {ranks}, {schedule}, seed {seed}")
-    with Tracker(args, schedule, ranks, first_step, schedule.total_batch * dataset.examples_per_sample) as tracker:
-        train(
-            args, training, batches, loss_of, tracker, functools.partial(save_checkpoint, args, settings), first_step
-        )
+    write_checkpoint = functools.partial(save_checkpoint, args, settings, training)
+    with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=precision == "fp16") as tracker:
+        train(args, training, batches, loss_of, tracker, write_checkpoint, first_step)
 
     # Save.
-    save(training, functools.partial(save_pipeline, Path(args.output_dir), load_pipeline))
+    weights = training.weights()
+    if ranks.rank == 0:
+        save_pipeline(Path(args.output_dir), load_pipeline(unet_with(weights, unet.config)))
     if repo_id:
         upload(args, repo_id)
     leave()

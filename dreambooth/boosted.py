@@ -1,5 +1,6 @@
 """A UNet and its optimizer in the hands of ColossalAI's Booster: steps, and the whole state out of the shards."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,7 +90,8 @@ class Boosted:
         """Takes an optimizer step down the gradient of `loss`.
 
         Returns:
-            The L2 norm of the gradients over all ranks before clipping, or None where clipping is off.
+            The L2 norm of the gradients over all ranks before clipping; None where the plugin does not clip and hence
+            does not know it; not finite where the loss scale of fp16 was too high and the step was skipped.
         """
         self.booster.backward(loss, self.optimizer)
         if self.strategy.shards:
@@ -102,19 +104,21 @@ class Boosted:
         self.optimizer.zero_grad()
         return norm
 
-    def _clip(self) -> torch.Tensor | None:
-        if not self.max_grad_norm:
-            return None
+    def _clip(self) -> torch.Tensor:
         if self.strategy.precision == "fp16":
             self.optimizer.unscale_grad()
-        return torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm or math.inf)
 
     def _norm_of_sharded_gradients(self) -> float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
+        fp16 = self.strategy.precision == "fp16"
+        scaler = self._sharded_grad_scaler if fp16 else None
+        if fp16 and scaler._growth_step == 0 and scaler._hysteresis_step > 0:  # as only an overflow leaves them
+            return math.nan
         norm = self.optimizer.get_grad_norm()
         if not self.max_grad_norm or norm is None:
             return None
-        return norm / self._sharded_grad_scaler.scale.item() if self.strategy.precision == "fp16" else norm
+        return norm / scaler.scale.item() if fp16 else norm
 
     def _parts(self) -> Iterator[Part]:
         """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
@@ -191,7 +195,7 @@ class Boosted:
                 gathered[part.name] = whole.detach().cpu()
         return gathered
 
-    def gather_master_weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """Collects the fp32 master weights, as `gather` does."""
         return self.gather(lambda part: part.tensor)
 

@@ -14,18 +14,20 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dreambooth.console import UserError, warn
+from dreambooth.console import UserError, is_rank_0, say, warn
 from dreambooth.models import first_line
-from dreambooth.output import written_whole
+from dreambooth.output import readable, unet_with, written_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -57,7 +59,7 @@ class Progress:
     """How far a run is, besides its weights.
 
     Args:
-        step: optimizer steps done, those included that the loss scale made no use of.
+        step: optimizer steps done, those included that the loss scale skipped.
         adam_step: updates that AdamW has made.
         moments: AdamW's two, fp32, by MOMENTS and the names of the UNet's parameters; on rank 0 only.
         lr_scheduler: what its `state_dict` returns.
@@ -69,6 +71,18 @@ class Progress:
     moments: dict[str, dict[str, torch.Tensor]]
     lr_scheduler: dict
     grad_scaler: dict = field(default_factory=dict)
+
+
+class Training(Protocol):
+    """A UNet and its optimizer in a trainer's hands; what collects state is to be called on every rank."""
+
+    unet: UNet2DConditionModel  # its `config` and the names of its parameters count
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Returns the fp32 weights, on the CPU, by the names of the UNet's parameters; on rank 0 only."""
+
+    def progress(self, step: int) -> Progress:
+        """Returns how far the run is after `step`."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +185,25 @@ def versions() -> dict[str, str]:
     return {library: version(library) for library in LIBRARIES}
 
 
-def save_checkpoint(args: argparse.Namespace, settings: dict, progress: Progress, unet: UNet2DConditionModel) -> None:
-    """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on rank 0."""
+def save_checkpoint(args: argparse.Namespace, settings: dict, training: Training, step: int) -> None:
+    """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
+
+    Raises:
+        RunError: if it cannot be written, or the weights are not finite; earlier checkpoints stay as they are.
+    """
+    started = time.monotonic()
+    weights, progress = training.weights(), training.progress(step)
+    if not is_rank_0():
+        return
     output_dir = Path(args.output_dir)
-    with written_whole(output_dir / f"checkpoint-{progress.step}") as folder:
+    unet = unet_with(weights, training.unet.config)
+    tensors = {f"{name}.{key}": t for name in MOMENTS for key, t in progress.moments[name].items()}
+    size = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values()))
+    with written_whole(output_dir / f"checkpoint-{step}", size) as folder:
         unet.save_pretrained(folder / "unet", safe_serialization=True)
-        tensors = {f"{name}.{key}": t for name in MOMENTS for key, t in progress.moments[name].items()}
         save_file(tensors, folder / "optimizer.safetensors")
         state = {
-            "step": progress.step,
+            "step": step,
             "adam_step": progress.adam_step,
             "lr_scheduler": progress.lr_scheduler,
             "grad_scaler": progress.grad_scaler,
@@ -187,6 +211,7 @@ def save_checkpoint(args: argparse.Namespace, settings: dict, progress: Progress
             "versions": versions(),
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
+    say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
     if args.checkpoints_total_limit:
         for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)

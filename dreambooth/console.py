@@ -1,18 +1,36 @@
 """What a person sees on the terminal: one line for an error, once, and no noise from libraries."""
 
+import json
 import logging
 import os
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 
-# How long a rank other than 0 waits for rank 0 to tell the same error. torchrun ends it as soon as rank 0 has left.
-RANK_0_SPEAKS_FIRST_S = 10
+from tqdm import tqdm
+
+# How long a rank waits for another one to tell an error. torchrun ends it as soon as the other has left.
+OTHERS_SPEAK_FIRST_S = 5
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class UserError(ValueError):
     """Something that the user can mend: the message names the flag or file, what was found and what to do."""
+
+    status = 2
+
+
+class RunError(UserError):
+    """Something that went wrong during the run, after the settings had been found good."""
+
+    status = 1
+
+
+class Stopped(Exception):
+    """The run ends early because it was asked to; the message says how to go on."""
 
 
 def is_rank_0() -> bool:
@@ -21,9 +39,10 @@ def is_rank_0() -> bool:
 
 
 def say(message: str) -> None:
-    """Prints a line on rank 0."""
+    """Prints a line on rank 0, above a progress bar if there is one."""
     if is_rank_0():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def warn(message: str) -> None:
@@ -33,19 +52,71 @@ def warn(message: str) -> None:
 
 
 def run(main: Callable[[], None], program: str) -> None:
-    """Runs `main`; a UserError becomes one line on stderr and exit status 2.
+    """Runs `main`, and ends the process with what a person has to know: of an error that he can mend, one line.
 
-    Most such errors meet every rank alike: rank 0 tells them, and a launcher such as torchrun then ends the
-    others. An error that only another rank has is told by that rank once rank 0 had its chance.
+    The exit status is 0, 2 for settings that cannot work, 1 for a run that failed, 75 for one that was asked to stop.
+
+    Most errors meet every rank alike: rank 0 tells them, and a launcher such as torchrun then ends the others. An
+    error that only another rank has is told by that rank once rank 0 had its chance; those who merely miss a rank that
+    has ended keep quiet. The first error is left to torchrun too, which repeats it at the end.
     """
+    threading.excepthook = _thread_failed
     try:
         main()
+        return
+    except Stopped as stopped:
+        status = STOPPED_STATUS
+        if is_rank_0():
+            print(f"{program}: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130  # as a shell has it
+        if is_rank_0():
+            print(f"{program}: interrupted before training began", file=sys.stderr)
     except UserError as error:
-        if not is_rank_0():
-            time.sleep(RANK_0_SPEAKS_FIRST_S)
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
-        os._exit(2)
+        status = error.status
+        _tell(program, str(error))
+    except Exception as error:
+        status = 1
+        if _misses_a_rank(error):
+            time.sleep(OTHERS_SPEAK_FIRST_S)
+            print(f"{program}: rank {os.environ['RANK']} ends, because another rank has", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename:
+            _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
+        else:
+            traceback.print_exc()
+            _leave_to_torchrun(traceback.format_exc())
+    # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Keeps quiet about TensorBoard's thread when it cannot write: the next figure logged raises the same error."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+def _tell(program: str, line: str) -> None:
+    """Prints an error, on another rank than 0 once that had its chance."""
+    if not is_rank_0():
+        time.sleep(OTHERS_SPEAK_FIRST_S)
+    print(f"{program}: error: {line}", file=sys.stderr)
+    _leave_to_torchrun(line)
+
+
+def _misses_a_rank(error: Exception) -> bool:
+    """Whether a collective failed, which it does when another rank has ended."""
+    import torch.distributed as dist  # not at the top: warnings are silenced before torch is imported
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _leave_to_torchrun(error: str) -> None:
+    """Writes the error to the file that torchrun names in the environment; it shows the first one of all ranks."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": error, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": error, "extraInfo": details}}, file)
 
 
 def quiet_libraries() -> None:

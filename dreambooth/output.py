@@ -1,57 +1,128 @@
-"""What a run leaves behind: checkpoint folders, the trained pipeline, and its copy on the Hub."""
+"""What a run leaves behind: folders written whole, the trained pipeline, and its copy on the Hub."""
 
 import argparse
 import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 
-from dreambooth.console import UserError
+from dreambooth.console import RunError, UserError, is_rank_0
 from dreambooth.models import first_line
+
+PARTIAL = ".partial"  # ends the names of folders that are not whole
+_locks: list[int] = []  # open as long as the process lives
+
+
+def readable(size: int) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Creates the output folder, keeps other runs out of it, and removes what a run that was killed left half-written.
+
+    Does so on rank 0. The lock is the operating system's, and gone when the process is.
+
+    Raises:
+        UserError: if another run writes into the folder, or nobody can.
+    """
+    if not is_rank_0():
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _locks.append(os.open(output_dir, os.O_RDONLY))
+        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output_dir {output_dir}: another run writes into it; name another folder") from None
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
+    for partial in output_dir.glob(f".*{PARTIAL}/"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which takes the name `folder` once the block has ended without an error."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+def written_whole(folder: Path, size: int) -> Iterator[Path]:
+    """Yields a folder to write into, which takes the name `folder` once all of it is on the disk.
+
+    Args:
+        folder: may exist, and is replaced.
+        size: of what is going to be written, in bytes.
+
+    Raises:
+        RunError: if there is no room, or writing fails; `folder` is then as it was, and the rest is removed.
+    """
+    partial, old = (folder.with_name(f".{folder.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise OSError(f"only {readable(free)} are free")
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush_to_disk(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        _flush_to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"cannot write {folder}, which needs {readable(size)}: {first_line(error)}") from error
+
+
+def _flush_to_disk(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def unet_with(weights: dict[str, torch.Tensor], config: dict) -> UNet2DConditionModel:
-    """Returns a UNet of `config` that has `weights`, fp32, on the CPU."""
+    """Returns a UNet of `config` that has `weights`, fp32, on the CPU.
+
+    Raises:
+        RunError: if one of them is not a finite number, so that no file gets such weights.
+    """
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise RunError(f"the weights hold values that are not finite, in {broken[0]}: they are not saved")
     with torch.device("meta"):  # no time for random weights that are replaced
         unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(weights, assign=True)
     return unet
 
 
-def save_pipeline(output_dir: Path, load: Callable[..., StableDiffusionPipeline], unet: UNet2DConditionModel) -> None:
-    """Writes the whole pipeline, with the trained UNet, into `output_dir`.
+def save_pipeline(output_dir: Path, pipeline: StableDiffusionPipeline) -> None:
+    """Writes the whole pipeline into `output_dir`, beside the checkpoints.
 
-    `load(unet)` brings the parts that were not trained from the original checkpoint once more: those in memory are in
-    the run's precision, not in the checkpoint's.
+    Raises:
+        RunError: as `written_whole` does.
     """
-    partial = output_dir / ".pipeline.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    load(unet).save_pretrained(partial, safe_serialization=True)
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    whole = output_dir / f".pipeline{PARTIAL}"
+    with written_whole(whole, size) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
     # model_index.json goes first and comes last: a folder that has it is whole.
     index = "model_index.json"
-    (output_dir / index).unlink(missing_ok=True)
-    for part in sorted(os.listdir(partial), key=lambda name: name == index):
-        if (output_dir / part).is_dir():
-            shutil.rmtree(output_dir / part)
-        os.replace(partial / part, output_dir / part)
-    partial.rmdir()
+    try:
+        (output_dir / index).unlink(missing_ok=True)
+        for part in sorted(os.listdir(whole), key=lambda name: name == index):
+            if (output_dir / part).is_dir():
+                shutil.rmtree(output_dir / part)
+            os.replace(whole / part, output_dir / part)
+        whole.rmdir()
+    except OSError as error:
+        raise RunError(f"cannot write {output_dir}: {first_line(error)}") from error
 
 
 def prepare_hub(args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dreambooth.console import UserError, warn
+from dreambooth.console import Stopped, UserError, warn
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,16 @@ def leave() -> None:
         dist.barrier()
         if dist.get_backend() == dist.Backend.NCCL:
             dist.destroy_process_group()
+
+
+def stop_early(name: str | None, step: int, steps: int) -> None:
+    """Leaves a run that has just written a checkpoint because a signal asked it to stop.
+
+    Raises:
+        Stopped: once rank 0 has written, so that no launcher ends it while it does.
+    """
+    leave()
+    raise Stopped(
+        f"stopped by {name or 'a signal to another rank'} after step {step} of {steps}: "
+        "to go on, repeat the command with --resume_from_checkpoint latest"
+    )

@@ -1,6 +1,7 @@
-"""How a run is going: one progress bar and TensorBoard scalars, without holding up the GPU."""
+"""How a run is going: shown, logged and watched, without holding up the GPU."""
 
 import argparse
+import math
 import resource
 import time
 from collections import deque
@@ -11,10 +12,18 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dreambooth.console import RunError
+from dreambooth.data import DreamBoothDataset
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
+from dreambooth.signals import StopRequest
 
 GIB = 2**30
+# So many steps later the host waits for a step's figures: long enough for the GPU to have them by then.
+LAG = 2
+# With a loss scale, steps that overflow are skipped; so many in a row are not the scale's fault any more.
+MAX_SKIPPED_IN_A_ROW = 25
+NAMES_SHOWN = 8
 
 
 def peak_host_memory_gib() -> float:
@@ -28,25 +37,39 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Tracker:
-    """Shows and logs the figures of each step on rank 0.
+    """Shows and logs the figures of each step on rank 0, and tells all ranks alike when to stop.
 
-    The loss is a tensor on the device. Reading it would wait for the device, so each step only starts a copy to the
-    host and shows the steps whose copy has arrived; leaving the context waits for the last ones.
+    The figures are tensors on the device. Reading them would wait for the device, so each step only starts a copy to
+    the host; what a step's figures say about the run counts LAG steps later, at the same step on every rank.
 
     Args:
         args: names the TensorBoard folder, which is written on rank 0 only.
         schedule: of the run.
-        ranks: rank 0 shows; the others only take part in averaging.
+        ranks: rank 0 shows.
+        dataset: whose samples the run takes.
         first_step: steps done before, by the run that this one goes on with.
-        images_per_step: images that go through the UNet in a step, over all ranks.
+        skips: whether there is a loss scale, because of which steps may be skipped.
     """
 
     def __init__(
-        self, args: argparse.Namespace, schedule: Schedule, ranks: Ranks, first_step: int, images_per_step: int
+        self,
+        args: argparse.Namespace,
+        schedule: Schedule,
+        ranks: Ranks,
+        dataset: DreamBoothDataset,
+        *,
+        first_step: int,
+        skips: bool,
     ):
+        self.schedule = schedule
         self.device = ranks.device
         self.world_size = ranks.world_size
-        self.images_per_step = images_per_step
+        self.dataset = dataset
+        self.skips = skips
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self.request = StopRequest()
+        self.stop_since = self.failed_since = math.inf  # steps
+        self.skipped = self.skipped_in_a_row = 0
         shown = ranks.rank == 0
         # What the earlier run logged after its checkpoint is hidden: those steps are taken again.
         folder = str(Path(args.output_dir, args.logging_dir))
@@ -58,10 +81,18 @@ class Tracker:
         self.last_mark = self._mark()
 
     def __enter__(self) -> "Tracker":
+        self.request.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self.request.__exit__()
+            self.progress.close()
+            if self.writer is not None:
+                self.writer.close()
 
     def _mark(self):
         """Returns the present moment on the device's clock."""
@@ -74,54 +105,105 @@ class Tracker:
     def _seconds(self, earlier, later) -> float:
         return earlier.elapsed_time(later) / 1000 if self.device.type == "cuda" else later - earlier
 
-    def step(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> None:
+    def step(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
         """Takes the figures of `step`, counted from 1; to be called on every rank.
 
         Args:
             step: optimizer steps done.
             loss: scalar of this rank; the mean over the ranks is shown.
             lr: learning rate of the step.
-            grad_norm: L2 norm of the gradients before clipping, or None where it is not known.
+            grad_norm: L2 norm of the gradients before clipping; None where it is not known, not finite where the step
+                was skipped.
+
+        Returns:
+            Whether to stop after this step, though it is not the last, because a signal has asked one of the ranks.
+
+        Raises:
+            RunError: if figures are not finite.
         """
-        loss = loss.detach().float().clone()
+        figures = torch.stack([loss.detach().float(), self._scalar(self.request)])
         if self.world_size > 1:
-            dist.all_reduce(loss)
-            loss /= self.world_size
-        if self.writer is None:
-            return
-        figures = {"loss": self._to_host(loss), "lr": lr}
-        if grad_norm is not None:
-            figures["grad_norm"] = self._to_host(grad_norm)
-        self.pending.append((step, figures, self._mark()))
-        self._show_arrived()
-
-    def _to_host(self, figure: torch.Tensor | float) -> torch.Tensor | float:
-        """Starts to copy a scalar to the host; its value is there once a mark made later has passed."""
-        if self.device.type != "cuda" or not isinstance(figure, torch.Tensor):
-            return figure
-        return torch.empty((), pin_memory=True).copy_(figure.detach(), non_blocking=True)
-
-    def _show_arrived(self) -> None:
-        while self.pending and (self.device.type != "cuda" or self.pending[0][-1].query()):
-            step, figures, mark = self.pending.popleft()
-            figures["images_per_second"] = self.images_per_step / self._seconds(self.last_mark, mark)
-            figures["peak_memory_gib"] = peak_memory_gib(self.device)
-            figures["peak_host_memory_gib"] = peak_host_memory_gib()
-            self.last_mark = mark
-            for name, value in figures.items():
-                self.writer.add_scalar(name, float(value), step)
-            self.progress.set_postfix_str(
-                f"loss {float(figures['loss']):.4f}, lr {figures['lr']:.2e}, "
-                f"{figures['images_per_second']:.1f} images/s, peak {figures['peak_memory_gib']:.1f} GiB",
-                refresh=False,
-            )
-            self.progress.update()
-
-    def close(self) -> None:
-        """Shows the steps that are still on their way."""
+            dist.all_reduce(figures)
+            figures /= self.world_size
+        figures = torch.cat([figures, self._scalar(0 if grad_norm is None else grad_norm)[None]])
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._show_arrived()
-        self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
+            figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
+        self.pending.append((step, figures, lr, grad_norm is not None, self._mark()))
+        self._take(step - self.lag)
+        if self.failed_since <= step - self.lag:
+            raise self._failure()
+        stop = self.stop_since <= step - self.lag and step < self.schedule.steps
+        if stop:
+            self.request.heed()
+        return stop
+
+    def _scalar(self, value: torch.Tensor | float | StopRequest) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().float().to(self.device)
+        return torch.full((), float(bool(value) if isinstance(value, StopRequest) else value), device=self.device)
+
+    def settle(self) -> None:
+        """Waits for the figures of all steps so far; to be called on every rank, before anything is saved.
+
+        Raises:
+            RunError: if figures are not finite.
+        """
+        self._take(math.inf)
+        if self.failed_since < math.inf:
+            raise self._failure()
+
+    def _take(self, last: float) -> None:
+        """Takes the figures that have arrived, and waits for those up to step `last`."""
+        while self.pending:
+            step, figures, lr, has_norm, mark = self.pending[0]
+            if self.device.type == "cuda" and not mark.query():
+                if step > last:
+                    return
+                mark.synchronize()
+            self.pending.popleft()
+            loss, stop, grad_norm = figures.tolist()
+            self._watch(step, loss, grad_norm, bool(stop))
+            if self.writer is not None:
+                self._show(step, {"loss": loss, "lr": lr} | ({"grad_norm": grad_norm} if has_norm else {}), mark)
+            self.last_mark = mark
+
+    def _watch(self, step: int, loss: float, grad_norm: float, stop: bool) -> None:
+        if stop:
+            self.stop_since = min(self.stop_since, step)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if not self.skips or self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            self.failed_since = min(self.failed_since, step)
+
+    def _failure(self) -> RunError:
+        step, total = self.failed_since, self.schedule.total_batch
+        samples = range((step - 1) * total, step * total)
+        names = sorted({part.path_of(n).name for part in self.dataset.parts for n in samples})
+        names[NAMES_SHOWN:] = ["..."] * (len(names) > NAMES_SHOWN)
+        what = (
+            f"{MAX_SKIPPED_IN_A_ROW + 1} steps in a row overflowed, the last of them step {step}"
+            if self.skips
+            else f"the loss or the gradient of step {step} is not finite"
+        )
+        return RunError(
+            f"{what} (samples {samples[0]} to {samples[-1]}: {', '.join(names)}); nothing was saved since. "
+            "Try a lower --learning_rate, or another --mixed_precision"
+        )
+
+    def _show(self, step: int, figures: dict[str, float], mark) -> None:
+        images = self.schedule.total_batch * self.dataset.examples_per_sample
+        figures["images_per_second"] = images / self._seconds(self.last_mark, mark)
+        figures["peak_memory_gib"] = peak_memory_gib(self.device)
+        figures["peak_host_memory_gib"] = peak_host_memory_gib()
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+        self.progress.set_postfix_str(
+            f"loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
+            f"{figures['images_per_second']:.1f} images/s, peak {figures['peak_memory_gib']:.1f} GiB"
+            + (f", {self.skipped} skipped" if self.skipped else ""),
+            refresh=False,
+        )
+        self.progress.update()

@@ -1,5 +1,6 @@
 """Running the real scripts as a user does, and reading what they leave behind."""
 
+import contextlib
 import functools
 import json
 import os
@@ -82,25 +83,48 @@ def zygote() -> subprocess.Popen:
     )
 
 
-def run_forked(script: str, argv: list[str], *, nproc: int = 1, check: bool = True, timeout: float = 300) -> Run:
-    """Runs `python script argv` as `run` does, sooner; several processes of it as torchrun would."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        order = {"script": script, "argv": argv, "stdout": str(stdout), "stderr": str(stderr), "nproc": nproc}
+class Running:
+    """A run of `python script argv` in a fork of the zygote, or several processes of it as torchrun would start them.
+
+    One at a time; one that a failed test has left is ended.
+    """
+
+    unfinished: list["Running"] = []
+
+    def __init__(self, script: str, argv: list[str], nproc: int = 1):
+        for left in list(self.unfinished):
+            left.send(signal.SIGKILL)
+            left.wait(check=False)
+        self.started = time.monotonic()
+        self.folder = tempfile.TemporaryDirectory()
+        self.stdout, self.stderr = Path(self.folder.name, "stdout"), Path(self.folder.name, "stderr")
+        self.stderr.touch()
+        order = {"script": script, "argv": argv, "nproc": nproc}
+        order |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
         print(json.dumps(order), file=zygote().stdin, flush=True)
-        pids = json.loads(zygote().stdout.readline())
-        killer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        self.pids = json.loads(zygote().stdout.readline())
+        self.unfinished.append(self)
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """Sends a signal to a rank, or to all."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, *, check: bool = True, timeout: float = 300) -> Run:
+        killer = threading.Timer(timeout, self.send, [signal.SIGKILL])
         killer.start()
         returncode = int(zygote().stdout.readline())
+        self.unfinished.remove(self)
         killer.cancel()
-        return finish(returncode, stdout.read_text(), stderr.read_text(), started, check)
+        with self.folder:
+            return finish(returncode, self.stdout.read_text(), self.stderr.read_text(), self.started, check)
 
 
 def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, on_gpu: bool = False, **options) -> Run:
     """Runs a trainer, on the CPU unless `on_gpu`; several processes through torchrun itself there, or if asked to."""
     if not (torchrun or on_gpu or "env" in options):
-        return run_forked(script, command_line(flags), nproc=nproc, **options)
+        return Running(script, command_line(flags), nproc).wait(**options)
     launcher = [sys.executable]
     if nproc > 1 or torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc]

@@ -1,0 +1,286 @@
+"""Runs that are killed, stopped, run out of disk or of numbers; each fault really happens.
+
+`record_property` counts what benchmarks/reliability.py adds up.
+"""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, train, unet_weights
+from safetensors.torch import load_file
+
+BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+STEPS = 80
+ENDS_WITHIN_S = 30  # of the rank that failed first
+
+
+def wait_for(what, timeout: float = 120):
+    """Returns what `what()` does as soon as that is true."""
+    limit = time.monotonic() + timeout
+    while not (found := what()):
+        assert time.monotonic() < limit, "it did not come"
+        time.sleep(0.001)
+    return found
+
+
+def steps_shown(run: Running) -> int:
+    """Returns how many steps a run has shown so far."""
+    return max(map(int, re.findall(r"(\d+)/\d+ \[", run.stderr.read_text())), default=0)
+
+
+def steps_shown_by(run: Running, at_least: int):
+    return lambda: steps_shown(run) >= at_least
+
+
+def assert_same(one: Path, other: Path, checkpoint: str) -> None:
+    """Weights, and the optimizer's state in a checkpoint, to the bit."""
+    for of in (
+        lambda folder: unet_weights(folder / "unet"),
+        lambda folder: load_file(folder / checkpoint / "optimizer.safetensors"),
+    ):
+        here, there = of(one), of(other)
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.fixture
+def long_run(flags, prior):
+    """Flags of a run with everything that has a state, and many checkpoints."""
+    more = {"train_batch_size": 1, "max_train_steps": STEPS, "save_steps": 5, "lr_scheduler": "cosine"}
+    return flags | prior | more
+
+
+@BOTH
+def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tmp_path, record_property):
+    """One rank or all of them, at random moments between steps and, every other time, in the middle of a save."""
+    whole, killed = long_run["output_dir"], tmp_path / "killed"
+    train(script, long_run, nproc=2)
+    chance = random.Random(script)
+    argv = command_line(long_run | {"output_dir": killed, "resume_from_checkpoint": "latest"})
+    half_written = 0
+    for number in range(10):
+        run = Running(script, argv, nproc=2)
+        if number % 2:
+            wait_for(lambda: any(killed.glob(".checkpoint-*.partial")))
+        else:
+            wait_for(steps_shown_by(run, at_least=1))
+            wait_for(steps_shown_by(run, at_least=steps_shown(run) + chance.randint(0, 8)))
+        run.send(signal.SIGKILL, rank=None if number % 4 < 2 else 0)
+        assert run.wait(check=False).returncode != 0
+        half_written += any(killed.glob(".checkpoint-*.partial"))
+    Running(script, argv, nproc=2).wait()
+    assert_same(whole, killed, f"checkpoint-{STEPS}")
+    assert half_written, "no kill met a save"
+    assert not list(killed.glob(".*")), "what was half-written is gone"
+    record_property("killed", 10)
+    record_property("killed while saving", half_written)
+    record_property("resumed", 10)
+    record_property("equal to the uninterrupted run", 10)
+
+
+def start_torchrun(script: str, flags: dict, log: Path, *options: str, nproc: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc), *options]
+    return subprocess.Popen(
+        [*command, script, *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_path, record_property):
+    whole, killed = long_run["output_dir"], tmp_path / "killed"
+    train(COLOSSALAI, long_run, nproc=2)
+    more = {"output_dir": killed, "resume_from_checkpoint": "latest"}
+    run = start_torchrun(COLOSSALAI, long_run | more, tmp_path / "log", "--max_restarts", "1")
+    wait_for((killed / "checkpoint-10").is_dir)
+    os.kill(children_of(run)[1], signal.SIGKILL)
+    assert run.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    assert_same(whole, killed, f"checkpoint-{STEPS}")
+    for name in ("killed", "resumed", "equal to the uninterrupted run"):
+        record_property(name, 1)
+
+
+@BOTH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, record_property):
+    whole, stopped = long_run["output_dir"], tmp_path / "stopped"
+    train(script, long_run)
+    run = Running(script, command_line(long_run | {"output_dir": stopped}))
+    wait_for(lambda: steps_shown(run) >= 7)
+    run.send(number)
+    done = run.wait(check=False)
+    assert done.returncode == 75
+    last = done.stderr.splitlines()[-1]
+    step = int(re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}", last)[1])
+    assert "--resume_from_checkpoint latest" in last and (stopped / f"checkpoint-{step}").is_dir()
+    train(script, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"})
+    assert_same(whole, stopped, f"checkpoint-{STEPS}")
+    for name in ("stopped by a signal", "resumed", "equal to the uninterrupted run"):
+        record_property(name, 1)
+
+
+def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, tmp_path, record_property):
+    whole, stopped = long_run["output_dir"], tmp_path / "stopped"
+    train(COLOSSALAI, long_run, nproc=2)
+    run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log")
+    wait_for((stopped / "checkpoint-5").is_dir)
+    run.terminate()
+    run.wait(timeout=60)
+    log = (tmp_path / "log").read_text()
+    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}", log)[1])
+    assert json.loads((stopped / f"checkpoint-{step}" / "state.json").read_text())["step"] == step
+    train(COLOSSALAI, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"}, nproc=2)
+    assert_same(whole, stopped, f"checkpoint-{STEPS}")
+    for name in ("stopped by a signal", "resumed", "equal to the uninterrupted run"):
+        record_property(name, 1)
+
+
+@BOTH
+def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, record_property):
+    """Step 2 starts from weights that step 1, with an absurd learning rate, has blown up."""
+    flags |= {"learning_rate": 1e30, "save_steps": 1, "adam_weight_decay": 0}
+    done = train(script, flags, check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1
+    error = re.search(r"step (\d+) is not finite \(samples (\d+) to (\d+): (.*)\)", done.error_lines[0])
+    step, first, last = map(int, error.groups()[:3])
+    assert (step, first, last) == (2, 2, 3)
+    assert set(error[4].split(", ")) <= {path.name for path in photos.iterdir()}
+    saved = list(flags["output_dir"].glob("checkpoint-*"))
+    assert len(saved) == 1 and not (flags["output_dir"] / "model_index.json").exists()
+    for folder in saved:
+        assert all(tensor.isfinite().all() for tensor in unet_weights(folder / "unet").values())
+    record_property("loss that is no number", 1)
+
+
+def run_in_shell(script: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@BOTH
+def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, record_property):
+    """Files of more than 1 MiB cannot be written: the UNet has 0.8 MiB, the optimizer's state twice that."""
+    flags |= {"max_train_steps": 4, "save_steps": 2}
+    train(script, flags | {"max_train_steps": 2})
+    earlier = {path: path.read_bytes() for path in (flags["output_dir"] / "checkpoint-2").rglob("*.*")}
+    assert len(earlier) == 4
+    more = {"resume_from_checkpoint": "latest", "resume_anyway": True}
+    command = shlex.join([sys.executable, script, *command_line(flags | more)])
+    done = run_in_shell(f"ulimit -f 1024; exec {command}")
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "cannot write" in error and "checkpoint-4, which needs 2.3 MiB" in error
+    assert "File too large" in error
+    assert {path: path.read_bytes() for path in earlier} == earlier
+    assert not list(flags["output_dir"].glob(".*")), "what was half-written is gone"
+    train(script, flags | more)
+    record_property("disk full", 1)
+
+
+def test_a_disk_too_small_is_known_before_anything_is_written(flags, record_property):
+    """The second checkpoint does not fit beside the first on 4 MiB."""
+    output_dir = flags["output_dir"]
+    output_dir.mkdir()
+    mount = f"mount -t tmpfs -o size=4m none {output_dir}"
+    if run_in_shell(f"unshare --mount {mount}").returncode:
+        pytest.skip("file systems cannot be mounted here")
+    command = shlex.join([sys.executable, COLOSSALAI, *command_line(flags | {"save_steps": 2})])
+    done = run_in_shell(f"unshare --mount bash -c {shlex.quote(f'{mount}; {command}; ls -a {output_dir}')}")
+    error = next(line for line in done.stderr.splitlines() if ": error: " in line)
+    assert "checkpoint-4, which needs 2.3 MiB: only 1." in error and "MiB are free" in error
+    assert done.stdout.split()[-2:] == ["checkpoint-2", "logs"]
+    record_property("disk full", 1)
+
+
+def test_an_output_folder_that_takes_nothing_any_more(flags, tmp_path, record_property):
+    """By the second checkpoint its name leads into a folder of the kernel, where not even root creates files."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    run = Running(COLOSSALAI, command_line(flags | {"output_dir": link, "max_train_steps": 2000, "save_steps": 20}))
+    wait_for((real / "checkpoint-20").is_dir)
+    link.unlink()
+    link.symlink_to("/proc")
+    done = run.wait(check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert re.search(f"cannot (read or )?write {link}", done.error_lines[0])
+    assert unet_weights(real / "checkpoint-20" / "unet")
+    record_property("output folder read-only", 1)
+
+
+def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, record_property):
+    argv = command_line(flags | {"max_train_steps": 2000})
+    first = Running(TRADITIONAL, argv)
+    wait_for(lambda: steps_shown(first))
+    second = run_in_shell(shlex.join([sys.executable, COLOSSALAI, *argv]))
+    first.send(signal.SIGTERM)
+    assert first.wait(check=False).returncode == 75
+    assert second.returncode == 2
+    assert f"--output_dir {flags['output_dir']}: another run writes into it" in second.stderr.splitlines()[-1]
+    record_property("output folder in use", 1)
+
+
+def assert_ends_with_first_cause(run: subprocess.Popen, log: Path, since: float, cause: str) -> None:
+    """All ranks end in time; torchrun's last words, and the one error line, name the first cause."""
+    run.wait(timeout=120)
+    assert run.returncode == 1 and time.monotonic() - since < ENDS_WITHIN_S
+    text = log.read_text()
+    last_words = text[text.rindex("Root Cause") :].split("traceback : ")[1].strip("=\n ")
+    assert cause in last_words and "\n" not in last_words
+    errors = [line for line in text.splitlines() if ": error: " in line]
+    assert errors[0].endswith(last_words) and "Traceback" not in text[: text.index(errors[0])]
+
+
+def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, record_property):
+    """A photo is damaged while the run goes on; which rank meets it first is chance."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in photos.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    more = {"instance_data_dir": folder, "max_train_steps": 2000, "save_steps": 20, "train_batch_size": 1}
+    run = start_torchrun(COLOSSALAI, flags | more, tmp_path / "log")
+    wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
+    (folder / "3.png").write_bytes(b"no image")
+    assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "cannot read the image")
+    record_property("a rank fails in the data", 1)
+
+
+@BOTH
+def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, record_property):
+    """The second rank's first image cannot be written: a folder is where its file would grow."""
+    (prior["class_data_dir"] / ".00002.png.partial").mkdir(parents=True)
+    run = start_torchrun(script, flags | prior, tmp_path / "log")
+    wait_for((prior["class_data_dir"] / "00000.png").is_file)
+    assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "00002.png")
+    record_property("a rank fails in class images", 1)
+
+
+def test_a_rank_that_fails_in_saving(flags, tmp_path, record_property):
+    """A file is where the next checkpoint would grow."""
+    run = start_torchrun(COLOSSALAI, flags | {"max_train_steps": 2000, "save_steps": 20}, tmp_path / "log")
+    wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
+    (flags["output_dir"] / ".checkpoint-60.partial").touch()
+    cause = f"cannot write {flags['output_dir']}/checkpoint-60"
+    assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), cause)
+    assert unet_weights(flags["output_dir"] / "checkpoint-40" / "unet")
+    record_property("a rank fails in saving", 1)
