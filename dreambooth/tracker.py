@@ -71,9 +71,9 @@ class Tracker:
         self.stop_since = self.failed_since = math.inf  # steps
         self.skipped = self.skipped_in_a_row = 0
         shown = ranks.rank == 0
-        # What the earlier run logged after its checkpoint is hidden: those steps are taken again.
+        # Steps that an earlier run has logged in the folder, and that are taken again, are hidden.
         folder = str(Path(args.output_dir, args.logging_dir))
-        self.writer = SummaryWriter(folder, purge_step=first_step + 1 if first_step else None) if shown else None
+        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if shown else None
         self.progress = tqdm(total=schedule.steps, initial=first_step, desc="training", unit="step", disable=not shown)
         self.pending: deque = deque()
         if self.device.type == "cuda":
@@ -151,6 +151,8 @@ class Tracker:
         self._take(math.inf)
         if self.failed_since < math.inf:
             raise self._failure()
+        if self.writer is not None:
+            self.writer.flush()
 
     def _take(self, last: float) -> None:
         """Takes the figures that have arrived, and waits for those up to step `last`."""

@@ -132,6 +132,32 @@ def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, o
     return run([*launcher, script, *command_line(flags)], env=env | options.pop("env", {}), **options)
 
 
+def start_torchrun(script: str, flags: dict, log: Path, *options: str, on_gpu: bool = False) -> subprocess.Popen:
+    """Starts two processes of a trainer with torchrun and further options of it; the output goes to `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
+    return subprocess.Popen(
+        [*command, script, *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Returns the ids of the processes that a process has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(what, timeout: float = 120):
+    """Returns what `what()` does as soon as that is true."""
+    limit = time.monotonic() + timeout
+    while not (found := what()):
+        assert time.monotonic() < limit, "it did not come"
+        time.sleep(0.001)
+    return found
+
+
 def scalars(output_dir: Path, name: str, first: int = 1) -> list[float]:
     """Returns a TensorBoard scalar of every step from `first` on, in order."""
     events = EventAccumulator(str(Path(output_dir) / "logs"), size_guidance={"scalars": 0})

@@ -1,7 +1,4 @@
-"""Runs that are killed, stopped, run out of disk or of numbers; each fault really happens.
-
-`record_property` counts what benchmarks/reliability.py adds up.
-"""
+"""Runs that are killed, stopped, run out of disk or of numbers; each fault really happens."""
 
 import json
 import os
@@ -16,7 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, train, unet_weights
+from harness import (
+    COLOSSALAI,
+    ROOT,
+    TRADITIONAL,
+    Running,
+    children_of,
+    command_line,
+    scalars,
+    start_torchrun,
+    train,
+    unet_weights,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
@@ -24,13 +33,14 @@ STEPS = 80
 ENDS_WITHIN_S = 30  # of the rank that failed first
 
 
-def wait_for(what, timeout: float = 120):
-    """Returns what `what()` does as soon as that is true."""
-    limit = time.monotonic() + timeout
-    while not (found := what()):
-        assert time.monotonic() < limit, "it did not come"
-        time.sleep(0.001)
-    return found
+@pytest.fixture
+def report(record_property):
+    """Counts a fault that a test has survived, for benchmarks/reliability.py."""
+
+    def count(fault: str, *, injected: int = 1, resumed: int = 0, equal: int = 0) -> None:
+        record_property("fault", json.dumps([fault, injected, resumed, equal]))
+
+    return count
 
 
 def steps_shown(run: Running) -> int:
@@ -60,7 +70,7 @@ def long_run(flags, prior):
 
 
 @BOTH
-def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tmp_path, record_property):
+def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tmp_path, report):
     """One rank or all of them, at random moments between steps and, every other time, in the middle of a save."""
     whole, killed = long_run["output_dir"], tmp_path / "killed"
     train(script, long_run, nproc=2)
@@ -81,28 +91,12 @@ def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tm
     assert_same(whole, killed, f"checkpoint-{STEPS}")
     assert half_written, "no kill met a save"
     assert not list(killed.glob(".*")), "what was half-written is gone"
-    record_property("killed", 10)
-    record_property("killed while saving", half_written)
-    record_property("resumed", 10)
-    record_property("equal to the uninterrupted run", 10)
+    assert scalars(killed, "loss") == scalars(whole, "loss")
+    report("killed between steps", injected=10 - half_written, resumed=10 - half_written, equal=10 - half_written)
+    report("killed in the middle of a save", injected=half_written, resumed=half_written, equal=half_written)
 
 
-def start_torchrun(script: str, flags: dict, log: Path, *options: str, nproc: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc), *options]
-    return subprocess.Popen(
-        [*command, script, *command_line(flags)],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def children_of(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_path, record_property):
+def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_path, report):
     whole, killed = long_run["output_dir"], tmp_path / "killed"
     train(COLOSSALAI, long_run, nproc=2)
     more = {"output_dir": killed, "resume_from_checkpoint": "latest"}
@@ -111,13 +105,12 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_pat
     os.kill(children_of(run)[1], signal.SIGKILL)
     assert run.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     assert_same(whole, killed, f"checkpoint-{STEPS}")
-    for name in ("killed", "resumed", "equal to the uninterrupted run"):
-        record_property(name, 1)
+    report("killed, and started again by torchrun", resumed=1, equal=1)
 
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, record_property):
+def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, report):
     whole, stopped = long_run["output_dir"], tmp_path / "stopped"
     train(script, long_run)
     run = Running(script, command_line(long_run | {"output_dir": stopped}))
@@ -130,11 +123,10 @@ def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, re
     assert "--resume_from_checkpoint latest" in last and (stopped / f"checkpoint-{step}").is_dir()
     train(script, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"})
     assert_same(whole, stopped, f"checkpoint-{STEPS}")
-    for name in ("stopped by a signal", "resumed", "equal to the uninterrupted run"):
-        record_property(name, 1)
+    report("SIGTERM or Ctrl-C", resumed=1, equal=1)
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, tmp_path, record_property):
+def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, tmp_path, report):
     whole, stopped = long_run["output_dir"], tmp_path / "stopped"
     train(COLOSSALAI, long_run, nproc=2)
     run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log")
@@ -146,12 +138,11 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, tmp_pa
     assert json.loads((stopped / f"checkpoint-{step}" / "state.json").read_text())["step"] == step
     train(COLOSSALAI, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"}, nproc=2)
     assert_same(whole, stopped, f"checkpoint-{STEPS}")
-    for name in ("stopped by a signal", "resumed", "equal to the uninterrupted run"):
-        record_property(name, 1)
+    report("SIGTERM or Ctrl-C", resumed=1, equal=1)
 
 
 @BOTH
-def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, record_property):
+def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, report):
     """Step 2 starts from weights that step 1, with an absurd learning rate, has blown up."""
     flags |= {"learning_rate": 1e30, "save_steps": 1, "adam_weight_decay": 0}
     done = train(script, flags, check=False)
@@ -164,7 +155,7 @@ def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, record_pro
     assert len(saved) == 1 and not (flags["output_dir"] / "model_index.json").exists()
     for folder in saved:
         assert all(tensor.isfinite().all() for tensor in unet_weights(folder / "unet").values())
-    record_property("loss that is no number", 1)
+    report("loss or gradient that is no number")
 
 
 def run_in_shell(script: str) -> subprocess.CompletedProcess:
@@ -179,7 +170,7 @@ def run_in_shell(script: str) -> subprocess.CompletedProcess:
 
 
 @BOTH
-def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, record_property):
+def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, report):
     """Files of more than 1 MiB cannot be written: the UNet has 0.8 MiB, the optimizer's state twice that."""
     flags |= {"max_train_steps": 4, "save_steps": 2}
     train(script, flags | {"max_train_steps": 2})
@@ -194,10 +185,10 @@ def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, record_property)
     assert {path: path.read_bytes() for path in earlier} == earlier
     assert not list(flags["output_dir"].glob(".*")), "what was half-written is gone"
     train(script, flags | more)
-    record_property("disk full", 1)
+    report("disk full")
 
 
-def test_a_disk_too_small_is_known_before_anything_is_written(flags, record_property):
+def test_a_disk_too_small_is_known_before_anything_is_written(flags, report):
     """The second checkpoint does not fit beside the first on 4 MiB."""
     output_dir = flags["output_dir"]
     output_dir.mkdir()
@@ -209,10 +200,10 @@ def test_a_disk_too_small_is_known_before_anything_is_written(flags, record_prop
     error = next(line for line in done.stderr.splitlines() if ": error: " in line)
     assert "checkpoint-4, which needs 2.3 MiB: only 1." in error and "MiB are free" in error
     assert done.stdout.split()[-2:] == ["checkpoint-2", "logs"]
-    record_property("disk full", 1)
+    report("disk full")
 
 
-def test_an_output_folder_that_takes_nothing_any_more(flags, tmp_path, record_property):
+def test_an_output_folder_that_takes_nothing_any_more(flags, tmp_path, report):
     """By the second checkpoint its name leads into a folder of the kernel, where not even root creates files."""
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
@@ -225,10 +216,10 @@ def test_an_output_folder_that_takes_nothing_any_more(flags, tmp_path, record_pr
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert re.search(f"cannot (read or )?write {link}", done.error_lines[0])
     assert unet_weights(real / "checkpoint-20" / "unet")
-    record_property("output folder read-only", 1)
+    report("output folder that takes no files any more")
 
 
-def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, record_property):
+def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, report):
     argv = command_line(flags | {"max_train_steps": 2000})
     first = Running(TRADITIONAL, argv)
     wait_for(lambda: steps_shown(first))
@@ -237,7 +228,7 @@ def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, record_propert
     assert first.wait(check=False).returncode == 75
     assert second.returncode == 2
     assert f"--output_dir {flags['output_dir']}: another run writes into it" in second.stderr.splitlines()[-1]
-    record_property("output folder in use", 1)
+    report("two runs, one output folder")
 
 
 def assert_ends_with_first_cause(run: subprocess.Popen, log: Path, since: float, cause: str) -> None:
@@ -251,7 +242,7 @@ def assert_ends_with_first_cause(run: subprocess.Popen, log: Path, since: float,
     assert errors[0].endswith(last_words) and "Traceback" not in text[: text.index(errors[0])]
 
 
-def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, record_property):
+def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, report):
     """A photo is damaged while the run goes on; which rank meets it first is chance."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -262,20 +253,20 @@ def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, record_property)
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
     (folder / "3.png").write_bytes(b"no image")
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "cannot read the image")
-    record_property("a rank fails in the data", 1)
+    report("one rank fails: in the data")
 
 
 @BOTH
-def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, record_property):
+def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, report):
     """The second rank's first image cannot be written: a folder is where its file would grow."""
     (prior["class_data_dir"] / ".00002.png.partial").mkdir(parents=True)
     run = start_torchrun(script, flags | prior, tmp_path / "log")
     wait_for((prior["class_data_dir"] / "00000.png").is_file)
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "00002.png")
-    record_property("a rank fails in class images", 1)
+    report("one rank fails: in generating class images")
 
 
-def test_a_rank_that_fails_in_saving(flags, tmp_path, record_property):
+def test_a_rank_that_fails_in_saving(flags, tmp_path, report):
     """A file is where the next checkpoint would grow."""
     run = start_torchrun(COLOSSALAI, flags | {"max_train_steps": 2000, "save_steps": 20}, tmp_path / "log")
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
@@ -283,4 +274,4 @@ def test_a_rank_that_fails_in_saving(flags, tmp_path, record_property):
     cause = f"cannot write {flags['output_dir']}/checkpoint-60"
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), cause)
     assert unet_weights(flags["output_dir"] / "checkpoint-40" / "unet")
-    record_property("a rank fails in saving", 1)
+    report("one rank fails: in saving")

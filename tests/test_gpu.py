@@ -1,12 +1,15 @@
 """Every plugin and placement on CUDA GPUs: two of them where the machine has two, else one."""
 
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
+from harness import COLOSSALAI, TRADITIONAL, children_of, scalars, start_torchrun, train, unet_weights, wait_for
 from safetensors.torch import load_file
 
 from benchmarks.runs import STRATEGIES, strategy_flags
@@ -14,6 +17,7 @@ from benchmarks.runs import STRATEGIES, strategy_flags
 pytestmark = pytest.mark.gpu
 
 NPROC = min(torch.cuda.device_count(), 2)
+SHARDING = ("low_level_zero", "gemini")
 
 
 def each(strategies):
@@ -129,6 +133,23 @@ def test_a_resumed_run_goes_on_as_it_would_have(strategy, flags, tmp_path):
     for moment in ("exp_avg", "exp_avg_sq"):
         here, there = (moments(folder / "checkpoint-4", moment) for folder in (resumed, whole))
         assert (here - there).norm() < 0.1 * there.norm()
+
+
+@pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
+@each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING and strategy.precision == "bf16"])
+def test_a_killed_rank_costs_nothing(strategy, flags, tmp_path):
+    """The other rank, which waits for it in a collective, ends in time; the run goes on with the same losses."""
+    flags |= strategy_flags(strategy) | {"max_train_steps": 40, "save_steps": 5}
+    whole, killed = flags["output_dir"], tmp_path / "killed"
+    train(strategy.script, flags, nproc=2, on_gpu=True)
+    more = flags | {"output_dir": killed, "resume_from_checkpoint": "latest"}
+    run = start_torchrun(strategy.script, more, tmp_path / "log", on_gpu=True)
+    wait_for((killed / "checkpoint-10").is_dir)
+    os.kill(children_of(run)[1], signal.SIGKILL)
+    since = time.monotonic()
+    assert run.wait(timeout=60) and time.monotonic() - since < 30
+    train(strategy.script, more, nproc=2, on_gpu=True)
+    np.testing.assert_allclose(scalars(killed, "loss"), scalars(whole, "loss"), rtol=2e-3)
 
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
