@@ -18,8 +18,8 @@ from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# What those files may contain, whatever their suffix says; an MPO is the JPEG of some cameras.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+# What those files may contain, whatever their suffix says.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
 TEST_RUN_IMAGES = 10
 
