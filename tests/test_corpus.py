@@ -815,6 +815,7 @@ def test_run(name, flags, tmp_path):
     assert done.seconds < 30
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, as the scripts have it
 @pytest.mark.parametrize("name", ODD_IMAGES)
 def test_odd_image(name, tmp_path):
     file, body, expected, tolerance = ODD_IMAGES[name]
