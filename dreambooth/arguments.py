@@ -13,7 +13,7 @@ from dreambooth.randomness import MAX_SEED
 OUTPUT_DIR = "dreambooth-model"
 # Limits that no setting of sense comes near; beyond them memory or float32 would fail in the middle of a run.
 MAX_RESOLUTION, MAX_BATCH, MAX_IMAGES, MAX_STEPS = 8192, 2**16, 10**6, 10**9
-MAX_WEIGHT, MIN_EPSILON = 1000, 1e-30
+MAX_FACTOR, MIN_EPSILON = 10**6, 1e-30
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -158,7 +158,7 @@ def _add_prior(parser: Parser) -> None:
     )
     group.add_argument(
         "--prior_loss_weight",
-        type=number(float, 0, highest=MAX_WEIGHT),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=1.0,
         help="weight of the class term of the loss; 0 drops it (default: 1.0)",
@@ -213,7 +213,7 @@ def _add_optimizer(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer (AdamW)")
     group.add_argument(
         "--learning_rate",
-        type=number(float, 0, highest=1),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=5e-6,
         help="peak learning rate per step (default: 5e-6)",
@@ -253,14 +253,14 @@ def _add_optimizer(parser: Parser) -> None:
     )
     group.add_argument(
         "--adam_weight_decay",
-        type=number(float, 0, highest=MAX_WEIGHT),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=1e-2,
         help="decoupled weight decay (default: 1e-2)",
     )
     group.add_argument(
         "--adam_epsilon",
-        type=number(float, MIN_EPSILON, highest=1),
+        type=number(float, MIN_EPSILON, highest=MAX_FACTOR),
         metavar="X",
         default=1e-8,
         help="added to the root of the second moment (default: 1e-8)",
@@ -334,7 +334,7 @@ def _problems(args: argparse.Namespace) -> list[str]:
     """Returns what stands in the way of a run, as far as flags and folders tell."""
     # A shell gives an empty word for a variable that is not set.
     problems = [
-        f"--{name} {text!r} has nothing to read; give it a value or leave it out"
+        f"--{name} {text!r} is blank: give it a value or leave it out"
         for name, text in vars(args).items()
         if isinstance(text, str) and not any(c.isprintable() and not c.isspace() for c in text)
     ]
@@ -388,8 +388,8 @@ def _unwritable(flag: str, folder: str) -> list[str]:
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"{flag} {folder} cannot be written: no permission for {existing}"]
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
     return []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
@@ -22,6 +22,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
 TEST_RUN_IMAGES = 10
+
+ORIENTATION = 0x0112  # of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
@@ -69,12 +80,13 @@ def load_image(path: Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned the way its EXIF orientation says, as it is where that data is damaged."""
+    """Returns an image turned the way its EXIF orientation says, as it is where that cannot be read."""
     image.load()
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ORIENTATION)
     except Exception:  # What Pillow raises for bytes that are no EXIF data has no limit; the pixels are whole.
         return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:

@@ -55,7 +55,7 @@ def _check_index(folder: Path) -> None:
     path = folder / "model_index.json"
     try:
         index = json.loads(path.read_text())
-        parts = {part: index[part][1] for part in CLASSES if part in index}
+        parts = {part: index[part][1] or CLASSES[part] for part in CLASSES if part in index}
         scheduler = getattr(diffusers, index["scheduler"][1], None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -68,6 +68,8 @@ def _check_index(folder: Path) -> None:
         )
     if not hasattr(scheduler, "from_pretrained"):
         raise UserError(f"{path} names a scheduler that diffusers does not have: {index['scheduler'][1]}")
+    with _loading("scheduler", folder):
+        scheduler.from_pretrained(folder / "scheduler")
 
 
 def _download(name: str, revision: str | None) -> Path:

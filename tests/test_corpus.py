@@ -170,6 +170,12 @@ def orientation(number: int) -> bytes:
     return content("JPEG", stored, exif=exif, **FINE)
 
 
+def exif_with_a_wrong_type(number: int) -> bytes:
+    """Returns EXIF data with an orientation and a resolution that is text, which Pillow reads and cannot write."""
+    tags = struct.pack(">HHIHH", 0x0112, 3, 1, number, 0) + struct.pack(">HHI4s", 0x011A, 2, 4, b"abc")
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + tags + bytes(4)
+
+
 def animation(format: str) -> bytes:
     frames = [Image.new("RGB", picture().size, color) for color in ("red", "blue")]
     return content(format, picture(), save_all=True, append_images=frames, lossless=True)
@@ -253,6 +259,12 @@ ODD_IMAGES = {
     "animated png": ("x.png", animation("PNG"), UPRIGHT, 0),
     "orientation that does not exist": ("x.jpg", orientation(9), UPRIGHT, 6),
     "damaged exif": ("x.jpg", content("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", **FINE), UPRIGHT, 6),
+    "orientation beside a tag of another type": (
+        "x.jpg",
+        content("JPEG", picture().transpose(Image.Transpose.ROTATE_90), exif=exif_with_a_wrong_type(6), **FINE),
+        UPRIGHT,
+        6,
+    ),
     "exif that is none": ("x.jpg", content("JPEG", exif=b"Exif\0\0nonsense", **FINE), UPRIGHT, 6),
     "color profile that is none": ("x.jpg", content("JPEG", icc_profile=b"nonsense", **FINE), UPRIGHT, 6),
     "bytes after the end": ("x.png", content() + b"and more", UPRIGHT, 0),
@@ -411,7 +423,7 @@ FOLDERS = {
     "output, endless name": Case({"output_dir": "x" * 300}, "cannot be made: File name too long"),
     "output inside the photos": Case(output_beside_photos("out")),
     "output among the photos": Case(output_beside_photos()),
-    "output is empty": Case({"output_dir": ""}, "--output_dir '' has nothing to read"),
+    "output is empty": Case({"output_dir": ""}, "--output_dir '' is blank"),
     "output, newline in the name": Case(lambda folder, flags: {"output_dir": folder / "a\nb é"}),
     "logs are a file": Case(log_folder_that_is_a_file, "logs is a file; name a folder"),
     "upload of the photos": Case(
@@ -692,6 +704,7 @@ FLAGS = {
         {"num_train_epochs": 10**9, "max_train_steps": 1}, warning="--num_train_epochs: no effect"
     ),
     "epsilon that float32 does not have": Case({"adam_epsilon": "1e-60"}, "--adam_epsilon: '1e-60' is not a number"),
+    "large rate and epsilon": Case({"learning_rate": 1e3, "adam_epsilon": 1e3}),
     "zero without half precision": Case(
         {"plugin": "low_level_zero", "mixed_precision": "no"}, "--plugin low_level_zero needs a CUDA GPU"
     ),
@@ -712,7 +725,7 @@ FLAGS = {
         {"with_prior_preservation": True, "class_prompt": "a dog"}, "also needs --class_data_dir"
     ),
     "prior with an empty folder name": Case(
-        lambda folder, flags: prior(folder, class_data_dir=""), "--class_data_dir '' has nothing to read"
+        lambda folder, flags: prior(folder, class_data_dir=""), "--class_data_dir '' is blank"
     ),
     "checkpoint missing": Case(
         {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: nowhere is not a whole"
@@ -744,7 +757,7 @@ def same_prompts(folder: Path, flags: dict) -> dict:
     return changed | {"class_prompt": f" {flags['instance_prompt']}"}
 
 
-NOTHING = "has nothing to read"
+NOTHING = "is blank"
 PROMPTS = {
     "prompt empty": Case({"instance_prompt": ""}, f"--instance_prompt '' {NOTHING}"),
     "prompt of spaces": Case({"instance_prompt": "  \t "}, NOTHING),
