@@ -33,8 +33,8 @@ from diffusers import UNet2DConditionModel
 from dreambooth import arguments, models
 from dreambooth.boosted import Boosted, ShardAdamW
 from dreambooth.checkpoint import check_settings, find_checkpoint, save_checkpoint, settings_of
-from dreambooth.class_images import generate_class_images
-from dreambooth.data import build_dataset, build_loader, find_images, images_to_use
+from dreambooth.class_images import check_class_images, generate_class_images
+from dreambooth.data import build_dataset, build_loader, check_crops, find_images, images_to_use
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
 from dreambooth.optimizer import adamw_settings, build_lr_scheduler
@@ -174,9 +174,11 @@ def train(
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(build_parser(), argv)
     strategy = choose_strategy(args)
-    model_folder = models.find_model(args)
     instance_images = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    check_crops(args, instance_images)
+    check_class_images(args)
     checkpoint = find_checkpoint(args)
+    model_folder = models.find_model(args)
     ranks = launch()
     seed = shared_seed(args.seed)
     repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
@@ -186,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text_encoder = models.load_text_encoder(model_folder)
     vae = models.load_vae(model_folder, args.resolution)
     unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
+    models.check_parts_fit(tokenizer, text_encoder, vae, unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from dreambooth.console import UserError, warn
 from dreambooth.randomness import MAX_SEED
 
 OUTPUT_DIR = "dreambooth-model"
+# Limits that no setting of sense comes near; beyond them memory or float32 would fail in the middle of a run.
+MAX_RESOLUTION, MAX_BATCH, MAX_IMAGES, MAX_STEPS = 8192, 2**16, 10**6, 10**9
+MAX_FACTOR, MIN_EPSILON = 10**6, 1e-30
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -20,11 +24,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def number(convert: type, lowest: float, *, above: bool = False, highest: float = math.inf) -> Callable:
-    """Returns an argparse type for numbers from `lowest` (or, with `above`, strictly above it) to `highest`."""
-    limits = f"{'above' if above else 'of at least'} {lowest:g}" + (
-        "" if highest == math.inf else f" and at most {highest:.10g}"
-    )
+def number(convert: type, lowest: float, *, highest: float = math.inf) -> Callable:
+    """Returns an argparse type for numbers from `lowest` to `highest`."""
+    limits = f"of at least {lowest:g}" + ("" if highest == math.inf else f" and at most {highest:.10g}")
 
     def parse(text: str):
         try:
@@ -32,7 +34,7 @@ def number(convert: type, lowest: float, *, above: bool = False, highest: float 
         except ValueError:
             value = math.nan
         # A comparison with NaN is false, and infinity is no setting either.
-        if not (lowest < value <= highest if above else lowest <= value <= highest) or math.isinf(value):
+        if not lowest <= value <= highest or value == math.inf:
             kind = "a whole number" if convert is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {limits}")
         return value
@@ -84,7 +86,6 @@ def _add_model(parser: Parser) -> None:
 
 
 def _add_data(parser: Parser) -> None:
-    positive = number(int, 1)
     group = parser.add_argument_group("images of the subject")
     group.add_argument(
         "--instance_data_dir",
@@ -100,7 +101,7 @@ def _add_data(parser: Parser) -> None:
     )
     group.add_argument(
         "--resolution",
-        type=positive,
+        type=number(int, 1, highest=MAX_RESOLUTION),
         metavar="N",
         default=512,
         help="side of the square training images, in pixels (default: 512)",
@@ -129,7 +130,6 @@ def _add_data(parser: Parser) -> None:
 
 
 def _add_prior(parser: Parser) -> None:
-    positive = number(int, 1)
     group = parser.add_argument_group("prior preservation")
     group.add_argument(
         "--with_prior_preservation",
@@ -144,21 +144,21 @@ def _add_prior(parser: Parser) -> None:
     group.add_argument("--class_prompt", metavar="PROMPT", help='the class alone, such as "a photo of dog"')
     group.add_argument(
         "--num_class_images",
-        type=positive,
+        type=number(int, 1, highest=MAX_IMAGES),
         metavar="N",
         default=100,
         help="how many class images are used (default: 100)",
     )
     group.add_argument(
         "--sample_batch_size",
-        type=positive,
+        type=number(int, 1, highest=MAX_BATCH),
         metavar="N",
         default=4,
         help="class images generated at a time on each device (default: 4)",
     )
     group.add_argument(
         "--prior_loss_weight",
-        type=number(float, 0),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=1.0,
         help="weight of the class term of the loss; 0 drops it (default: 1.0)",
@@ -166,25 +166,24 @@ def _add_prior(parser: Parser) -> None:
 
 
 def _add_training(parser: Parser) -> None:
-    positive = number(int, 1)
     group = parser.add_argument_group("training")
     group.add_argument(
         "--train_batch_size",
-        type=positive,
+        type=number(int, 1, highest=MAX_BATCH),
         metavar="N",
         default=4,
         help="samples per device and step; with prior preservation each is an instance and a class image (default: 4)",
     )
     group.add_argument(
         "--num_train_epochs",
-        type=positive,
+        type=number(int, 1, highest=MAX_STEPS),
         metavar="N",
         default=1,
         help="passes over the larger of the two sets of images (default: 1)",
     )
     group.add_argument(
         "--max_train_steps",
-        type=positive,
+        type=number(int, 1, highest=MAX_STEPS),
         metavar="N",
         help="optimizer steps, instead of --num_train_epochs (default: unset)",
     )
@@ -214,7 +213,7 @@ def _add_optimizer(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer (AdamW)")
     group.add_argument(
         "--learning_rate",
-        type=number(float, 0),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=5e-6,
         help="peak learning rate per step (default: 5e-6)",
@@ -254,14 +253,14 @@ def _add_optimizer(parser: Parser) -> None:
     )
     group.add_argument(
         "--adam_weight_decay",
-        type=number(float, 0),
+        type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=1e-2,
         help="decoupled weight decay (default: 1e-2)",
     )
     group.add_argument(
         "--adam_epsilon",
-        type=number(float, 0, above=True),
+        type=number(float, MIN_EPSILON, highest=MAX_FACTOR),
         metavar="X",
         default=1e-8,
         help="added to the root of the second moment (default: 1e-8)",
@@ -333,20 +332,65 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _problems(args: argparse.Namespace) -> list[str]:
     """Returns what stands in the way of a run, as far as flags and folders tell."""
-    problems = []
+    # A shell gives an empty word for a variable that is not set.
+    problems = [
+        f"--{name} {text!r} is blank: give it a value or leave it out"
+        for name, text in vars(args).items()
+        if isinstance(text, str) and not any(c.isprintable() and not c.isspace() for c in text)
+    ]
+    if problems:
+        return problems
+    for name in ("instance_prompt", "class_prompt"):
+        if re.search("[\ud800-\udfff]", getattr(args, name) or ""):
+            problems.append(f"--{name} is not valid UTF-8")
     if args.with_prior_preservation:
         missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(args, name)]
         if missing:
             problems.append(f"--with_prior_preservation also needs {' and '.join(missing)}")
-    if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
-        problems.append(f"--class_data_dir {args.class_data_dir} is not a folder")
-    if not Path(args.instance_data_dir).is_dir():
+        elif _same_folder(args.class_data_dir, args.instance_data_dir):
+            problems.append("--class_data_dir is the folder of --instance_data_dir: class images need their own")
+        elif not missing:
+            problems += _unwritable("--class_data_dir", args.class_data_dir)
+    if not os.path.isdir(args.instance_data_dir):
         problems.append(f"--instance_data_dir {args.instance_data_dir} is not a folder")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        problems.append(f"--output_dir {args.output_dir} is a file; name a folder")
-    if args.external_unet_path and not Path(args.external_unet_path).is_dir():
+    problems += _unwritable("--output_dir", args.output_dir)
+    logs = os.path.join(args.output_dir, args.logging_dir)
+    if os.path.isdir(args.output_dir):
+        problems += _unwritable("--logging_dir", logs)
+    if args.external_unet_path and not os.path.isdir(args.external_unet_path):
         problems.append(f"--external_unet_path {args.external_unet_path} is not a folder")
+    if args.push_to_hub:
+        # The whole output folder is uploaded.
+        for name in ("instance_data_dir", "class_data_dir"):
+            folder, output = (os.path.realpath(getattr(args, n) or "/") for n in (name, "output_dir"))
+            if os.path.commonpath([folder, output]) == output:
+                problems.append(f"--push_to_hub would upload the images of --{name}, which is inside --output_dir")
     return problems
+
+
+def _same_folder(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there
+        return False
+
+
+def _unwritable(flag: str, folder: str) -> list[str]:
+    """Returns what keeps a run from writing into a folder, which need not be there yet; nothing is written."""
+    try:
+        os.lstat(folder)
+        if not os.path.isdir(folder):
+            return [f"{flag} {folder} is a file; name a folder"]
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return [f"{flag} {folder} cannot be made: {error.strerror}"]
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
+    return []
 
 
 def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> None:
@@ -354,6 +398,8 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
     given = [f"--{name}" for name in prior_flags if getattr(args, name) != parser.get_default(name)]
     if given and not args.with_prior_preservation:
         warn(f"{', '.join(given)}: no effect without --with_prior_preservation")
+    if args.with_prior_preservation and args.class_prompt.split() == args.instance_prompt.split():
+        warn("--class_prompt is --instance_prompt: give the subject a rare word, which the class does not have")
     hub_flags = [f"--{name}" for name in ("hub_token", "hub_model_id") if getattr(args, name)]
     if hub_flags and not args.push_to_hub:
         warn(f"{', '.join(hub_flags)}: no effect without --push_to_hub")

@@ -13,8 +13,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.console import is_rank_0
-from dreambooth.data import find_images, images_to_use, list_images
+from dreambooth.data import check_crops, find_images, images_to_use, list_images
 from dreambooth.ranks import Ranks
+
+
+def check_class_images(args: argparse.Namespace) -> None:
+    """Decodes the images that are in --class_data_dir already, as far as a run uses them.
+
+    Raises:
+        UserError: if one cannot be used.
+    """
+    if not args.with_prior_preservation or not os.path.isdir(args.class_data_dir):
+        return
+    wanted = images_to_use(args, args.num_class_images)
+    if list_images(args.class_data_dir):
+        check_crops(args, find_images(args.class_data_dir, "--class_data_dir", wanted))
 
 
 def missing_numbers(folder: Path, wanted: int) -> list[int]:
@@ -54,7 +67,8 @@ def generate_class_images(
     """Brings --class_data_dir to --num_class_images images, and returns them on all ranks once they are there.
 
     Image number n starts from latents that follow from `seed` + n. Ranks take whole batches in turn, so that the
-    make-up of a batch, and with it every rounding, is the same on any number of ranks.
+    make-up of a batch, and with it every rounding, is the same on any number of ranks. Images that were there before
+    have been through `check_class_images`.
 
     Args:
         args: the flags.
@@ -79,7 +93,7 @@ def generate_class_images(
             torch.cuda.empty_cache()  # the pipeline is gone
     if dist.is_initialized():
         dist.barrier()
-    return find_images(folder, "--class_data_dir", wanted)
+    return list_images(folder)[:wanted]
 
 
 def _generate(

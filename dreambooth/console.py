@@ -17,8 +17,16 @@ OTHERS_SPEAK_FIRST_S = 5
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
+def one_line(text: str) -> str:
+    """Returns text with its control characters and line ends escaped: names of files may have any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
-    """Something that the user can mend: the message names the flag or file, what was found and what to do."""
+    """Something that the user can mend: the message, one line, names the flag or file, what was found, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
     status = 2
 
@@ -48,7 +56,7 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Prints a warning on rank 0: a flag without an effect, a prompt that is cut."""
     if is_rank_0():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None], program: str) -> None:
@@ -125,6 +133,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(colossalai|torch|transformers|diffusers)\b")
+    # Of EXIF data that is passed over, and of photos above 89 megapixels.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     for library in ("accelerate", "bitsandbytes", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
     # These two set the levels of their loggers when they are imported.

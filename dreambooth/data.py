@@ -8,25 +8,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from dreambooth.console import UserError
+from dreambooth.console import UserError, warn
 from dreambooth.randomness import Stream, generator
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What those files may contain, whatever their suffix says.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
 TEST_RUN_IMAGES = 10
+
+ORIENTATION = 0x0112  # of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Returns the image files directly in `folder`, sorted by name; hidden files are passed over."""
+    """Returns the image files directly in `folder`, sorted by name; hidden files are passed over.
+
+    A link to nothing counts: it stands for an image that is missing.
+    """
     return sorted(
         path
         for path in Path(folder).iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
     )
 
 
@@ -37,15 +56,37 @@ def load_image(path: Path) -> Image.Image:
         UserError: if the file is not a whole image.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path, formats=FORMATS) as image:
+            image = _upright(image)
+            if image.mode.startswith("I"):
+                # 16 bits per pixel, which `convert` would clip at 255.
+                gray = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"cannot read the image {path}: it is none of PNG, JPEG, WebP, BMP and GIF, or torn; convert or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UserError(f"cannot read the image {path}: it has more than {limit} megapixels; scale it down") from error
+    except Exception as error:  # Decoders raise whatever a damaged file leads them to.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read the image {path}: {reason}; replace or remove it") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned the way its EXIF orientation says, as it is where that cannot be read."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # What Pillow raises for bytes that are no EXIF data has no limit; the pixels are whole.
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
@@ -61,14 +102,50 @@ def find_images(folder: str, flag: str, limit: int | None = None) -> list[Path]:
     Raises:
         UserError: if there is none, or one that cannot be read.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder} is not a folder")
-    paths = list_images(folder)[:limit]
+    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    try:
+        paths = list_images(folder)[:limit]
+        entries = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
+    others = [path.name for path in entries if path.suffix.lower() in OTHER_SUFFIXES]
     if not paths:
-        raise UserError(f"{flag} {folder} has no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
+        inside = next((path.name for path in entries if os.path.isdir(path)), None)
+        hint = ""
+        if others:
+            hint = f": convert {others[0]} and such"
+        elif inside is not None:
+            hint = f"; folders in it, such as {inside}, are not looked into"
+        raise UserError(f"{flag} {folder} has no image ({kinds}){hint}")
+    if others:
+        warn(f"{flag} {folder}: {others[0]} is passed over ({len(others)} such), images are {kinds}")
     for path in paths:
         load_image(path)
     return paths
+
+
+def is_square(path: Path) -> bool:
+    """Returns whether an image is as wide as it is high."""
+    with Image.open(path, formats=FORMATS) as image:
+        return image.width == image.height
+
+
+def check_crops(args: argparse.Namespace, paths: list[Path]) -> None:
+    """Finds images that --cache_latents on cannot cache.
+
+    Raises:
+        UserError: if each step crops one of them elsewhere.
+    """
+    if args.cache_latents != "on" or args.center_crop:
+        return
+    for path in paths:
+        if not is_square(path):
+            raise UserError(
+                f"--cache_latents on: {path} is not square, so each step crops it elsewhere: "
+                "add --center_crop, or use --cache_latents auto"
+            )
 
 
 def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
@@ -137,10 +214,7 @@ class Examples:
 
     def has_fixed_crop(self, path: Path) -> bool:
         """Returns whether every example of an image shows the same pixels."""
-        if self.center_crop:
-            return True
-        with Image.open(path) as image:
-            return image.width == image.height
+        return self.center_crop or is_square(path)
 
     def pixel_values(self, path: Path, position: float = 0.5) -> torch.Tensor:
         """Returns an image as `crop_to_square` does."""
@@ -253,7 +327,7 @@ def build_loader(
     on_gpu = ranks.device.type == "cuda"
     loader = DataLoader(
         dataset,
-        batch_sampler=list(schedule.batches(ranks.rank, first_step)),
+        batch_sampler=schedule.batches(ranks.rank, first_step),
         collate_fn=collate,
         # On a GPU machine, worker processes decode while the GPU computes; on the CPU they would only take its cores.
         num_workers=min(4, os.cpu_count() or 1) if on_gpu else 0,

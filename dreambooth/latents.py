@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 
-from dreambooth.console import UserError, say
+from dreambooth.console import say
 from dreambooth.data import DreamBoothDataset, Examples
 from dreambooth.ranks import Ranks
 
@@ -24,25 +24,16 @@ def cache_latents(args: argparse.Namespace, dataset: DreamBoothDataset, vae: Aut
     and then share them, so that the result does not depend on their number.
 
     Args:
-        args: --cache_latents auto caches what it can, on insists on all images, off does nothing.
+        args: with --cache_latents off nothing is done; `check_crops` has seen to it that on can cache all images.
         dataset: its examples take their latents from the cache afterwards.
         vae: frozen, on this rank's device, in the run's precision.
         ranks: which share is this process's.
-
-    Raises:
-        UserError: for --cache_latents on, where an image is cropped anew in each step.
     """
     if args.cache_latents == "off":
         return
     started = time.monotonic()
     examples = [(part, path) for part in dataset.parts for path in part.paths]
     fixed = [(part, path) for part, path in examples if part.has_fixed_crop(path)]
-    if args.cache_latents == "on" and len(fixed) < len(examples):
-        path = next(path for part, path in examples if not part.has_fixed_crop(path))
-        raise UserError(
-            f"--cache_latents on: {path} is not square, so each step crops it elsewhere: "
-            "add --center_crop, or use --cache_latents auto"
-        )
     if not fixed:
         return
     shape = (len(fixed), 2, *dataset.parts[0].latent_shape)

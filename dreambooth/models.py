@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
@@ -13,6 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dreambooth.console import UserError, warn
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# Of model_index.json; other pipelines have other parts.
+CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -23,9 +28,9 @@ def find_model(args: argparse.Namespace) -> Path:
     """
     name = args.pretrained_model_name_or_path
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         # A Hub id is "name" or "owner/name"; everything else can only have meant a path.
-        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if os.path.isfile(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"--pretrained_model_name_or_path {name} is not a folder")
         folder = _download(name, args.revision)
     parts = ["text_encoder", "vae", "scheduler"]
@@ -37,14 +42,41 @@ def find_model(args: argparse.Namespace) -> Path:
             f"--pretrained_model_name_or_path {name} has no {', '.join(missing)}: "
             "it is not a whole Stable Diffusion folder in diffusers' layout"
         )
+    _check_index(folder)
     return folder
+
+
+def _check_index(folder: Path) -> None:
+    """Reads the model_index.json that the trained pipeline will be written by.
+
+    Raises:
+        UserError: if it is missing or broken, or of a pipeline that this project cannot train.
+    """
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+        parts = {part: index[part][1] or CLASSES[part] for part in CLASSES if part in index}
+        scheduler = getattr(diffusers, index["scheduler"][1], None)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} is not that of a Stable Diffusion folder in diffusers' layout") from error
+    if "text_encoder_2" in index or any(CLASSES[part] != found for part, found in parts.items()):
+        raise UserError(
+            f"{folder} is a {index.get('_class_name')}, which this project does not train: "
+            "use a Stable Diffusion 1.x or 2.x"
+        )
+    if not hasattr(scheduler, "from_pretrained"):
+        raise UserError(f"{path} names a scheduler that diffusers does not have: {index['scheduler'][1]}")
+    with _loading("scheduler", folder):
+        scheduler.from_pretrained(folder / "scheduler")
 
 
 def _download(name: str, revision: str | None) -> Path:
     """Brings what is needed of a Hub model into the cache, which alone serves where the Hub is out of reach."""
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     try:
-        return Path(StableDiffusionPipeline.download(name, revision=revision, **unused))
+        return Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except (OSError, ValueError) as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(
@@ -62,8 +94,32 @@ def _loading(part: str, source: str | Path) -> Iterator[None]:
     """Turns what the libraries raise for a file that is missing, torn or of another shape into one line."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # What a damaged file leads the libraries to has no limit.
         raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
+
+
+def _load_weights(kind: type, folder: Path) -> torch.nn.Module:
+    """Loads a part, fp32, on the CPU, from safetensors alone: to unpickle a file is to run what it says.
+
+    Raises:
+        UserError: if its weights are not whole, or not all finite.
+    """
+    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.bin*")):
+        raise UserError(
+            f"{folder} has its weights in a pickle file (.bin), which may run code when it is read: "
+            "convert them to safetensors"
+        )
+    module, info = kind.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
+    return module
 
 
 def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
@@ -75,7 +131,7 @@ def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
 def load_text_encoder(model: Path) -> CLIPTextModel:
     """Loads the text encoder: frozen, fp32, on the CPU."""
     with _loading("text encoder", model):
-        text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", torch_dtype=torch.float32)
+        text_encoder = _load_weights(CLIPTextModel, model / "text_encoder")
     return text_encoder.requires_grad_(False).eval()
 
 
@@ -86,7 +142,7 @@ def load_vae(model: Path, resolution: int) -> AutoencoderKL:
         UserError: if it cannot be loaded, or its factor does not divide `resolution`.
     """
     with _loading("VAE", model):
-        vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
+        vae = _load_weights(AutoencoderKL, model / "vae")
     factor = vae_factor(vae)
     if resolution % factor:
         lower = resolution // factor * factor
@@ -103,7 +159,7 @@ def load_unet(model: Path, external: str | None) -> UNet2DConditionModel:
     # An external folder is a UNet itself, such as checkpoint-500/unet, or has one.
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     with _loading("UNet", folder):
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+        return _load_weights(UNet2DConditionModel, folder)
 
 
 def load_noise_scheduler(model: Path) -> DDPMScheduler:
@@ -114,6 +170,8 @@ def load_noise_scheduler(model: Path) -> DDPMScheduler:
     """
     with _loading("scheduler", model):
         noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+        if not noise_scheduler.alphas_cumprod.isfinite().all() or not len(noise_scheduler.alphas_cumprod):
+            raise ValueError("its noise schedule is empty or not finite")
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(
@@ -137,8 +195,36 @@ def load_pipeline(
             feature_extractor=None,
             image_encoder=None,
             requires_safety_checker=False,
+            use_safetensors=True,
             torch_dtype=torch_dtype,
         )
+
+
+def check_parts_fit(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+) -> None:
+    """Compares the shapes that the parts hand to each other.
+
+    Raises:
+        UserError: if they are parts of different models, or of one that needs more than an image and a prompt.
+    """
+    tokens, known = len(tokenizer), text_encoder.config.vocab_size
+    if tokens > known:
+        raise UserError(f"the tokenizer has {tokens} tokens, of which the text encoder knows {known}: use its own")
+    channels, latents = unet.config.in_channels, vae.config.latent_channels
+    if channels != latents or unet.config.out_channels != latents:
+        hint = "it is an inpainting model, which cannot be trained here" if channels == 9 else "use the VAE's own UNet"
+        raise UserError(
+            f"the UNet takes {channels} channels and returns {unet.config.out_channels}, "
+            f"and the VAE's latents have {latents}: {hint}"
+        )
+    width, encoded = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if any(one != encoded for one in (width if isinstance(width, list | tuple) else [width])):
+        raise UserError(
+            f"the UNet reads prompts of width {width}, and the text encoder writes {encoded}: use a UNet of this model"
+        )
+    if any(unet.config[name] for name in ("addition_embed_type", "class_embed_type", "num_class_embeds")):
+        raise UserError("the UNet wants more than an image and a prompt: use that of a Stable Diffusion 1.x or 2.x")
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
