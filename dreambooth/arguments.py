@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from setproctitle import getproctitle, setproctitle
+
 from dreambooth.console import UserError, warn
 from dreambooth.randomness import MAX_SEED
 
@@ -309,7 +311,7 @@ def _add_output(parser: Parser) -> None:
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="token for the upload (default: HF_TOKEN or the one stored by `huggingface-cli login`)",
+        help="token for the upload; better the environment variable HF_TOKEN, or `huggingface-cli login` (default: these)",
     )
     group.add_argument(
         "--hub_model_id", metavar="NAME", help="repository of the upload (default: the name of --output_dir)"
@@ -327,6 +329,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     if problems:
         raise UserError("; ".join(problems))
     _warn_of_flags_without_effect(args, parser)
+    if args.hub_token:
+        warn("--hub_token is kept by the shell's history and shown by torchrun's process: HF_TOKEN is not")
+        setproctitle(getproctitle().replace(args.hub_token, "***"))
     return args
 
 

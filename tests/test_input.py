@@ -1,10 +1,13 @@
 """Bad input: one clear line, exit status 2, and nothing written."""
 
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from harness import COLOSSALAI, TRADITIONAL, run, train
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, wait_for
 from PIL import Image
 
 from benchmarks import random_model
@@ -182,6 +185,16 @@ def test_warnings(flags, tiny_model):
     cut = next(line for line in warnings if "is cut" in line).rpartition("is cut: ")[2]
     assert cut.strip("'").endswith("happy") and "sks" not in cut
     assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_the_process_list_does_not_show_the_token(flags):
+    command = [sys.executable, COLOSSALAI, *command_line(flags | {"hub_token": "hf_secret", "max_train_steps": 10**6})]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        wait_for((flags["output_dir"] / "logs").is_dir)
+        shown = Path(f"/proc/{run.pid}/cmdline").read_text()
+        run.kill()
+    assert "hf_secret" not in shown and "--hub_token" in shown and "***" in shown
 
 
 def test_hub_that_cannot_be_reached_is_known_before_training(flags):
