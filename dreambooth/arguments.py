@@ -311,7 +311,7 @@ def _add_output(parser: Parser) -> None:
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="token for the upload; better the environment variable HF_TOKEN, or `huggingface-cli login` (default: these)",
+        help="token for the upload; better set HF_TOKEN, or use `huggingface-cli login` (default: these)",
     )
     group.add_argument(
         "--hub_model_id", metavar="NAME", help="repository of the upload (default: the name of --output_dir)"

@@ -100,7 +100,7 @@ class TestOnTheCPU:
 
 
 NPROC = min(torch.cuda.device_count(), 2) or 1
-GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 300}
+GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 180}
 
 
 @pytest.fixture(scope="module")
