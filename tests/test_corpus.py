@@ -14,7 +14,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -885,13 +885,21 @@ def test_no_permission(locked):
 
 
 def test_a_run_of_any_length_starts_at_once():
-    """The samples of a billion steps are not listed before the first."""
+    """The samples of all steps, which may be a billion, are not listed before the first."""
 
     class Numbers(torch.utils.data.Dataset):
         def __getitem__(self, n: int) -> list[dict]:
             return [{"number": torch.tensor(n)}]
 
-    schedule = Schedule(batch=2, world_size=3, steps=10**9)
+    listed = []
+
+    class Watched(Schedule):
+        def batches(self, rank: int, first_step: int = 0) -> Iterator[list[int]]:
+            for batch in super().batches(rank, first_step):
+                listed.append(batch)
+                yield batch
+
+    schedule = Watched(batch=2, world_size=3, steps=100_000)
     loader = build_loader(Numbers(), schedule, Ranks(1, 3, torch.device("cpu")))
     numbers = [batch["number"].tolist() for batch in itertools.islice(loader, 2)]
-    assert numbers == [[2, 3], [8, 9]]
+    assert numbers == listed == [[2, 3], [8, 9]]
