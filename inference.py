@@ -92,7 +92,11 @@ def load(model: str, device: str, dtype: str) -> StableDiffusionPipeline:
     disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            model, torch_dtype=torch_dtype, safety_checker=None, requires_safety_checker=False
+            model,
+            torch_dtype=torch_dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a pipeline from {model}: {first_line(error)}") from error

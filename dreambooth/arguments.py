@@ -359,6 +359,8 @@ def _problems(args: argparse.Namespace) -> list[str]:
     if not os.path.isdir(args.instance_data_dir):
         problems.append(f"--instance_data_dir {args.instance_data_dir} is not a folder")
     problems += _unwritable("--output_dir", args.output_dir)
+    if _same_folder(args.output_dir, args.pretrained_model_name_or_path):
+        problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
     logs = os.path.join(args.output_dir, args.logging_dir)
     if os.path.isdir(args.output_dir):
         problems += _unwritable("--logging_dir", logs)

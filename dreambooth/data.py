@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dreambooth.console import UserError, warn
 from dreambooth.randomness import Stream, generator
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
+from dreambooth.signals import SIGNALS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # What those files may contain, whatever their suffix says.
@@ -320,6 +322,12 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
     return batch | {"rows": torch.tensor(latents_first).argsort()}
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """In a worker process: a signal to the whole process group is the trainer's to answer."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -331,7 +339,12 @@ def build_loader(
         collate_fn=collate,
         # On a GPU machine, worker processes decode while the GPU computes; on the CPU they would only take its cores.
         num_workers=min(4, os.cpu_count() or 1) if on_gpu else 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=on_gpu,
     )
-    for batch in loader:
-        yield {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
+    try:
+        for batch in loader:
+            yield {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
+    except UserError as error:
+        # A worker process sends its traceback too, with the line last.
+        raise UserError(error.args[0].rpartition("UserError: ")[2].removesuffix(r"\n")) from error

@@ -399,6 +399,10 @@ FOLDERS = {
     "thousands of photos": Case(many_files),
     "photos behind a link": Case(linked("instance_data_dir")),
     "one photo": Case(entries("1.png")),
+    "output folder is the model": Case(
+        lambda folder, flags: {"output_dir": flags["pretrained_model_name_or_path"]},
+        "--output_dir is the folder of --pretrained_model_name_or_path",
+    ),
     "class images among the photos": Case(
         lambda folder, flags: prior(folder, class_data_dir=flags["instance_data_dir"]),
         "--class_data_dir is the folder of --instance_data_dir",

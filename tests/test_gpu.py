@@ -3,13 +3,26 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from harness import COLOSSALAI, TRADITIONAL, children_of, scalars, start_torchrun, train, unet_weights, wait_for
+from harness import (
+    COLOSSALAI,
+    ROOT,
+    TRADITIONAL,
+    children_of,
+    command_line,
+    scalars,
+    start_torchrun,
+    train,
+    unet_weights,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 from benchmarks.runs import STRATEGIES, strategy_flags
@@ -133,6 +146,32 @@ def test_a_resumed_run_goes_on_as_it_would_have(strategy, flags, tmp_path):
     for moment in ("exp_avg", "exp_avg_sq"):
         here, there = (moments(folder / "checkpoint-4", moment) for folder in (resumed, whole))
         assert (here - there).norm() < 0.1 * there.norm()
+
+
+def test_a_signal_to_all_processes_ends_the_step_and_saves(flags):
+    """The worker processes that decode images get it too."""
+    flags |= {"max_train_steps": 10**5, "cache_latents": "off"}
+    command = [sys.executable, COLOSSALAI, *command_line(flags)]
+    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(children_of(run)) >= 2 and (flags["output_dir"] / "logs").is_dir())
+    time.sleep(5)
+    os.killpg(run.pid, signal.SIGINT)
+    stderr = run.communicate(timeout=60)[1]
+    assert run.returncode == 75 and "stopped by SIGINT" in stderr.splitlines()[-1], stderr
+    assert len(list(flags["output_dir"].glob("checkpoint-*"))) == 1
+
+
+def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
+    """Though a worker process finds it."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    more = {"instance_data_dir": folder, "max_train_steps": 10**5, "save_steps": 20, "cache_latents": "off"}
+    command = [sys.executable, COLOSSALAI, *command_line(flags | more)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
+    (folder / "3.png").write_bytes(b"no image")
+    stderr = run.communicate(timeout=60)[1]
+    assert stderr.count("error: ") == 1 and "cannot read the image" in stderr.splitlines()[-1], stderr
 
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
