@@ -91,15 +91,19 @@ class Training:
         scaler = self.accelerator.scaler
         return Progress(
             step=step,
-            adam_step=int(next(iter(state.values()))["step"]),
+            adam_step=max((int(of_one["step"]) for of_one in state.values()), default=0),
             moments={moment: self._moment(moment) for moment in MOMENTS},
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=scaler.state_dict() if scaler else {},
         )
 
     def _moment(self, moment: str) -> dict[str, torch.Tensor]:
+        """Returns one of MOMENTS of all parameters, on the CPU; zeros before the first update."""
         state = self.optimizer.optimizer.state
-        return {name: state[parameter][moment].cpu() for name, parameter in self.unet.named_parameters()}
+        return {
+            name: state[parameter][moment].cpu() if parameter in state else torch.zeros(parameter.shape)
+            for name, parameter in self.unet.named_parameters()
+        }
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""

@@ -1,5 +1,6 @@
 """A UNet and its optimizer in the hands of ColossalAI's Booster: steps, and the whole state out of the shards."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -201,14 +202,18 @@ class Boosted:
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`; to be called on every rank."""
-        adam_steps = [int(state["step"]) for state in self._adamw.state.values()]
         return Progress(
             step=step,
-            adam_step=adam_steps[0],
-            moments={name: self.gather(lambda part: self._state(part)[name]) for name in MOMENTS},  # noqa: B023
+            adam_step=max((int(state["step"]) for state in self._adamw.state.values() if state), default=0),
+            moments={moment: self.gather(functools.partial(self._moment, moment)) for moment in MOMENTS},
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=self._grad_scaler_state(),
         )
+
+    def _moment(self, moment: str, part: Part) -> torch.Tensor:
+        """Returns one of MOMENTS of a part; zeros before the first update."""
+        state = self._state(part)
+        return state[moment] if state else torch.zeros_like(part.tensor, dtype=torch.float32)
 
     @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:

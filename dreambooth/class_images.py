@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth.console import is_rank_0
+from dreambooth.console import is_rank_0, say
 from dreambooth.data import check_crops, find_images, images_to_use, list_images
 from dreambooth.ranks import Ranks
 
@@ -86,6 +87,7 @@ def generate_class_images(
     numbers, size = missing[0], args.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     share = batches[ranks.rank :: ranks.world_size]
+    started = time.monotonic()
     if share:
         with one_cpu_thread():
             _generate(load().to(ranks.device), args.class_prompt, share, folder, seed)
@@ -93,6 +95,9 @@ def generate_class_images(
             torch.cuda.empty_cache()  # the pipeline is gone
     if dist.is_initialized():
         dist.barrier()
+    if numbers:
+        seconds = time.monotonic() - started
+        say(f"{len(numbers)} class images generated in {seconds:.1f} s, {len(numbers) / seconds:.1f} images/s")
     return list_images(folder)[:wanted]
 
 
