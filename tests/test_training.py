@@ -125,7 +125,7 @@ def test_v_prediction_is_another_target(script, flags, tmp_path):
     random_model.build(model, "tiny", prediction_type="v_prediction")
     losses = []
     for source in (flags["pretrained_model_name_or_path"], model):
-        output_dir = tmp_path / source.name
+        output_dir = tmp_path / f"{source.name}_trained"
         train(
             script, flags | {"max_train_steps": 2, "pretrained_model_name_or_path": source, "output_dir": output_dir}
         )
