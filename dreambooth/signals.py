@@ -57,7 +57,7 @@ class StopRequest:
 
     def _leave_if_stuck(self, receiver: socket.socket) -> None:
         """Ends the process if it waits in a collective, where Python's own handlers do not run, for a dead rank."""
-        while receiver.recv(1)[0] not in SIGNALS:
+        while (number := receiver.recv(1)) and number[0] not in SIGNALS:
             pass
-        if not self._heeded.wait(HEEDED_WITHIN_S):
+        if number and not self._heeded.wait(HEEDED_WITHIN_S):
             os._exit(1)

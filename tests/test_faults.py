@@ -242,6 +242,21 @@ def assert_ends_with_first_cause(run: subprocess.Popen, log: Path, since: float,
     assert errors[0].endswith(last_words) and "Traceback" not in text[: text.index(errors[0])]
 
 
+def test_a_rank_that_hangs_does_not_hold_the_others(flags, report):
+    """Rank 0 waits in a collective for rank 1, which is stopped: a signal ends it nevertheless."""
+    run = Running(COLOSSALAI, command_line(flags | {"max_train_steps": 10**5}), nproc=2)
+    wait_for(lambda: steps_shown(run))
+    run.send(signal.SIGSTOP, rank=1)
+    time.sleep(1)
+    run.send(signal.SIGTERM, rank=0)
+    since = time.monotonic()
+    wait_for(lambda: not Path(f"/proc/{run.pids[0]}").exists(), timeout=2 * ENDS_WITHIN_S)
+    waited = time.monotonic() - since
+    run.send(signal.SIGKILL, rank=1)
+    assert run.wait(check=False).returncode == 1 and waited < ENDS_WITHIN_S
+    report("one rank hangs")
+
+
 def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, report):
     """A photo is damaged while the run goes on; which rank meets it first is chance."""
     folder = tmp_path / "photos"
