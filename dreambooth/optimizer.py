@@ -10,7 +10,7 @@ from dreambooth.schedule import Schedule
 
 
 def adamw_settings(args: argparse.Namespace, schedule: Schedule) -> dict:
-    """Returns the keyword arguments that torch's AdamW."""
+    """Returns the settings of AdamW, as keyword arguments of torch's."""
     return {
         "lr": args.learning_rate * (schedule.total_batch if args.scale_lr else 1),
         "betas": (args.adam_beta1, args.adam_beta2),

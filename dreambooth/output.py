@@ -56,7 +56,7 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
         size: of what is going to be written, in bytes.
 
     Raises:
-        RunError: if there is no room, or writing fails; `folder` is then as it was, and the rest is removed.
+        RunError: if there is no room, or writing fails; what was written is removed.
     """
     partial, old = (folder.with_name(f".{folder.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
     try:
