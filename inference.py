@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dreambooth.arguments import OUTPUT_DIR, Parser, number
-from dreambooth.data import find_images, load_image
 from dreambooth.grid import captioned_grid
+from dreambooth.images import find_images, load_image
 from dreambooth.models import first_line, warn_of_cut_prompts
 from dreambooth.precision import DTYPES
 from dreambooth.randomness import MAX_SEED

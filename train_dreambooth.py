@@ -18,6 +18,7 @@ from dreambooth.console import quiet_libraries, run, say
 quiet_libraries()  # before the imports that warn
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -29,29 +30,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradScalerKwargs
-from diffusers import UNet2DConditionModel
 
 from dreambooth import arguments, models
-from dreambooth.checkpoint import (
-    MOMENTS,
-    Checkpoint,
-    Progress,
-    check_settings,
-    find_checkpoint,
-    save_checkpoint,
-    settings_of,
-)
+from dreambooth.checkpoint import Checkpoint, Progress, check_settings, find_checkpoint, settings_of
 from dreambooth.class_images import check_class_images, generate_class_images
-from dreambooth.data import build_dataset, build_loader, check_crops, find_images, images_to_use
+from dreambooth.data import build_dataset, build_loader
+from dreambooth.denoiser import Denoiser
+from dreambooth.dry_run import tell_plan
+from dreambooth.images import check_crops
+from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
-from dreambooth.optimizer import adamw_settings, build_lr_scheduler, resume_lr_scheduler
-from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, unet_with, upload
+from dreambooth.milestones import Milestones
+from dreambooth.optimizer import (
+    adam_step,
+    build_adamw,
+    build_lr_scheduler,
+    resume_lr_scheduler,
+    resumed_state,
+    state_names,
+)
+from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype
 from dreambooth.randomness import shared_seed
-from dreambooth.ranks import Ranks, check_gpus, leave, stop_early
+from dreambooth.ranks import Ranks, check_gpus, leave
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
+from dreambooth.validation import validate
 
 
 def launch(precision: str) -> tuple[Accelerator, Ranks]:
@@ -74,7 +79,7 @@ class Training:
     """What accelerate has prepared, and what it takes to go on with a run."""
 
     accelerator: Accelerator
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
     model: torch.nn.Module
     optimizer: AcceleratedOptimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -83,35 +88,31 @@ class Training:
         """Returns the fp32 weights on the CPU, by name; on other ranks than 0 nothing."""
         if not self.accelerator.is_main_process:
             return {}
-        return {name: parameter.detach().cpu() for name, parameter in self.unet.named_parameters()}
+        return {name: parameter.detach().cpu() for name, parameter in self.denoiser.named_parameters()}
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`."""
-        state = self.optimizer.optimizer.state
-        scaler = self.accelerator.scaler
+        adamw, scaler = self.optimizer.optimizer, self.accelerator.scaler
         return Progress(
             step=step,
-            adam_step=max((int(of_one["step"]) for of_one in state.values()), default=0),
-            moments={moment: self._moment(moment) for moment in MOMENTS},
+            adam_step=adam_step(adamw),
+            optimizer={
+                (name, parameter_name): adamw.state[parameter][name].cpu()
+                for parameter_name, parameter in self.denoiser.named_parameters()
+                for name in state_names(adamw)
+                if name in adamw.state[parameter]
+            },
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=scaler.state_dict() if scaler else {},
         )
 
-    def _moment(self, moment: str) -> dict[str, torch.Tensor]:
-        """Returns one of MOMENTS of all parameters, on the CPU; zeros before the first update."""
-        state = self.optimizer.optimizer.state
-        return {
-            name: state[parameter][moment].cpu() if parameter in state else torch.zeros(parameter.shape)
-            for name, parameter in self.unet.named_parameters()
-        }
-
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
-        for name, parameter in self.unet.named_parameters():
-            state = self.optimizer.optimizer.state[parameter]
-            state["step"] = torch.tensor(float(checkpoint.adam_step), device=parameter.device)
-            for moment in MOMENTS:
-                state[moment] = checkpoint.moment(moment, name).to(parameter.device)
+        adamw = self.optimizer.optimizer
+        for parameter_name, parameter in self.denoiser.named_parameters():
+            tensors = checkpoint.optimizer_state(parameter_name, state_names(adamw))
+            if tensors:
+                adamw.state[parameter] = resumed_state(adamw, checkpoint.adam_step, tensors, parameter.device)
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         if self.accelerator.scaler and checkpoint.grad_scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.grad_scaler)
@@ -120,59 +121,60 @@ class Training:
 def train(
     args: argparse.Namespace,
     training: Training,
-    batches: Iterable,
+    steps: Iterable[list],
     loss_of: Callable,
-    tracker: Tracker,
-    write_checkpoint: Callable[[int], None],
+    milestones: Milestones,
     first_step: int,
 ) -> None:
-    """Takes one optimizer step per batch; writes checkpoint-N every --save_steps steps, and before an early stop."""
-    for step, batch in enumerate(batches, start=first_step + 1):
-        loss = loss_of(training.model, batch)
-        training.accelerator.backward(loss)
+    """Takes an optimizer step for each list of batches, of the mean of their losses."""
+    for step, batches in enumerate(steps, start=first_step + 1):
+        losses = []
+        for batch in batches:
+            # Ranks share their gradients after the last batch alone.
+            with contextlib.nullcontext() if batch is batches[-1] else training.accelerator.no_sync(training.model):
+                loss = loss_of(training.model, batch) / len(batches)
+                training.accelerator.backward(loss)
+            losses.append(loss.detach())
         grad_norm = training.accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
         lr = training.lr_scheduler.get_last_lr()[0]
         training.optimizer.step()
         training.lr_scheduler.step()
         training.optimizer.zero_grad()
-        stop = tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
-        if stop or step % args.save_steps == 0:
-            tracker.settle()
-            write_checkpoint(step)
-        if stop:
-            stop_early(tracker.request.name, step, tracker.schedule.steps)
+        if milestones.after(step, loss=sum(losses), lr=lr, grad_norm=grad_norm):
+            break
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(arguments.build_parser(__doc__), argv)
     precision = choose_precision(args.mixed_precision)
-    instance_images = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    instance_images = find_instance_images(args)
     check_crops(args, instance_images)
     check_class_images(args)
     checkpoint = find_checkpoint(args)
     model_folder = models.find_model(args)
     accelerator, ranks = launch(precision)
     seed = shared_seed(args.seed)
-    repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
+    repo_id = prepare_hub(args)
 
-    # The parts of the model.
+    # The parts of the model; those that are trained come from the checkpoint, if there is one.
+    trained = None if checkpoint is None else checkpoint.folder
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
-    text_encoder = models.load_text_encoder(model_folder)
+    text_encoder = models.load_text_encoder(trained if trained and args.train_text_encoder else model_folder)
     vae = models.load_vae(model_folder, args.resolution)
-    unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
+    unet = models.load_unet(model_folder, trained or args.external_unet_path)
     models.check_parts_fit(tokenizer, text_encoder, vae, unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
 
-    prepare_output_dir(Path(args.output_dir))
+    prepare_output_dir(args)
 
     # Class images, generated by the model as it is before training.
+    half = sampling_dtype(precision)
     class_images = []
     if args.with_prior_preservation:
-        half = sampling_dtype(precision)
         class_images = generate_class_images(
             args,
-            lambda: load_pipeline(models.load_unet(model_folder, args.external_unet_path).to(half), torch_dtype=half),
+            lambda: load_pipeline(dtype=half, unet=models.load_unet(model_folder, args.external_unet_path)),
             seed=seed,
             ranks=ranks,
         )
@@ -192,22 +194,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         check_settings(checkpoint, settings, args.resume_anyway)
         first_step = checkpoint.step
-    batches = build_loader(dataset, schedule, ranks, first_step)
+    steps = build_loader(dataset, schedule, ranks, first_step)
 
-    # The frozen parts, in the run's precision.
+    # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
     dtype = DTYPES[precision]
-    prompts = [args.instance_prompt, args.class_prompt][: dataset.examples_per_sample]
-    prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
+    prompts = models.tokenize(dataset.prompts, tokenizer, text_encoder).to(ranks.device)
+    if args.train_text_encoder:
+        denoiser = Denoiser(unet, text_encoder)
+    else:
+        prompts = models.embed(prompts, text_encoder, dtype)
+        denoiser = Denoiser(unet)
     del text_encoder
     vae.to(ranks.device, dtype)
     cache_latents(args, dataset, vae, ranks)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
+    denoiser.train()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **adamw_settings(args, schedule))
+        denoiser.enable_gradient_checkpointing()
+    optimizer = build_adamw(args, denoiser.parameters(), schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    training = Training(accelerator, unet, *accelerator.prepare(unet, optimizer), lr_scheduler)
+    training = Training(accelerator, denoiser, *accelerator.prepare(denoiser, optimizer), lr_scheduler)
     if checkpoint is not None:
         training.resume(checkpoint)
 
@@ -215,20 +222,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     loss_of = functools.partial(
         training_loss,
         vae=vae,
-        prompt_embeddings=prompt_embeddings,
+        prompts=prompts,
         noise_scheduler=noise_scheduler,
-        unet_dtype=torch.float32,
+        dtype=torch.float32,
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
+        snr_gamma=args.snr_gamma,
     )
-    say(f"traditional process, precision {precision}, fused AdamW on {ranks}, {schedule}, seed {seed}")
-    write_checkpoint = functools.partial(save_checkpoint, args, settings, training)
+    say(f"traditional process, precision {precision} on {ranks}, {schedule}, seed {seed}")
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=precision == "fp16") as tracker:
-        train(args, training, batches, loss_of, tracker, write_checkpoint, first_step)
+        draw = functools.partial(validate, args, training, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
+        milestones = Milestones(args, settings, training, tracker, draw)
+        train(args, training, steps, loss_of, milestones, first_step)
+
+    if args.dry_run:
+        tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
+        return leave()
 
     # Save.
     weights = training.weights()
     if ranks.rank == 0:
-        save_pipeline(Path(args.output_dir), load_pipeline(unet_with(weights, unet.config)))
+        save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
     if repo_id:
         upload(args, repo_id)
     leave()

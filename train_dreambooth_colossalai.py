@@ -16,6 +16,7 @@ from dreambooth.console import quiet_libraries, run, say
 quiet_libraries()  # before the imports that warn
 
 import argparse
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -28,23 +29,28 @@ from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
-from diffusers import UNet2DConditionModel
 
 from dreambooth import arguments, models
 from dreambooth.boosted import Boosted, ShardAdamW
-from dreambooth.checkpoint import check_settings, find_checkpoint, save_checkpoint, settings_of
+from dreambooth.checkpoint import check_settings, find_checkpoint, settings_of
 from dreambooth.class_images import check_class_images, generate_class_images
-from dreambooth.data import build_dataset, build_loader, check_crops, find_images, images_to_use
+from dreambooth.data import build_dataset, build_loader
+from dreambooth.denoiser import Denoiser
+from dreambooth.dry_run import tell_plan
+from dreambooth.images import check_crops
+from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
 from dreambooth.loss import training_loss
-from dreambooth.optimizer import adamw_settings, build_lr_scheduler
-from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, unet_with, upload
+from dreambooth.milestones import Milestones
+from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
+from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype
 from dreambooth.randomness import shared_seed
-from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun, stop_early
-from dreambooth.schedule import plan
+from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
+from dreambooth.schedule import Schedule, plan
 from dreambooth.strategy import PLACEMENTS, Strategy, choose_strategy
 from dreambooth.tracker import Tracker
+from dreambooth.validation import validate
 
 
 def build_parser() -> arguments.Parser:
@@ -89,17 +95,20 @@ def launch() -> Ranks:
     )
 
 
-def build_optimizer(strategy: Strategy, unet: UNet2DConditionModel, settings: dict) -> torch.optim.Optimizer:
-    """Returns the strategy's AdamW over the UNet's parameters."""
+def build_optimizer(
+    args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser, schedule: Schedule
+) -> torch.optim.Optimizer:
+    """Returns the strategy's AdamW over the denoiser's parameters."""
     if strategy.placement != "cuda":
         # Part of it works on the CPU, of which torchrun gives each process one core.
         cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(torch.get_num_threads(), cores))
-    adamw = ShardAdamW if strategy.plugin == "gemini" else torch.optim.AdamW
-    return adamw(unet.parameters(), fused=True, **settings)
+    if strategy.plugin == "gemini":
+        return ShardAdamW(denoiser.parameters(), fused=True, **adamw_settings(args, schedule))
+    return build_adamw(args, denoiser.parameters(), schedule)
 
 
-def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm: float) -> Booster:
+def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser) -> Booster:
     """Returns the Booster with the strategy's plugin; the sharding plugins clip gradients themselves."""
     if strategy.plugin == "low_level_zero":
         return Booster(
@@ -107,7 +116,7 @@ def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm:
                 stage=1,
                 precision=strategy.precision,
                 initial_scale=INITIAL_LOSS_SCALE,
-                max_norm=max_grad_norm,
+                max_norm=args.max_grad_norm,
                 cpu_offload=strategy.placement == "cpu",
             )
         )
@@ -120,10 +129,11 @@ def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm:
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
                 initial_scale=INITIAL_LOSS_SCALE,
-                max_norm=max_grad_norm,
+                max_norm=args.max_grad_norm,
                 pin_memory=True,
+                enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.
-                min_chunk_size_m=min(32, unet.num_parameters() / 4 / 2**20),
+                min_chunk_size_m=min(32, sum(p.numel() for p in denoiser.parameters()) / 4 / 2**20),
             )
         )
     return Booster(
@@ -133,74 +143,69 @@ def build_booster(strategy: Strategy, unet: UNet2DConditionModel, max_grad_norm:
 
 
 def boost(
+    args: argparse.Namespace,
     strategy: Strategy,
-    unet: UNet2DConditionModel,
+    denoiser: Denoiser,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    max_grad_norm: float,
 ) -> Boosted:
-    """Puts the strategy's plugin around the UNet and its optimizer, without losing a bit of the fp32 weights."""
-    pretrained = unet.state_dict()  # keeps the fp32 tensors alive while the plugin puts half-precision ones in place
-    booster = build_booster(strategy, unet, max_grad_norm)
-    model, optimizer, _, _, lr_scheduler = booster.boost(unet, optimizer, lr_scheduler=lr_scheduler)
-    boosted = Boosted(strategy, booster, unet, model, optimizer, lr_scheduler, max_grad_norm)
+    """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights."""
+    # Keeps the fp32 tensors alive while the plugin puts half-precision ones in their place.
+    pretrained = denoiser.state_dict()
+    booster = build_booster(args, strategy, denoiser)
+    model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
+    boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
     boosted.load_master_weights(pretrained)
     return boosted
 
 
-def train(
-    args: argparse.Namespace,
-    boosted: Boosted,
-    batches: Iterable,
-    loss_of: Callable,
-    tracker: Tracker,
-    write_checkpoint: Callable[[int], None],
-    first_step: int,
-) -> None:
-    """Takes one optimizer step per batch; writes checkpoint-N every --save_steps steps, and before an early stop."""
-    for step, batch in enumerate(batches, start=first_step + 1):
-        with boosted.strategy.autocast():
-            loss = loss_of(boosted.model, batch)
+def train(boosted: Boosted, steps: Iterable[list], loss_of: Callable, milestones: Milestones, first_step: int) -> None:
+    """Takes an optimizer step for each list of batches, of the mean of their losses."""
+    for step, batches in enumerate(steps, start=first_step + 1):
+        losses = []
+        for batch in batches:
+            with contextlib.nullcontext() if batch is batches[-1] else boosted.no_sync():
+                with boosted.strategy.autocast():
+                    loss = loss_of(boosted.model, batch) / len(batches)
+                boosted.backward(loss)
+            losses.append(loss.detach())
         lr = boosted.lr_scheduler.get_last_lr()[0]
-        grad_norm = boosted.update(loss)
-        stop = tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
-        if stop or step % args.save_steps == 0:
-            tracker.settle()
-            write_checkpoint(step)
-        if stop:
-            stop_early(tracker.request.name, step, tracker.schedule.steps)
+        grad_norm = boosted.update()
+        if milestones.after(step, loss=sum(losses), lr=lr, grad_norm=grad_norm):
+            break
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(build_parser(), argv)
     strategy = choose_strategy(args)
-    instance_images = find_images(args.instance_data_dir, "--instance_data_dir", images_to_use(args))
+    instance_images = find_instance_images(args)
     check_crops(args, instance_images)
     check_class_images(args)
     checkpoint = find_checkpoint(args)
     model_folder = models.find_model(args)
     ranks = launch()
     seed = shared_seed(args.seed)
-    repo_id = prepare_hub(args) if args.push_to_hub and ranks.rank == 0 else None
+    repo_id = prepare_hub(args)
 
-    # The parts of the model.
+    # The parts of the model; those that are trained come from the checkpoint, if there is one.
+    trained = None if checkpoint is None else checkpoint.folder
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
-    text_encoder = models.load_text_encoder(model_folder)
+    text_encoder = models.load_text_encoder(trained if trained and args.train_text_encoder else model_folder)
     vae = models.load_vae(model_folder, args.resolution)
-    unet = models.load_unet(model_folder, args.external_unet_path if checkpoint is None else checkpoint.unet)
+    unet = models.load_unet(model_folder, trained or args.external_unet_path)
     models.check_parts_fit(tokenizer, text_encoder, vae, unet)
     noise_scheduler = models.load_noise_scheduler(model_folder)
     load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
 
-    prepare_output_dir(Path(args.output_dir))
+    prepare_output_dir(args)
 
     # Class images, generated by the model as it is before training.
+    half = sampling_dtype(strategy.precision)
     class_images = []
     if args.with_prior_preservation:
-        half = sampling_dtype(strategy.precision)
         class_images = generate_class_images(
             args,
-            lambda: load_pipeline(models.load_unet(model_folder, args.external_unet_path).to(half), torch_dtype=half),
+            lambda: load_pipeline(dtype=half, unet=models.load_unet(model_folder, args.external_unet_path)),
             seed=seed,
             ranks=ranks,
         )
@@ -220,22 +225,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         check_settings(checkpoint, settings, args.resume_anyway)
         first_step = checkpoint.step
-    batches = build_loader(dataset, schedule, ranks, first_step)
+    steps = build_loader(dataset, schedule, ranks, first_step)
 
-    # The frozen parts, in the run's precision.
+    # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
     dtype = DTYPES[strategy.precision]
-    prompts = [args.instance_prompt, args.class_prompt][: dataset.examples_per_sample]
-    prompt_embeddings = models.embed_prompts(prompts, tokenizer, text_encoder, ranks.device, dtype)
+    prompts = models.tokenize(dataset.prompts, tokenizer, text_encoder).to(ranks.device)
+    if args.train_text_encoder:
+        denoiser = Denoiser(unet, text_encoder)
+    else:
+        prompts = models.embed(prompts, text_encoder, dtype)
+        denoiser = Denoiser(unet)
     del text_encoder
     vae.to(ranks.device, dtype)
     cache_latents(args, dataset, vae, ranks)
 
-    # The optimizer, and the plugin around it and the UNet.
+    # The optimizer, and the plugin around it and what is trained.
+    denoiser.train()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(strategy, unet, adamw_settings(args, schedule))
+        denoiser.enable_gradient_checkpointing()
+    optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    boosted = boost(strategy, unet, optimizer, lr_scheduler, args.max_grad_norm)
+    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler)
     if checkpoint is not None:
         boosted.resume(checkpoint)
 
@@ -243,20 +253,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     loss_of = functools.partial(
         training_loss,
         vae=vae,
-        prompt_embeddings=prompt_embeddings,
+        prompts=prompts,
         noise_scheduler=noise_scheduler,
-        unet_dtype=strategy.unet_dtype,
+        dtype=strategy.weights_dtype,
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
+        snr_gamma=args.snr_gamma,
     )
     say(f"{strategy} on {ranks}, {schedule}, seed {seed}")
-    write_checkpoint = functools.partial(save_checkpoint, args, settings, boosted)
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=strategy.precision == "fp16") as tracker:
-        train(args, boosted, batches, loss_of, tracker, write_checkpoint, first_step)
+        draw = functools.partial(validate, args, boosted, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
+        milestones = Milestones(args, settings, boosted, tracker, draw)
+        train(boosted, steps, loss_of, milestones, first_step)
+
+    if args.dry_run:
+        tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
+        return leave()
 
     # Save.
     weights = boosted.weights()
     if ranks.rank == 0:
-        save_pipeline(Path(args.output_dir), load_pipeline(unet_with(weights, unet.config)))
+        save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
     if repo_id:
         upload(args, repo_id)
     leave()

@@ -36,6 +36,24 @@ SHAPES = {
             sample_size=16,
         ),
     },
+    # For tests of Stable Diffusion 2.x: its build, f8 VAE, 768 px images.
+    "tiny-v2": {
+        "text": dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu"
+        ),
+        "vae": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=768),
+        "unet": dict(
+            block_out_channels=(8, 16, 16, 16),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            layers_per_block=1,
+            attention_head_dim=(1, 2, 4, 4),
+            norm_num_groups=4,
+            use_linear_projection=True,
+            cross_attention_dim=32,
+            sample_size=96,
+        ),
+    },
     # The configuration of CompVis/stable-diffusion-v1-4: UNet of 859.5 M parameters, 512 px images, f8 VAE.
     "stable-diffusion-v1-4": {
         "text": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),

@@ -1,6 +1,7 @@
 """The flags that both trainers have, with the rules that hold between them."""
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -60,7 +61,7 @@ def build_parser(description: str) -> Parser:
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT ...",
         allow_abbrev=False,
     )
-    for add_group in (_add_model, _add_data, _add_prior, _add_training, _add_optimizer, _add_output):
+    for add_group in (_add_model, _add_data, _add_prior, _add_training, _add_optimizer, _add_validation, _add_output):
         add_group(parser)
     return parser
 
@@ -85,21 +86,45 @@ def _add_model(parser: Parser) -> None:
     group.add_argument(
         "--tokenizer_name", metavar="NAME", help="tokenizer to use: a folder or a Hub id (default: MODEL's)"
     )
+    group.add_argument(
+        "--train_text_encoder",
+        action="store_true",
+        help="train the text encoder with the UNet: closer to the subject, more memory (default: off)",
+    )
 
 
 def _add_data(parser: Parser) -> None:
     group = parser.add_argument_group("images of the subject")
     group.add_argument(
         "--instance_data_dir",
-        required=True,
         metavar="FOLDER",
-        help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp",
+        help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp; captions are in NAME.txt beside NAME.png, or "
+        "in a metadata.jsonl as file_name and text (default: none; this or --dataset_name is needed)",
+    )
+    group.add_argument(
+        "--dataset_name",
+        metavar="NAME",
+        help="instead of a folder of images: the train split of a data set that the `datasets` library loads: a "
+        "folder, a file such as a .parquet, or a Hub id (default: none)",
+    )
+    group.add_argument(
+        "--dataset_config_name",
+        metavar="NAME",
+        help="configuration of the data set, where it has several (default: none)",
+    )
+    group.add_argument(
+        "--image_column", metavar="NAME", default="image", help="images of the data set (default: image)"
+    )
+    group.add_argument(
+        "--caption_column",
+        metavar="NAME",
+        default="text",
+        help="captions of the data set, or of metadata.jsonl (default: text)",
     )
     group.add_argument(
         "--instance_prompt",
-        required=True,
         metavar="PROMPT",
-        help='a rare word and the class noun, such as "a photo of sks dog"',
+        help='rare word and class noun, such as "a photo of sks dog"; for images without a caption (default: none)',
     )
     group.add_argument(
         "--resolution",
@@ -177,6 +202,14 @@ def _add_training(parser: Parser) -> None:
         help="samples per device and step; with prior preservation each is an instance and a class image (default: 4)",
     )
     group.add_argument(
+        "--gradient_accumulation_steps",
+        type=number(int, 1, highest=MAX_BATCH),
+        metavar="N",
+        default=1,
+        help="batches of each device that make up a step: the same as a batch N times as large, in less memory "
+        "(default: 1)",
+    )
+    group.add_argument(
         "--num_train_epochs",
         type=number(int, 1, highest=MAX_STEPS),
         metavar="N",
@@ -188,6 +221,20 @@ def _add_training(parser: Parser) -> None:
         type=number(int, 1, highest=MAX_STEPS),
         metavar="N",
         help="optimizer steps, instead of --num_train_epochs (default: unset)",
+    )
+    group.add_argument(
+        "--snr_gamma",
+        type=number(float, MIN_EPSILON, highest=MAX_FACTOR),
+        metavar="X",
+        help="min-SNR weighting of the timesteps, arXiv 2303.09556; 5 is usual (default: off)",
+    )
+    group.add_argument(
+        "--noise_offset",
+        type=number(float, 0, highest=MAX_FACTOR),
+        metavar="X",
+        default=0.0,
+        help="shift the noise of each channel at random, for images that are dark or bright all over; 0.1 is usual "
+        "(default: 0, none)",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -208,6 +255,11 @@ def _add_training(parser: Parser) -> None:
     )
     group.add_argument(
         "--local_rank", type=int, metavar="N", help="accepted for old launchers; the environment's LOCAL_RANK decides"
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="load everything, take two steps, print what the run would take, and write nothing (default: off)",
     )
 
 
@@ -246,6 +298,11 @@ def _add_optimizer(parser: Parser) -> None:
         default=1.0,
         help="gradients are scaled down to this L2 norm where it is larger; 0 is off (default: 1.0)",
     )
+    group.add_argument(
+        "--use_8bit_adam",
+        action="store_true",
+        help="bitsandbytes' AdamW, in a quarter of the memory; not where it is split over GPUs (default: off)",
+    )
     decay = number(float, 0, highest=1 - 1e-9)
     group.add_argument(
         "--adam_beta1", type=decay, metavar="X", default=0.9, help="decay of the first moment (default: 0.9)"
@@ -266,6 +323,30 @@ def _add_optimizer(parser: Parser) -> None:
         metavar="X",
         default=1e-8,
         help="added to the root of the second moment (default: 1e-8)",
+    )
+
+
+def _add_validation(parser: Parser) -> None:
+    group = parser.add_argument_group("validation images")
+    group.add_argument(
+        "--validation_prompt",
+        metavar="PROMPT",
+        help="draw images of it during training, from the same seeds each time: into --output_dir/validation and "
+        "TensorBoard (default: none)",
+    )
+    group.add_argument(
+        "--num_validation_images",
+        type=number(int, 1, highest=MAX_IMAGES),
+        metavar="N",
+        default=4,
+        help="how many (default: 4)",
+    )
+    group.add_argument(
+        "--validation_steps",
+        type=number(int, 1),
+        metavar="N",
+        default=100,
+        help="steps between them; the last step always draws (default: 100)",
     )
 
 
@@ -345,19 +426,18 @@ def _problems(args: argparse.Namespace) -> list[str]:
     ]
     if problems:
         return problems
-    for name in ("instance_prompt", "class_prompt"):
+    for name in ("instance_prompt", "class_prompt", "validation_prompt"):
         if re.search("[\ud800-\udfff]", getattr(args, name) or ""):
             problems.append(f"--{name} is not valid UTF-8")
     if args.with_prior_preservation:
         missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(args, name)]
         if missing:
             problems.append(f"--with_prior_preservation also needs {' and '.join(missing)}")
-        elif _same_folder(args.class_data_dir, args.instance_data_dir):
+        elif args.instance_data_dir and _same_folder(args.class_data_dir, args.instance_data_dir):
             problems.append("--class_data_dir is the folder of --instance_data_dir: class images need their own")
         elif not missing:
             problems += _unwritable("--class_data_dir", args.class_data_dir)
-    if not os.path.isdir(args.instance_data_dir):
-        problems.append(f"--instance_data_dir {args.instance_data_dir} is not a folder")
+    problems += _problems_of_instance_images(args)
     problems += _unwritable("--output_dir", args.output_dir)
     if _same_folder(args.output_dir, args.pretrained_model_name_or_path):
         problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
@@ -366,6 +446,8 @@ def _problems(args: argparse.Namespace) -> list[str]:
         problems += _unwritable("--logging_dir", logs)
     if args.external_unet_path and not os.path.isdir(args.external_unet_path):
         problems.append(f"--external_unet_path {args.external_unet_path} is not a folder")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--use_8bit_adam needs a package that is not there: pip install bitsandbytes")
     if args.push_to_hub:
         # The whole output folder is uploaded.
         for name in ("instance_data_dir", "class_data_dir"):
@@ -373,6 +455,17 @@ def _problems(args: argparse.Namespace) -> list[str]:
             if os.path.commonpath([folder, output]) == output:
                 problems.append(f"--push_to_hub would upload the images of --{name}, which is inside --output_dir")
     return problems
+
+
+def _problems_of_instance_images(args: argparse.Namespace) -> list[str]:
+    folder, dataset = args.instance_data_dir, args.dataset_name
+    if folder and dataset:
+        return ["--instance_data_dir and --dataset_name: name one of them"]
+    if not folder and not dataset:
+        return ["the images of the subject are missing: --instance_data_dir names a folder, --dataset_name a data set"]
+    if folder and not os.path.isdir(folder):
+        return [f"--instance_data_dir {folder} is not a folder"]
+    return []
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -405,8 +498,16 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
     given = [f"--{name}" for name in prior_flags if getattr(args, name) != parser.get_default(name)]
     if given and not args.with_prior_preservation:
         warn(f"{', '.join(given)}: no effect without --with_prior_preservation")
-    if args.with_prior_preservation and args.class_prompt.split() == args.instance_prompt.split():
+    if args.with_prior_preservation and args.class_prompt.split() == (args.instance_prompt or "").split():
         warn("--class_prompt is --instance_prompt: give the subject a rare word, which the class does not have")
+    validation_flags = ("num_validation_images", "validation_steps")
+    given = [f"--{name}" for name in validation_flags if getattr(args, name) != parser.get_default(name)]
+    if given and not args.validation_prompt:
+        warn(f"{', '.join(given)}: no effect without --validation_prompt")
+    dataset_flags = ("dataset_config_name", "image_column")
+    given = [f"--{name}" for name in dataset_flags if getattr(args, name) != parser.get_default(name)]
+    if given and not args.dataset_name:
+        warn(f"{', '.join(given)}: no effect without --dataset_name")
     hub_flags = [f"--{name}" for name in ("hub_token", "hub_model_id") if getattr(args, name)]
     if hub_flags and not args.push_to_hub:
         warn(f"{', '.join(hub_flags)}: no effect without --push_to_hub")

@@ -1,5 +1,6 @@
-"""A UNet and its optimizer in the hands of ColossalAI's Booster: steps, and the whole state out of the shards."""
+"""The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and all state out of the shards."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
-from diffusers import UNet2DConditionModel
 
-from dreambooth.checkpoint import MOMENTS, Checkpoint, Progress
-from dreambooth.optimizer import resume_lr_scheduler
+from dreambooth.checkpoint import Checkpoint, Progress
+from dreambooth.denoiser import Denoiser
+from dreambooth.optimizer import adam_step, resume_lr_scheduler, resumed_state, state_names
 from dreambooth.strategy import Strategy
 
 # What ColossalAI's loss scaler counts, besides the scale.
@@ -52,7 +53,7 @@ gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact typ
 
 @dataclass
 class Part:
-    """What this rank holds of a parameter of the UNet: its flattened elements from `first` to `last`.
+    """What this rank holds of a parameter: its flattened elements from `first` to `last`.
 
     Args:
         name: of the parameter.
@@ -73,7 +74,7 @@ class Part:
 
 @dataclass
 class Boosted:
-    """The UNet and its optimizer as Booster returned them, and the module that was boosted.
+    """The denoiser and its optimizer as Booster returned them, and the module that was boosted.
 
     A sharding plugin computes in a half-precision copy of the weights; the fp32 master weights, which are the model,
     lie in its optimizer, each rank holding a part.
@@ -81,20 +82,32 @@ class Boosted:
 
     strategy: Strategy
     booster: Booster
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
     model: torch.nn.Module
     optimizer: OptimizerWrapper
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float
 
-    def update(self, loss: torch.Tensor) -> torch.Tensor | float | None:
-        """Takes an optimizer step down the gradient of `loss`.
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """Returns the context of all batches of a step but the last, after which alone ranks share their gradients.
+
+        Gemini has no place for gradients that are not shared: it shares those of each batch, and adds up its shard.
+        """
+        if self.strategy.plugin == "gemini":
+            return contextlib.nullcontext()
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss` to that of the step."""
+        self.booster.backward(loss, self.optimizer)
+
+    def update(self) -> torch.Tensor | float | None:
+        """Takes an optimizer step down the gradient, and clears it.
 
         Returns:
             The L2 norm of the gradients over all ranks before clipping; None where the plugin does not clip and hence
             does not know it; not finite where the loss scale of fp16 was too high and the step was skipped.
         """
-        self.booster.backward(loss, self.optimizer)
         if self.strategy.shards:
             self.optimizer.step()
             norm = self._norm_of_sharded_gradients()
@@ -108,7 +121,7 @@ class Boosted:
     def _clip(self) -> torch.Tensor:
         if self.strategy.precision == "fp16":
             self.optimizer.unscale_grad()
-        return torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm or math.inf)
+        return torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.max_grad_norm or math.inf)
 
     def _norm_of_sharded_gradients(self) -> float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
@@ -124,7 +137,7 @@ class Boosted:
     def _parts(self) -> Iterator[Part]:
         """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
         if isinstance(self.optimizer, LowLevelZeroOptimizer):
-            for name, parameter in self.unet.named_parameters():
+            for name, parameter in self.denoiser.named_parameters():
                 shard = self.optimizer.working_to_master_param[id(parameter)]
                 first = min(dist.get_rank() * shard.numel(), parameter.numel())
                 yield Part(name, first, min(first + shard.numel(), parameter.numel()), shard, shard)
@@ -143,7 +156,7 @@ class Boosted:
                 name = self.model.param2name[half]
                 yield Part(name, first - place.offset, last - place.offset, shard, fakes[id(half)])
         else:
-            for name, parameter in self.unet.named_parameters():
+            for name, parameter in self.denoiser.named_parameters():
                 yield Part(name, 0, parameter.numel(), parameter.detach(), parameter)
 
     @property
@@ -154,33 +167,30 @@ class Boosted:
             optimizer = optimizer.optim
         return optimizer
 
-    def _state(self, part: Part) -> dict:
-        """Returns the state that AdamW keeps of a part."""
-        return self._adamw.state[part.state_key]
-
     @torch.no_grad()
     def load_master_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Sets the fp32 master weights of a sharding plugin, which has made its own out of the half-precision copy.
 
         Args:
-            weights: fp32 tensors by the names of the UNet's parameters.
+            weights: fp32 tensors by the names of the parameters.
         """
         if self.strategy.shards:
             for part in self._parts():
                 part.of(part.tensor).copy_(weights[part.name].flatten()[part.first : part.last])
 
     @torch.no_grad()
-    def gather(self, tensor_of: Callable[[Part], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Collects fp32 tensors of the parameters' shapes on rank 0, on the CPU; to be called on every rank.
+    def gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Collects tensors on rank 0, on the CPU; to be called on every rank.
 
         Args:
-            tensor_of: returns this rank's tensor of a part that is not empty.
+            tensor_of: returns this rank's tensor of a part that is not empty, where shards are collected in fp32 and
+                of the parameters' shapes; None where there is none.
 
         Returns:
-            Tensors by the names of the UNet's parameters; an empty dict on other ranks than 0.
+            Tensors by the names of the parameters; an empty dict on other ranks than 0.
         """
         device = get_accelerator().get_current_device()
-        shapes = {name: parameter.shape for name, parameter in self.unet.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in self.denoiser.named_parameters()}
         gathered = {}
         for part in self._parts():
             if self.strategy.shards:
@@ -192,7 +202,7 @@ class Boosted:
                 whole = whole.view(torch.float32).view(shapes[part.name])
             else:
                 whole = tensor_of(part)
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and whole is not None:
                 gathered[part.name] = whole.detach().cpu()
         return gathered
 
@@ -204,30 +214,43 @@ class Boosted:
         """Returns how far the run is after `step`; to be called on every rank."""
         return Progress(
             step=step,
-            adam_step=max((int(state["step"]) for state in self._adamw.state.values() if state), default=0),
-            moments={moment: self.gather(functools.partial(self._moment, moment)) for moment in MOMENTS},
+            adam_step=adam_step(self._adamw),
+            optimizer={
+                (name, parameter): tensor
+                for name in state_names(self._adamw)
+                for parameter, tensor in self.gather(functools.partial(self._state_tensor, name)).items()
+            },
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=self._grad_scaler_state(),
         )
 
-    def _moment(self, moment: str, part: Part) -> torch.Tensor:
-        """Returns one of MOMENTS of a part; zeros before the first update."""
-        state = self._state(part)
-        return state[moment] if state else torch.zeros_like(part.tensor, dtype=torch.float32)
+    def _state_tensor(self, name: str, part: Part) -> torch.Tensor | None:
+        """Returns a tensor that AdamW keeps of a part, if it does; of a shard, zeros before the first update."""
+        tensor = self._adamw.state[part.state_key].get(name)
+        if tensor is None and self.strategy.shards:
+            return torch.zeros_like(part.tensor, dtype=torch.float32)
+        return tensor
 
     @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
         for part in self._parts():
             if part.first < part.last:
-                state = self._state(part)
-                state["step"] = torch.tensor(float(checkpoint.adam_step), device=part.tensor.device)
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(part.tensor, dtype=torch.float32)
-                    whole = checkpoint.moment(name, part.name).flatten()
-                    part.of(state[name]).copy_(whole[part.first : part.last])
+                tensors = checkpoint.optimizer_state(part.name, state_names(self._adamw))
+                if tensors:
+                    if self.strategy.shards:
+                        tensors = {name: self._shard_of(part, tensor) for name, tensor in tensors.items()}
+                    self._adamw.state[part.state_key] = resumed_state(
+                        self._adamw, checkpoint.adam_step, tensors, part.tensor.device
+                    )
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         self._load_grad_scaler_state(checkpoint.grad_scaler)
+
+    def _shard_of(self, part: Part, whole: torch.Tensor) -> torch.Tensor:
+        """Returns what a part has of a tensor of its parameter's shape, laid out as the part is."""
+        shard = torch.zeros_like(part.tensor, dtype=torch.float32)
+        part.of(shard).copy_(whole.flatten()[part.first : part.last])
+        return shard
 
     @property
     def _sharded_grad_scaler(self) -> DynamicGradScaler:

@@ -2,7 +2,8 @@
 
 checkpoint-N/
     unet/                    fp32 weights, which `UNet2DConditionModel.from_pretrained` loads
-    optimizer.safetensors    AdamW's two moments, "exp_avg.<parameter>" and "exp_avg_sq.<parameter>", fp32
+    text_encoder/            likewise, where it is trained
+    optimizer.safetensors    what AdamW keeps of each parameter, "exp_avg.unet.conv_in.bias" and so on
     state.json               step, learning rate schedule, loss scale, the run's settings, library versions
 
 Nothing in it is pickled. No state of a random generator is needed: every draw follows from the seed and the number of
@@ -21,15 +22,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dreambooth.console import UserError, is_rank_0, say, warn
+from dreambooth.denoiser import Denoiser
+from dreambooth.images import Photo
 from dreambooth.models import first_line
-from dreambooth.output import readable, unet_with, written_whole
+from dreambooth.output import bytes_of, readable, written_whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 NAME = re.compile(r"checkpoint-(\d+)")
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
 # Flags that do not change the steps that are still to come.
@@ -51,6 +52,11 @@ FREE_FLAGS = {
     "offload_optim_frac",
     "num_train_epochs",
     "train_batch_size",
+    "gradient_accumulation_steps",
+    "validation_prompt",
+    "num_validation_images",
+    "validation_steps",
+    "dry_run",
 }
 
 
@@ -61,25 +67,25 @@ class Progress:
     Args:
         step: optimizer steps done, those included that the loss scale skipped.
         adam_step: updates that AdamW has made.
-        moments: AdamW's two, fp32, by MOMENTS and the names of the UNet's parameters; on rank 0 only.
+        optimizer: what AdamW keeps, by the tensor's name and the parameter's, on the CPU; on rank 0 only.
         lr_scheduler: what its `state_dict` returns.
         grad_scaler: what a loss scaler's `state_dict` returns; empty where there is none.
     """
 
     step: int
     adam_step: int
-    moments: dict[str, dict[str, torch.Tensor]]
+    optimizer: dict[tuple[str, str], torch.Tensor]
     lr_scheduler: dict
     grad_scaler: dict = field(default_factory=dict)
 
 
 class Training(Protocol):
-    """A UNet and its optimizer in a trainer's hands; what collects state is to be called on every rank."""
+    """The denoiser and its optimizer in a trainer's hands; what collects state is to be called on every rank."""
 
-    unet: UNet2DConditionModel  # its `config` and the names of its parameters count
+    denoiser: Denoiser  # the shapes of its parts count, not its weights, which a plugin may have split
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Returns the fp32 weights, on the CPU, by the names of the UNet's parameters; on rank 0 only."""
+        """Returns the fp32 weights, on the CPU, by the names of the denoiser's parameters; on rank 0 only."""
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`."""
@@ -90,6 +96,7 @@ class Checkpoint:
     """A checkpoint on disk, whole."""
 
     folder: Path
+    written_at: float
     step: int
     adam_step: int
     lr_scheduler: dict
@@ -97,29 +104,26 @@ class Checkpoint:
     settings: dict
     versions: dict
 
-    @property
-    def unet(self) -> Path:
-        """The folder of its UNet."""
-        return self.folder / "unet"
-
-    def moment(self, name: str, parameter: str) -> torch.Tensor:
-        """Returns one of MOMENTS of one of the UNet's parameters, fp32, on the CPU."""
+    def optimizer_state(self, parameter: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Returns those of the tensors `names` that AdamW kept of a parameter, on the CPU."""
         with safe_open(self.folder / "optimizer.safetensors", framework="pt") as file:
-            return file.get_tensor(f"{name}.{parameter}")
+            kept = set(file.keys())
+            return {name: file.get_tensor(f"{name}.{parameter}") for name in names if f"{name}.{parameter}" in kept}
 
 
-def settings_of(args: argparse.Namespace, *, seed: int, total_batch: int, images: list[Path]) -> dict:
+def settings_of(args: argparse.Namespace, *, seed: int, total_batch: int, images: list[Photo]) -> dict:
     """Returns what two runs have to share so that one can go on where the other stopped.
 
     Args:
         args: the flags.
         seed: of the run, drawn or given.
         total_batch: samples per step over all ranks; ranks and batch per rank may change, if their product does not.
-        images: of the subject and of the class.
+        images: of the subject and of the class, whose prompts count too.
     """
     digest = hashlib.sha256()
-    for path in images:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for photo in images:
+        for content in (photo.read(), photo.prompt.encode()):
+            digest.update(hashlib.sha256(content).digest())
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return flags | {"seed": seed, "samples per step": total_batch, "images": digest.hexdigest()[:16]}
 
@@ -143,9 +147,21 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints in a folder, oldest first. One that was not finished has another name."""
+    """Returns the checkpoints in a folder, in the order in which they were written.
+
+    That is not that of their steps where a new run was started beside an old one's. One that was not finished has
+    another name.
+    """
     folders = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+    return sorted(folders, key=lambda path: (_written_at(path), int(NAME.fullmatch(path.name)[1])))
+
+
+def _written_at(folder: Path) -> float:
+    """Returns when a checkpoint was written, in seconds; of one that is damaged, when its folder last changed."""
+    try:
+        return float(json.loads((folder / "state.json").read_text())["written_at"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return folder.stat().st_mtime
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -196,13 +212,15 @@ def save_checkpoint(args: argparse.Namespace, settings: dict, training: Training
     if not is_rank_0():
         return
     output_dir = Path(args.output_dir)
-    unet = unet_with(weights, training.unet.config)
-    tensors = {f"{name}.{key}": t for name in MOMENTS for key, t in progress.moments[name].items()}
-    size = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values()))
+    parts = training.denoiser.parts_with(weights)
+    tensors = {f"{name}.{parameter}": tensor for (name, parameter), tensor in progress.optimizer.items()}
+    size = bytes_of(parts.values()) + sum(tensor.nbytes for tensor in tensors.values())
     with written_whole(output_dir / f"checkpoint-{step}", size) as folder:
-        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        for name, part in parts.items():
+            part.save_pretrained(folder / name, safe_serialization=True)
         save_file(tensors, folder / "optimizer.safetensors")
         state = {
+            "written_at": time.time(),
             "step": step,
             "adam_step": progress.adam_step,
             "lr_scheduler": progress.lr_scheduler,

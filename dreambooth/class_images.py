@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreambooth.console import is_rank_0, say
-from dreambooth.data import check_crops, find_images, images_to_use, list_images
+from dreambooth.images import Photo, check_crops, find_images, images_to_use, list_images, photo_of, save_whole
 from dreambooth.ranks import Ranks
 
 
@@ -44,13 +45,6 @@ def image_name(number: int) -> str:
     return f"{number:05d}.png"
 
 
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Writes a PNG under another name and renames it: `path` is a whole file or does not exist."""
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
-
-
 @contextlib.contextmanager
 def one_cpu_thread() -> Iterator[None]:
     """Computes with one thread: on the CPU the last bits of a matrix product depend on how many share it."""
@@ -64,7 +58,7 @@ def one_cpu_thread() -> Iterator[None]:
 
 def generate_class_images(
     args: argparse.Namespace, load: Callable[[], StableDiffusionPipeline], *, seed: int, ranks: Ranks
-) -> list[Path]:
+) -> list[Photo]:
     """Brings --class_data_dir to --num_class_images images, and returns them on all ranks once they are there.
 
     Image number n starts from latents that follow from `seed` + n. Ranks take whole batches in turn, so that the
@@ -78,8 +72,10 @@ def generate_class_images(
         ranks: which share is this process's.
     """
     folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = images_to_use(args, args.num_class_images)
+    if args.dry_run:
+        return _stand_ins(args, folder, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
     # Listed once, before any rank writes.
     missing = [missing_numbers(folder, wanted)]
     if dist.is_initialized():
@@ -98,7 +94,18 @@ def generate_class_images(
     if numbers:
         seconds = time.monotonic() - started
         say(f"{len(numbers)} class images generated in {seconds:.1f} s, {len(numbers) / seconds:.1f} images/s")
-    return list_images(folder)[:wanted]
+    return [photo_of(path, args.class_prompt) for path in list_images(folder)[:wanted]]
+
+
+def _stand_ins(args: argparse.Namespace, folder: Path, wanted: int) -> list[Photo]:
+    """Returns the class images that there are, and gray ones in place of those that a run would generate."""
+    present = list_images(folder)[:wanted] if folder.is_dir() else []
+    gray = io.BytesIO()
+    Image.new("RGB", (args.resolution, args.resolution), "gray").save(gray, format="PNG")
+    stand_in = Photo("a class image to be generated", args.class_prompt, gray.getvalue)
+    if len(present) < wanted:
+        say(f"class images: {wanted - len(present)} of {wanted} would be generated first")
+    return [photo_of(path, args.class_prompt) for path in present] + [stand_in] * (wanted - len(present))
 
 
 def _generate(

@@ -1,171 +1,21 @@
-"""From folders of photos to the samples of each step."""
+"""From images to the samples of each step."""
 
 import argparse
 import functools
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as F
 
-from dreambooth.console import UserError, warn
+from dreambooth.console import UserError
+from dreambooth.images import Photo, crop_to_square, is_square, load_image
 from dreambooth.randomness import Stream, generator
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
 from dreambooth.signals import SIGNALS
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# What those files may contain, whatever their suffix says.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
-TEST_RUN_IMAGES = 10
-
-ORIENTATION = 0x0112  # of EXIF
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Returns the image files directly in `folder`, sorted by name; hidden files are passed over.
-
-    A link to nothing counts: it stands for an image that is missing.
-    """
-    return sorted(
-        path
-        for path in Path(folder).iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and (path.is_file() or (path.is_symlink() and not path.exists()))
-    )
-
-
-def load_image(path: Path) -> Image.Image:
-    """Returns an image as RGB, turned the way its EXIF orientation says, transparency laid over white.
-
-    Raises:
-        UserError: if the file is not a whole image.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = _upright(image)
-            if image.mode.startswith("I"):
-                # 16 bits per pixel, which `convert` would clip at 255.
-                gray = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"cannot read the image {path}: it is none of PNG, JPEG, WebP, BMP and GIF, or torn; convert or remove it"
-        ) from error
-    except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"cannot read the image {path}: it has more than {limit} megapixels; scale it down") from error
-    except Exception as error:  # Decoders raise whatever a damaged file leads them to.
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}; replace or remove it") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned the way its EXIF orientation says, as it is where that cannot be read."""
-    image.load()
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # What Pillow raises for bytes that are no EXIF data has no limit; the pixels are whole.
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
-    """Returns how many images of a folder a run uses: `wanted` (None: all), but 10 at most in a --test_run."""
-    if not args.test_run:
-        return wanted
-    return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
-
-
-def find_images(folder: str, flag: str, limit: int | None = None) -> list[Path]:
-    """Returns the first `limit` images of `folder` (all if None), each decoded once to see that it can be.
-
-    Raises:
-        UserError: if there is none, or one that cannot be read.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder} is not a folder")
-    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-    try:
-        paths = list_images(folder)[:limit]
-        entries = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
-    others = [path.name for path in entries if path.suffix.lower() in OTHER_SUFFIXES]
-    if not paths:
-        inside = next((path.name for path in entries if os.path.isdir(path)), None)
-        hint = ""
-        if others:
-            hint = f": convert {others[0]} and such"
-        elif inside is not None:
-            hint = f"; folders in it, such as {inside}, are not looked into"
-        raise UserError(f"{flag} {folder} has no image ({kinds}){hint}")
-    if others:
-        warn(f"{flag} {folder}: {others[0]} is passed over ({len(others)} such), images are {kinds}")
-    for path in paths:
-        load_image(path)
-    return paths
-
-
-def is_square(path: Path) -> bool:
-    """Returns whether an image is as wide as it is high."""
-    with Image.open(path, formats=FORMATS) as image:
-        return image.width == image.height
-
-
-def check_crops(args: argparse.Namespace, paths: list[Path]) -> None:
-    """Finds images that --cache_latents on cannot cache.
-
-    Raises:
-        UserError: if each step crops one of them elsewhere.
-    """
-    if args.cache_latents != "on" or args.center_crop:
-        return
-    for path in paths:
-        if not is_square(path):
-            raise UserError(
-                f"--cache_latents on: {path} is not square, so each step crops it elsewhere: "
-                "add --center_crop, or use --cache_latents auto"
-            )
-
-
-def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
-    """Returns the square of the image's shorter side, scaled to `resolution`.
-
-    Args:
-        image: RGB image of any size.
-        resolution: side of the result, in pixels.
-        position: where along the longer side the square lies, from 0 (left or top) to 1; 0.5 is the centre.
-
-    Returns:
-        Tensor of shape (3, resolution, resolution), float32, in [-1, 1].
-    """
-    width, height = image.size
-    side = min(width, height)
-    left, top = round(position * (width - side)), round(position * (height - side))
-    image = F.resized_crop(image, top, left, side, side, [resolution, resolution], antialias=True)
-    return F.normalize(F.to_tensor(image), [0.5], [0.5])
 
 
 @functools.lru_cache(maxsize=8)
@@ -175,11 +25,11 @@ def shuffled(seed: int, order: Stream, pass_number: int, length: int) -> np.ndar
 
 
 class Examples:
-    """One folder's images as an endless, reshuffled sequence of training examples.
+    """A set of images as an endless, reshuffled sequence of training examples.
 
     Args:
-        paths: image files.
-        prompt_index: which of the run's prompts describes them.
+        photos: the images.
+        prompt_indices: the number of each of the run's prompts.
         seed: of the run.
         order: stream of the shuffling; pass p over the images has an order of its own.
         draws: stream of the examples' own draws.
@@ -187,13 +37,15 @@ class Examples:
         center_crop: whether images that are not square are cropped at the centre.
         latent_shape: (channels, height, width) of the latents.
         num_timesteps: timesteps of the noise schedule.
+        noise_offset: standard deviation of the shift that the noise of a whole channel gets (Guttenberg, "Diffusion
+            with offset noise", 2023): with it a model learns to make images that are dark or bright all over.
     """
 
     def __init__(
         self,
-        paths: list[Path],
+        photos: list[Photo],
         *,
-        prompt_index: int,
+        prompt_indices: dict[str, int],
         seed: int,
         order: Stream,
         draws: Stream,
@@ -201,9 +53,10 @@ class Examples:
         center_crop: bool,
         latent_shape: tuple[int, int, int],
         num_timesteps: int,
+        noise_offset: float = 0.0,
     ):
-        self.paths = paths
-        self.prompt_index = prompt_index
+        self.photos = photos
+        self.prompt_indices = prompt_indices
         self.seed = seed
         self.order = order
         self.draws = draws
@@ -211,21 +64,24 @@ class Examples:
         self.center_crop = center_crop
         self.latent_shape = latent_shape
         self.num_timesteps = num_timesteps
-        # By path: mean and deviation of the VAE's posterior, times its scaling factor; (2, *latent_shape), float32.
-        self.moments: dict[Path, torch.Tensor] = {}
+        self.noise_offset = noise_offset
+        # By place in `photos`: mean and deviation of the VAE's posterior, times its scaling factor, for those that are
+        # cached; (2, *latent_shape), float32.
+        self.moments: dict[int, torch.Tensor] = {}
 
-    def has_fixed_crop(self, path: Path) -> bool:
+    def has_fixed_crop(self, place: int) -> bool:
         """Returns whether every example of an image shows the same pixels."""
-        return self.center_crop or is_square(path)
+        return self.center_crop or is_square(self.photos[place])
 
-    def pixel_values(self, path: Path, position: float = 0.5) -> torch.Tensor:
+    def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
         """Returns an image as `crop_to_square` does."""
-        return crop_to_square(load_image(path), self.resolution, 0.5 if self.center_crop else position)
+        image = load_image(self.photos[place])
+        return crop_to_square(image, self.resolution, 0.5 if self.center_crop else position)
 
-    def path_of(self, n: int) -> Path:
-        """Returns the image of example `n`: every pass takes each image once."""
-        pass_number, place = divmod(n, len(self.paths))
-        return self.paths[shuffled(self.seed, self.order, pass_number, len(self.paths))[place]]
+    def place_of(self, n: int) -> int:
+        """Returns the place in `photos` of example `n`'s image: every pass takes each image once."""
+        pass_number, turn = divmod(n, len(self.photos))
+        return int(shuffled(self.seed, self.order, pass_number, len(self.photos))[turn])
 
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
         """Returns example `n`, a function of the seed and `n` alone.
@@ -236,7 +92,7 @@ class Examples:
             pixel_values: (3, resolution, resolution), float32, in [-1, 1].
             posterior_noise: `latent_shape`, float32, standard normal.
 
-            noise: `latent_shape`, float32, standard normal; what the UNet has to find.
+            noise: `latent_shape`, float32, standard normal but for its offset; what the UNet has to find.
             timesteps: (), int64, from 0 to num_timesteps - 1.
             prompt_indices: (), int64.
         """
@@ -244,24 +100,32 @@ class Examples:
         # Drawn in any case, so that the draws after it do not depend on the crop.
         position = draw.random()
         posterior_noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
-        path = self.path_of(n)
-        if path in self.moments:
-            mean, deviation = self.moments[path]
+        place = self.place_of(n)
+        if place in self.moments:
+            mean, deviation = self.moments[place]
             image = {"latents": mean + deviation * posterior_noise}
         else:
-            image = {"pixel_values": self.pixel_values(path, position), "posterior_noise": posterior_noise}
-        return image | {
-            "noise": torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32)),
-            "timesteps": torch.tensor(int(draw.integers(self.num_timesteps))),
-            "prompt_indices": torch.tensor(self.prompt_index),
-        }
+            image = {"pixel_values": self.pixel_values(place, position), "posterior_noise": posterior_noise}
+        noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
+        timesteps = torch.tensor(int(draw.integers(self.num_timesteps)))
+        if self.noise_offset:
+            shifts = draw.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
+            noise += self.noise_offset * torch.from_numpy(shifts)
+        prompt_index = self.prompt_indices[self.photos[place].prompt]
+        return image | {"noise": noise, "timesteps": timesteps, "prompt_indices": torch.tensor(prompt_index)}
 
 
 class DreamBoothDataset(Dataset):
-    """Sample n is instance example n and, with prior preservation, class example n."""
+    """Sample n is instance example n and, with prior preservation, class example n.
 
-    def __init__(self, instance: Examples, prior: Examples | None = None):
+    Args:
+        instance, prior: the examples; no prior is no prior preservation.
+        prompts: all prompts of the run, to which the examples' prompt_indices point.
+    """
+
+    def __init__(self, instance: Examples, prior: Examples | None, prompts: list[str]):
         self.parts = [instance] if prior is None else [instance, prior]
+        self.prompts = prompts
 
     @property
     def examples_per_sample(self) -> int:
@@ -271,7 +135,7 @@ class DreamBoothDataset(Dataset):
     @property
     def images_per_epoch(self) -> int:
         """Size of the larger of the two sets of images."""
-        return max(len(part.paths) for part in self.parts)
+        return max(len(part.photos) for part in self.parts)
 
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
         return [part[n] for part in self.parts]
@@ -279,34 +143,35 @@ class DreamBoothDataset(Dataset):
 
 def build_dataset(
     args: argparse.Namespace,
-    instance_images: list[Path],
-    class_images: list[Path],
+    instance_images: list[Photo],
+    class_images: list[Photo],
     *,
     seed: int,
     latent_shape: tuple[int, int, int],
     num_timesteps: int,
 ) -> DreamBoothDataset:
-    """Returns the run's samples; prompt 0 is the instance prompt, prompt 1 the class prompt.
+    """Returns the run's samples.
 
     Args:
         instance_images: at least one.
         class_images: none where there is no prior preservation.
         seed, latent_shape, num_timesteps: as of `Examples`.
     """
+    prompts = list(dict.fromkeys(photo.prompt for photo in [*instance_images, *class_images]))
     settings = {
+        "prompt_indices": {prompt: number for number, prompt in enumerate(prompts)},
         "seed": seed,
         "resolution": args.resolution,
         "center_crop": args.center_crop,
         "latent_shape": latent_shape,
         "num_timesteps": num_timesteps,
+        "noise_offset": args.noise_offset,
     }
-    instance = Examples(
-        instance_images, prompt_index=0, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings
-    )
-    if not class_images:
-        return DreamBoothDataset(instance)
-    prior = Examples(class_images, prompt_index=1, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
-    return DreamBoothDataset(instance, prior)
+    instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
+    prior = None
+    if class_images:
+        prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
+    return DreamBoothDataset(instance, prior, prompts)
 
 
 def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
@@ -330,8 +195,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 def build_loader(
     dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields this rank's batch of each step of the schedule from `first_step` (counted from 0) on, on its device."""
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yields this rank's batches of each step of the schedule from `first_step` (counted from 0) on, on its device."""
     on_gpu = ranks.device.type == "cuda"
     loader = DataLoader(
         dataset,
@@ -343,8 +208,12 @@ def build_loader(
         pin_memory=on_gpu,
     )
     try:
+        batches = []
         for batch in loader:
-            yield {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
+            batches.append({key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()})
+            if len(batches) == schedule.accumulation:
+                yield batches
+                batches = []
     except UserError as error:
         # A worker process sends its traceback too, with the line last.
         raise UserError(error.args[0].rpartition("UserError: ")[2].removesuffix(r"\n")) from error

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,8 +31,8 @@ def cache_latents(args: argparse.Namespace, dataset: DreamBoothDataset, vae: Aut
     if args.cache_latents == "off":
         return
     started = time.monotonic()
-    examples = [(part, path) for part in dataset.parts for path in part.paths]
-    fixed = [(part, path) for part, path in examples if part.has_fixed_crop(path)]
+    examples = [(part, place) for part in dataset.parts for place in range(len(part.photos))]
+    fixed = [(part, place) for part, place in examples if part.has_fixed_crop(place)]
     if not fixed:
         return
     shape = (len(fixed), 2, *dataset.parts[0].latent_shape)
@@ -44,16 +43,16 @@ def cache_latents(args: argparse.Namespace, dataset: DreamBoothDataset, vae: Aut
             moments[batch] = _encode(vae, fixed[batch], ranks.device)
     if ranks.world_size > 1:
         dist.all_reduce(moments)  # the sum of one share and zeros
-    for (part, path), of_image in zip(fixed, moments.cpu(), strict=True):
-        part.moments[path] = of_image
+    for (part, place), of_image in zip(fixed, moments.cpu(), strict=True):
+        part.moments[place] = of_image
     if len(fixed) == len(examples):
         vae.to("cpu")
     size, seconds = moments.nbytes / 2**20, time.monotonic() - started
     say(f"latents of {len(fixed)} of {len(examples)} images cached in {seconds:.1f} s, {size:.1f} MiB")
 
 
-def _encode(vae: AutoencoderKL, examples: list[tuple[Examples, Path]], device: torch.device) -> torch.Tensor:
+def _encode(vae: AutoencoderKL, examples: list[tuple[Examples, int]], device: torch.device) -> torch.Tensor:
     """Returns (examples, 2, channels, height, width), fp32: mean and deviation, times the scaling factor."""
-    pixel_values = torch.stack([part.pixel_values(path) for part, path in examples])
+    pixel_values = torch.stack([part.pixel_values(place) for part, place in examples])
     posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
     return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1) * vae.config.scaling_factor

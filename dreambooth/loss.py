@@ -61,46 +61,71 @@ def target_of(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, ti
     return noise
 
 
-def dreambooth_loss(prediction: Tensor, target: Tensor, prior_loss_weight: float | None) -> Tensor:
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Returns the weights min(snr, gamma) / snr, or for v-prediction min(snr, gamma) / (snr + 1).
+
+    snr = abar_t / (1 - abar_t), the ratio of signal to noise. From Hang et al., "Efficient diffusion training via
+    min-SNR weighting strategy", arXiv 2303.09556: it keeps timesteps of little noise from ruling the gradient.
+
+    Args:
+        timesteps: (batch,), int64.
+        gamma: above 0.
+
+    Returns:
+        Tensor of shape (batch,), float32.
+    """
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # 1 where there is no signal at all
+
+
+def dreambooth_loss(
+    prediction: Tensor, target: Tensor, prior_loss_weight: float | None, weights: Tensor | None = None
+) -> Tensor:
     """Mean squared error in float32: the instance term, plus the weighted prior term.
 
     Args:
         prediction, target: (batch, channels, height, width); with a prior, the first half of the batch are
             instance examples and the second half class examples.
         prior_loss_weight: weight of the prior term; None where there is no prior.
+        weights: (batch,), float32, of the examples within their term; None is 1 for each.
 
     Returns:
         Scalar, float32.
     """
-    prediction, target = prediction.float(), target.float()
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+    if weights is not None:
+        errors = errors * weights
     if prior_loss_weight is None:
-        return F.mse_loss(prediction, target)
-    instance_prediction, class_prediction = prediction.chunk(2)
-    instance_target, class_target = target.chunk(2)
-    instance_term = F.mse_loss(instance_prediction, instance_target)
-    return instance_term + prior_loss_weight * F.mse_loss(class_prediction, class_target)
+        return errors.mean()
+    instance_errors, class_errors = errors.chunk(2)
+    return instance_errors.mean() + prior_loss_weight * class_errors.mean()
 
 
 def training_loss(
-    unet: torch.nn.Module,
+    denoiser: torch.nn.Module,
     batch: dict[str, Tensor],
     *,
     vae: AutoencoderKL,
-    prompt_embeddings: Tensor,
+    prompts: Tensor,
     noise_scheduler: DDPMScheduler,
-    unet_dtype: torch.dtype,
+    dtype: torch.dtype,
     prior_loss_weight: float | None,
+    snr_gamma: float | None = None,
 ) -> Tensor:
-    """Returns the loss of one step.
+    """Returns the loss of one batch.
 
     Args:
-        unet: called as diffusers' UNet2DConditionModel, wrapped or not.
-        batch: what `dreambooth.data.collate` makes, on the UNet's device.
+        denoiser: called as `dreambooth.denoiser.Denoiser`, wrapped or not.
+        batch: what `dreambooth.data.collate` makes, on the denoiser's device.
         vae: frozen, on the same device where the batch has images to encode.
-        prompt_embeddings: (prompts, tokens, width).
+        prompts: (prompts, tokens), int64, or (prompts, tokens, width), as the denoiser takes them.
         noise_scheduler: adds the noise and defines the target.
-        unet_dtype: dtype of the UNet's weights, hence of its inputs.
+        dtype: of the denoiser's weights, hence of its inputs.
         prior_loss_weight: weight of the prior term; None where the batch has no class examples.
+        snr_gamma: of `min_snr_weights`; None weighs all timesteps alike.
 
     Returns:
         Scalar, float32, with gradient.
@@ -108,6 +133,6 @@ def training_loss(
     latents = latents_of(batch, vae)
     noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     target = target_of(noise_scheduler, latents, batch["noise"], batch["timesteps"])
-    text = prompt_embeddings[batch["prompt_indices"]]
-    prediction = unet(noisy_latents.to(unet_dtype), batch["timesteps"], text.to(unet_dtype)).sample
-    return dreambooth_loss(prediction, target, prior_loss_weight)
+    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], prompts[batch["prompt_indices"]])
+    weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    return dreambooth_loss(prediction, target, prior_loss_weight, weights)

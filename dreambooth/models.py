@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dreambooth.console import UserError, warn
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+ENCODED_AT_A_TIME = 32  # prompts
 # Of model_index.json; other pipelines have other parts.
 CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
@@ -129,10 +130,9 @@ def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
 
 
 def load_text_encoder(model: Path) -> CLIPTextModel:
-    """Loads the text encoder: frozen, fp32, on the CPU."""
+    """Loads the text encoder of `model`, fp32, on the CPU."""
     with _loading("text encoder", model):
-        text_encoder = _load_weights(CLIPTextModel, model / "text_encoder")
-    return text_encoder.requires_grad_(False).eval()
+        return _load_weights(CLIPTextModel, model / "text_encoder")
 
 
 def load_vae(model: Path, resolution: int) -> AutoencoderKL:
@@ -182,22 +182,22 @@ def load_noise_scheduler(model: Path) -> DDPMScheduler:
 
 
 def load_pipeline(
-    model: Path, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, torch_dtype: torch.dtype = torch.float32
+    model: Path, dtype: torch.dtype = torch.float32, **parts: torch.nn.Module | CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """Loads `model` anew, with `unet` and `tokenizer` in place of its own and without a safety checker."""
+    """Loads `model` anew, on the CPU, with some of its `parts` replaced and without a safety checker."""
     disable_progress_bar()  # a bar for five parts, on every rank
     with _loading("pipeline", model):
-        return StableDiffusionPipeline.from_pretrained(
+        pipeline = StableDiffusionPipeline.from_pretrained(
             model,
-            unet=unet,
-            tokenizer=tokenizer,
             safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
             requires_safety_checker=False,
             use_safetensors=True,
-            torch_dtype=torch_dtype,
+            torch_dtype=dtype,
+            **parts,
         )
+    return pipeline.to(dtype=dtype)
 
 
 def check_parts_fit(
@@ -253,19 +253,28 @@ def warn_of_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encod
             warn(f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}")
 
 
-@torch.no_grad()
-def embed_prompts(
-    prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """Encodes each prompt once; warns where one is cut.
+def tokenize(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Splits prompts into the tokens that the text encoder reads; warns where one is cut.
 
     Returns:
-        Tensor of shape (prompts, tokens, width), of `dtype`, on `device`.
+        Tensor of shape (prompts, tokens), int64, on the CPU.
     """
     warn_of_cut_prompts(prompts, tokenizer, text_encoder)
     longest = max_tokens(tokenizer, text_encoder)
-    token_ids = tokenizer(
-        prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
-    ).input_ids
-    text_encoder = text_encoder.to(device, dtype)
-    return text_encoder(token_ids.to(device))[0]
+    return tokenizer(prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def embed(token_ids: torch.Tensor, text_encoder: CLIPTextModel, dtype: torch.dtype) -> torch.Tensor:
+    """Encodes prompts once and for all, on the device where their tokens are.
+
+    Args:
+        token_ids: (prompts, tokens), int64.
+        text_encoder: is moved there.
+        dtype: to compute in.
+
+    Returns:
+        Tensor of shape (prompts, tokens, width), of `dtype`.
+    """
+    text_encoder.to(token_ids.device, dtype)
+    return torch.cat([text_encoder(some)[0] for some in token_ids.split(ENCODED_AT_A_TIME)])

@@ -1,12 +1,18 @@
-"""Settings of AdamW and of the learning rate, the same in both trainers."""
+"""AdamW and the learning rate, the same in both trainers."""
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dreambooth.schedule import Schedule
+
+# What AdamW keeps of a parameter besides the number of updates; that of bitsandbytes the moments in 8 bits and the
+# scales of their blocks (of a small parameter the first two only, in fp32).
+STATE = ("exp_avg", "exp_avg_sq")
+STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
 
 
 def adamw_settings(args: argparse.Namespace, schedule: Schedule) -> dict:
@@ -17,6 +23,51 @@ def adamw_settings(args: argparse.Namespace, schedule: Schedule) -> dict:
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
+
+
+def build_adamw(
+    args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], schedule: Schedule
+) -> torch.optim.Optimizer:
+    """Returns torch's fused AdamW, or with --use_8bit_adam that of bitsandbytes.
+
+    The latter keeps the moments of large parameters in 8 bits (Dettmers et al., arXiv 2110.02861).
+    """
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # only where it is wanted
+
+        return AdamW8bit(parameters, **adamw_settings(args, schedule))
+    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(args, schedule))
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Returns the names of the tensors that an AdamW keeps of a parameter."""
+    return STATE if isinstance(optimizer, torch.optim.AdamW) else STATE_8BIT
+
+
+def adam_step(optimizer: torch.optim.Optimizer) -> int:
+    """Returns how many updates an AdamW has made of the parameters that this rank holds."""
+    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+
+
+def resumed_state(
+    optimizer: torch.optim.Optimizer, step: int, tensors: dict[str, torch.Tensor], device: torch.device
+) -> dict:
+    """Returns what an AdamW keeps of a parameter after `step` updates.
+
+    Args:
+        optimizer: torch's, or that of bitsandbytes.
+        step: updates done.
+        tensors: some of those of `state_names`.
+        device: of the parameter.
+    """
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.tensor(float(step), device=device)} | tensors
+    if "absmax1" in tensors:  # the values that the 8 bits stand for
+        optimizer.fill_qmap()
+        maps = optimizer.name2qmap
+        tensors |= {"qmap1": maps["dynamic"].to(device), "qmap2": maps["udynamic"].to(device)}
+    return {"step": step} | tensors
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:

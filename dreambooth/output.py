@@ -5,11 +5,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
@@ -25,15 +25,16 @@ def readable(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def prepare_output_dir(output_dir: Path) -> None:
-    """Creates the output folder, keeps other runs out of it, and removes what a run that was killed left half-written.
+def prepare_output_dir(args: argparse.Namespace) -> None:
+    """Creates --output_dir, keeps other runs out of it, and removes what a run that was killed left half-written.
 
-    Does so on rank 0. The lock is the operating system's, and gone when the process is.
+    Does so on rank 0, and not in a --dry_run. The lock is the operating system's, and gone when the process is.
 
     Raises:
         UserError: if another run writes into the folder, or nobody can.
     """
-    if not is_rank_0():
+    output_dir = Path(args.output_dir)
+    if not is_rank_0() or args.dry_run:
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -86,19 +87,14 @@ def _flush_to_disk(path: Path) -> None:
         os.close(file)
 
 
-def unet_with(weights: dict[str, torch.Tensor], config: dict) -> UNet2DConditionModel:
-    """Returns a UNet of `config` that has `weights`, fp32, on the CPU.
+def bytes_of(parts: Iterable[torch.nn.Module]) -> int:
+    """Returns the size of models' parameters and buffers."""
+    return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
 
-    Raises:
-        RunError: if one of them is not a finite number, so that no file gets such weights.
-    """
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise RunError(f"the weights hold values that are not finite, in {broken[0]}: they are not saved")
-    with torch.device("meta"):  # no time for random weights that are replaced
-        unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(weights, assign=True)
-    return unet
+
+def parts_of(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
+    """Returns the models of a pipeline."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def save_pipeline(output_dir: Path, pipeline: StableDiffusionPipeline) -> None:
@@ -107,10 +103,8 @@ def save_pipeline(output_dir: Path, pipeline: StableDiffusionPipeline) -> None:
     Raises:
         RunError: as `written_whole` does.
     """
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
     whole = output_dir / f".pipeline{PARTIAL}"
-    with written_whole(whole, size) as folder:
+    with written_whole(whole, bytes_of(parts_of(pipeline))) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
     # model_index.json goes first and comes last: a folder that has it is whole.
     index = "model_index.json"
@@ -125,15 +119,17 @@ def save_pipeline(output_dir: Path, pipeline: StableDiffusionPipeline) -> None:
         raise RunError(f"cannot write {output_dir}: {first_line(error)}") from error
 
 
-def prepare_hub(args: argparse.Namespace) -> str:
-    """Creates the repository that --push_to_hub names, before any time is spent on training.
+def prepare_hub(args: argparse.Namespace) -> str | None:
+    """Creates the repository that --push_to_hub names, before any time is spent on training; on rank 0.
 
     Returns:
-        The repository's full name.
+        The repository's full name; None where nothing is to be uploaded.
 
     Raises:
         UserError: if the Hub cannot be reached or refuses.
     """
+    if not args.push_to_hub or args.dry_run or not is_rank_0():
+        return None
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
@@ -142,10 +138,10 @@ def prepare_hub(args: argparse.Namespace) -> str:
 
 
 def upload(args: argparse.Namespace, repo_id: str) -> None:
-    """Uploads the trained pipeline, without checkpoints and logs."""
+    """Uploads the trained pipeline, without checkpoints, logs and validation images."""
     HfApi(token=args.hub_token).upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", ".*"],
+        ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "validation/*", ".*"],
         commit_message="DreamBooth training",
     )

@@ -1,6 +1,7 @@
 """Integer arithmetic of samples, steps and epochs.
 
-A step takes `total_batch` consecutive samples of one endless stream; each rank takes `batch` of them, in order.
+A step takes `total_batch` consecutive samples of one endless stream; each rank takes an equal share of them, in order,
+in `accumulation` batches, between which no weight changes.
 """
 
 import argparse
@@ -13,34 +14,39 @@ class Schedule:
     """How many samples a run takes, and which rank takes which.
 
     Args:
-        batch: samples per rank and step.
+        batch: samples that a rank takes at a time.
         world_size: number of ranks.
         steps: optimizer steps of the whole run.
+        accumulation: batches of a rank in each step.
     """
 
     batch: int
     world_size: int
     steps: int
+    accumulation: int = 1
 
     def __str__(self) -> str:
-        return f"{self.steps} steps of {self.total_batch} samples ({self.world_size} ranks x {self.batch})"
+        times = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        return f"{self.steps} steps of {self.total_batch} samples ({self.world_size} ranks x {self.batch}{times})"
 
     @property
     def total_batch(self) -> int:
         """Samples per step, over all ranks."""
-        return self.batch * self.world_size
+        return self.batch * self.accumulation * self.world_size
 
     def batches(self, rank: int, first_step: int = 0) -> Iterator[list[int]]:
-        """Yields the sample numbers of each step for `rank`, from step `first_step` (counted from 0) on."""
+        """Yields the sample numbers of each of `rank`'s batches, from step `first_step` (counted from 0) on."""
+        share = self.total_batch // self.world_size
         for step in range(first_step, self.steps):
-            first = step * self.total_batch + rank * self.batch
-            yield list(range(first, first + self.batch))
+            first = step * self.total_batch + rank * share
+            for start in range(first, first + share, self.batch):
+                yield list(range(start, start + self.batch))
 
 
 def plan(args: argparse.Namespace, world_size: int, images_per_epoch: int) -> Schedule:
     """Returns the schedule of a run; an epoch is one pass over the larger of the two sets of images."""
     steps = args.max_train_steps
     if steps is None:
-        steps_per_epoch = -(-images_per_epoch // (args.train_batch_size * world_size))
-        steps = args.num_train_epochs * steps_per_epoch
-    return Schedule(batch=args.train_batch_size, world_size=world_size, steps=steps)
+        samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world_size
+        steps = args.num_train_epochs * -(-images_per_epoch // samples_per_step)
+    return Schedule(args.train_batch_size, world_size, steps, args.gradient_accumulation_steps)

@@ -28,7 +28,7 @@ class Strategy:
     offload_optim_frac: float = 0.0
 
     def __str__(self) -> str:
-        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}, fused AdamW"
+        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}"
 
     @property
     def shards(self) -> bool:
@@ -36,7 +36,7 @@ class Strategy:
         return self.plugin in ("low_level_zero", "gemini")
 
     @property
-    def unet_dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype:
         """Dtype of the weights that the forward pass uses."""
         return DTYPES[self.precision] if self.shards else torch.float32
 
@@ -67,6 +67,11 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
         raise UserError(f"{chosen} computes in fp16, not --mixed_precision {args.mixed_precision}: use torch_ddp")
     if sharded and args.mixed_precision == "no":
         raise UserError(f"{chosen} computes in bf16 or fp16: --mixed_precision no goes with --plugin torch_ddp")
+    if sharded and args.use_8bit_adam:
+        raise UserError(
+            f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
+            "use it with --plugin torch_ddp, or in train_dreambooth.py"
+        )
     offload = args.offload_optim_frac
     if offload is not None and (plugin != "gemini" or args.placement == "auto"):
         raise UserError(

@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import os
 import resource
 import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +45,7 @@ class Tracker:
     the host; what a step's figures say about the run counts LAG steps later, at the same step on every rank.
 
     Args:
-        args: names the TensorBoard folder, which is written on rank 0 only.
+        args: names the TensorBoard folder, which is written on rank 0 only, and not in a --dry_run.
         schedule: of the run.
         ranks: rank 0 shows.
         dataset: whose samples the run takes.
@@ -70,11 +72,16 @@ class Tracker:
         self.request = StopRequest()
         self.stop_since = self.failed_since = math.inf  # steps
         self.skipped = self.skipped_in_a_row = 0
-        shown = ranks.rank == 0
+        self.shown = ranks.rank == 0
+        self.seconds_per_step = self.peak_memory_gib = self.peak_host_memory_gib = math.nan  # of the last step shown
         # Steps that an earlier run has logged in the folder, and that are taken again, are hidden.
         folder = str(Path(args.output_dir, args.logging_dir))
-        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if shown else None
-        self.progress = tqdm(total=schedule.steps, initial=first_step, desc="training", unit="step", disable=not shown)
+        self.writer = None
+        if self.shown and not args.dry_run:
+            self.writer = SummaryWriter(folder, purge_step=first_step + 1)
+        self.progress = tqdm(
+            total=schedule.steps, initial=first_step, desc="training", unit="step", disable=not self.shown
+        )
         self.pending: deque = deque()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -93,6 +100,10 @@ class Tracker:
             self.progress.close()
             if self.writer is not None:
                 self.writer.close()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step out of the next one; `settle` has been called."""
+        self.last_mark = self._mark()
 
     def _mark(self):
         """Returns the present moment on the device's clock."""
@@ -154,6 +165,16 @@ class Tracker:
         if self.writer is not None:
             self.writer.flush()
 
+    def show_images(self, name: str, images: np.ndarray, step: int) -> None:
+        """Logs images after `step`.
+
+        Args:
+            name: under which they are shown.
+            images: (images, height, width, 3), uint8.
+            step: optimizer steps done.
+        """
+        self.writer.add_images(name, images, step, dataformats="NHWC")
+
     def _take(self, last: float) -> None:
         """Takes the figures that have arrived, and waits for those up to step `last`."""
         while self.pending:
@@ -165,7 +186,7 @@ class Tracker:
             self.pending.popleft()
             loss, stop, grad_norm = figures.tolist()
             self._watch(step, loss, grad_norm, bool(stop))
-            if self.writer is not None:
+            if self.shown:
                 self._show(step, {"loss": loss, "lr": lr} | ({"grad_norm": grad_norm} if has_norm else {}), mark)
             self.last_mark = mark
 
@@ -183,7 +204,9 @@ class Tracker:
     def _failure(self) -> RunError:
         step, total = self.failed_since, self.schedule.total_batch
         samples = range((step - 1) * total, step * total)
-        names = sorted({part.path_of(n).name for part in self.dataset.parts for n in samples})
+        names = sorted(
+            {os.path.basename(part.photos[part.place_of(n)].name) for part in self.dataset.parts for n in samples}
+        )
         names[NAMES_SHOWN:] = ["..."] * (len(names) > NAMES_SHOWN)
         what = (
             f"{MAX_SKIPPED_IN_A_ROW + 1} steps in a row overflowed, the last of them step {step}"
@@ -197,11 +220,15 @@ class Tracker:
 
     def _show(self, step: int, figures: dict[str, float], mark) -> None:
         images = self.schedule.total_batch * self.dataset.examples_per_sample
-        figures["images_per_second"] = images / self._seconds(self.last_mark, mark)
-        figures["peak_memory_gib"] = peak_memory_gib(self.device)
-        figures["peak_host_memory_gib"] = peak_host_memory_gib()
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
+        self.seconds_per_step = self._seconds(self.last_mark, mark)
+        self.peak_memory_gib = peak_memory_gib(self.device)
+        self.peak_host_memory_gib = peak_host_memory_gib()
+        figures["images_per_second"] = images / self.seconds_per_step
+        figures["peak_memory_gib"] = self.peak_memory_gib
+        figures["peak_host_memory_gib"] = self.peak_host_memory_gib
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
         self.progress.set_postfix_str(
             f"loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
             f"{figures['images_per_second']:.1f} images/s, peak {figures['peak_memory_gib']:.1f} GiB"

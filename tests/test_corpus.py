@@ -27,7 +27,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from dreambooth.console import UserError
-from dreambooth.data import build_loader, find_images, load_image
+from dreambooth.data import build_loader
+from dreambooth.images import find_images, load_image
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
 
@@ -674,6 +675,7 @@ NUMBERS = {
     "sample_batch_size": (),
     "prior_loss_weight": ("0",),
     "train_batch_size": (),
+    "gradient_accumulation_steps": (),
     "num_train_epochs": (),
     "max_train_steps": (),
     "seed": ("0",),
@@ -681,6 +683,10 @@ NUMBERS = {
     "learning_rate": ("0",),
     "lr_warmup_steps": ("0", BILLIONS),
     "max_grad_norm": ("0", "1e30", BILLIONS),
+    "snr_gamma": (),
+    "noise_offset": ("0",),
+    "num_validation_images": (),
+    "validation_steps": (BILLIONS,),
     "adam_beta1": ("0",),
     "adam_beta2": ("0",),
     "adam_weight_decay": ("0",),
@@ -786,7 +792,62 @@ PROMPTS = {
     "one prompt for both": Case(same_prompts, warning="--class_prompt is --instance_prompt: give the subject"),
 }
 
-GROUPS = (IMAGES, FOLDERS, MODELS, FLAGS, PROMPTS)
+
+# Captions -----------------------------------------------------------------------------------------------------------
+
+
+def metadata(*lines: object) -> Callable[[Path, dict], dict]:
+    """Returns what makes a folder of good photos with a metadata.jsonl of JSON values, or of bytes as they are."""
+    rows = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    return with_images({"metadata.jsonl": b"\n".join(rows)})
+
+
+def caption_for(text: object, *, file_name: str = "0.png") -> dict:
+    return {"file_name": file_name, "text": text}
+
+
+CAPTIONS = {
+    "caption of one image": Case(with_images({"0.txt": b"a sks dog"})),
+    "caption with byte order mark and line ends": Case(with_images({"0.txt": b"\xef\xbb\xbfa sks\r\n dog\r\n"})),
+    "caption without end": Case(with_images({"0.txt": b"very " * 20_000}), warning="this part is cut"),
+    "caption empty": Case(with_images({"0.txt": b""}), "0.txt: the caption is blank; write one, or remove it"),
+    "caption of control characters": Case(with_images({"0.txt": b"\x01\x1b\n"}), "0.txt: the caption is blank"),
+    "caption that is no text": Case(with_images({"0.txt": b"a \xff dog"}), "cannot read the caption"),
+    "caption of no image": Case(with_images({"notes.txt": b""})),
+    "metadata empty": Case(metadata(b"")),
+    "metadata of one image": Case(metadata(caption_for("a sks dog"), b"", b"  ")),
+    "metadata with other fields": Case(metadata(caption_for("a sks dog") | {"age": 3, "tags": ["x"]})),
+    "metadata without a caption": Case(metadata({"file_name": "0.png", "text": None})),
+    "metadata with line separators": Case(metadata(caption_for("a\u2028sks\x85dog"))),
+    "metadata of other scripts": Case(metadata(caption_for("sks 犬の写真 🐶"))),
+    "metadata with the fields of others": Case(
+        metadata({"file_name": "0.png", "caption": "a dog"}), "has no 'text'; --caption_column names the field"
+    ),
+    "metadata broken": Case(
+        metadata(b'{"file_name": "0.png"'), "metadata.jsonl, line 1 is not a JSON object with a f"
+    ),
+    "metadata of numbers": Case(metadata(caption_for("a dog"), 7), "metadata.jsonl, line 2 is not a JSON object"),
+    "metadata of lists": Case(metadata([]), "metadata.jsonl, line 1 is not a JSON object with a file_name"),
+    "metadata of nested lists": Case(metadata(b"[" * 100_000), "metadata.jsonl, line 1 is not a JSON object"),
+    "metadata that is no text": Case(metadata(b"\xff\xfe"), "cannot read"),
+    "metadata of a missing image": Case(metadata(caption_for("x", file_name="9.png")), "there is no image '9.png'"),
+    "metadata of an image elsewhere": Case(
+        metadata(caption_for("x", file_name="../0.png")), "there is no image '../0.png' in the folder"
+    ),
+    "metadata of a number for a name": Case(
+        metadata({"file_name": 0, "text": "x"}), "there is no image 0 in the folder"
+    ),
+    "metadata of one image twice": Case(metadata(*[caption_for("a dog")] * 2), "line 2: a second caption of 0.png"),
+    "metadata of a number for a caption": Case(metadata(caption_for(5)), "line 1: the caption is no text"),
+    "metadata of a blank caption": Case(metadata(caption_for(" \u200b")), "line 1: the caption is blank"),
+    "metadata of half a letter": Case(metadata(caption_for("a \ud83d dog")), "the caption is not valid UTF-8"),
+    "two captions": Case(
+        with_images({"0.txt": b"a dog", "metadata.jsonl": json.dumps(caption_for("a cat")).encode()}),
+        "0.png has two captions, in metadata.jsonl and in 0.txt: remove one",
+    ),
+}
+
+GROUPS = (IMAGES, FOLDERS, MODELS, FLAGS, PROMPTS, CAPTIONS)
 # Everything that is tested here, by name: a Case, or an odd image's file, bytes, pixels and tolerance.
 CASES = {name: case for group in (*GROUPS, ODD_IMAGES) for name, case in group.items()}
 assert len(CASES) == sum(map(len, GROUPS)) + len(ODD_IMAGES), "two cases have the same name"
@@ -837,8 +898,8 @@ def test_run(name, flags, tmp_path):
 def test_odd_image(name, tmp_path):
     file, body, expected, tolerance = ODD_IMAGES[name]
     (tmp_path / file).write_bytes(body)
-    (path,) = find_images(tmp_path, "--instance_data_dir")
-    image = load_image(path)
+    (photo,) = find_images(tmp_path, "--instance_data_dir")
+    image = load_image(photo)
     assert image.mode == "RGB"
     pixels = np.array(image).astype(int)
     assert pixels.shape == expected.shape
@@ -905,5 +966,5 @@ def test_a_run_of_any_length_starts_at_once():
 
     schedule = Watched(batch=2, world_size=3, steps=100_000)
     loader = build_loader(Numbers(), schedule, Ranks(1, 3, torch.device("cpu")))
-    numbers = [batch["number"].tolist() for batch in itertools.islice(loader, 2)]
+    numbers = [batch["number"].tolist() for (batch,) in itertools.islice(loader, 2)]
     assert numbers == listed == [[2, 3], [8, 9]]

@@ -7,16 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth.class_images import image_name, missing_numbers, save_whole
+from dreambooth.class_images import image_name, missing_numbers
 from dreambooth.console import UserError
-from dreambooth.data import Examples, collate, crop_to_square, find_images, list_images, load_image
+from dreambooth.data import Examples, collate
+from dreambooth.images import crop_to_square, find_images, list_images, load_image, photo_of, save_whole
 from dreambooth.randomness import Stream, generator
 from dreambooth.schedule import Schedule
 
 
-def examples(paths, **changed) -> Examples:
+def photos_in(folder) -> list:
+    return [photo_of(path) for path in list_images(folder)]
+
+
+def examples(photos, **changed) -> Examples:
     settings = dict(
-        prompt_index=0,
+        prompt_indices={"": 0},
         seed=3,
         order=Stream.INSTANCE_ORDER,
         draws=Stream.INSTANCE_SAMPLE,
@@ -25,7 +30,7 @@ def examples(paths, **changed) -> Examples:
         latent_shape=(4, 8, 8),
         num_timesteps=1000,
     )
-    return Examples(paths, **(settings | changed))
+    return Examples(photos, **(settings | changed))
 
 
 def test_only_images_are_found_and_in_order(tmp_path):
@@ -55,7 +60,7 @@ def test_exif_orientation_is_honoured(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
-    loaded = load_image(tmp_path / "photo.png")
+    loaded = load_image(photo_of(tmp_path / "photo.png"))
     assert loaded.size == (3, 2)
     assert loaded.tobytes() == upright.tobytes()
 
@@ -66,7 +71,7 @@ def test_every_mode_becomes_rgb_over_white(tmp_path, mode):
     image.putpixel((1, 0), (200, 0, 0, 0))
     suffix = "jpg" if mode == "CMYK" else "png"
     image.convert(mode).save(tmp_path / f"image.{suffix}")
-    loaded = load_image(tmp_path / f"image.{suffix}")
+    loaded = load_image(photo_of(tmp_path / f"image.{suffix}"))
     assert loaded.mode == "RGB"
     if mode in ("RGBA", "LA"):
         assert loaded.getpixel((1, 0)) == (255, 255, 255)
@@ -86,7 +91,7 @@ def test_crop_keeps_the_shorter_side_and_the_place(tmp_path):
 
 
 def test_a_sample_is_a_function_of_its_number_alone(photos):
-    paths = list_images(photos)
+    paths = photos_in(photos)
     forwards = [examples(paths)[n] for n in range(8)]
     backwards = [examples(paths)[n] for n in reversed(range(8))][::-1]
     for first, second in zip(forwards, backwards, strict=True):
@@ -101,14 +106,14 @@ def test_a_sample_is_a_function_of_its_number_alone(photos):
 
 
 def test_center_crop_changes_no_other_draw(photos):
-    paths = list_images(photos)
+    paths = photos_in(photos)
     random, center = examples(paths)[0], examples(paths, center_crop=True)[0]
     assert torch.equal(random["noise"], center["noise"])
     assert not torch.equal(random["pixel_values"], center["pixel_values"])
 
 
 def test_draws_have_the_distribution_that_they_claim(photos):
-    samples = [examples(list_images(photos)[:1], num_timesteps=10)[n] for n in range(400)]
+    samples = [examples(photos_in(photos)[:1], num_timesteps=10)[n] for n in range(400)]
     noise = torch.stack([sample["noise"] for sample in samples])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs((noise * torch.stack([sample["posterior_noise"] for sample in samples])).mean()) < 0.01
@@ -119,10 +124,10 @@ def test_draws_have_the_distribution_that_they_claim(photos):
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_every_pass_takes_every_image_once_in_a_new_order(photos, count):
-    paths = list_images(photos)[:count]
+    paths = photos_in(photos)[:count]
     stream = examples(paths)
-    passes = [[stream.path_of(p * count + i) for i in range(count)] for p in range(20)]
-    assert all(sorted(one) == paths for one in passes)
+    passes = [[stream.place_of(p * count + i) for i in range(count)] for p in range(20)]
+    assert all(sorted(one) == list(range(count)) for one in passes)
     if count > 1:
         assert len({tuple(one) for one in passes}) > 1
 
@@ -149,8 +154,8 @@ def test_generators_never_overlap():
 
 
 def test_collate_puts_instance_examples_before_class_examples(photos):
-    paths = list_images(photos)
-    instance, prior = examples(paths), examples(paths, prompt_index=1)
+    paths = photos_in(photos)
+    instance, prior = examples(paths), examples(paths, prompt_indices={"": 1})
     batch = collate([[instance[n], prior[n]] for n in range(3)])
     assert batch["prompt_indices"].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch["pixel_values"].shape == (6, 3, 16, 16)
@@ -159,11 +164,12 @@ def test_collate_puts_instance_examples_before_class_examples(photos):
 
 def test_examples_with_and_without_latents_meet_in_a_batch(photos):
     """Each keeps its place, and its draws."""
-    paths = list_images(photos)
+    paths = photos_in(photos)
     plain, cached = examples(paths), examples(paths)
     for number in (0, 3):
-        path = plain.path_of(number)
-        cached.moments[path] = torch.stack([torch.full(plain.latent_shape, 7.0), torch.ones(plain.latent_shape)])
+        cached.moments[plain.place_of(number)] = torch.stack(
+            [torch.full(plain.latent_shape, 7.0), torch.ones(plain.latent_shape)]
+        )
     batch = collate([[cached[n]] for n in range(4)])
     assert batch["latents"].shape[0] == batch["pixel_values"].shape[0] == 2
     assert torch.equal(batch["noise"], collate([[plain[n]] for n in range(4)])["noise"])

@@ -18,7 +18,8 @@ import train_dreambooth
 import train_dreambooth_colossalai
 from dreambooth import arguments
 from dreambooth.console import UserError
-from dreambooth.data import DreamBoothDataset, build_dataset, build_loader, load_image
+from dreambooth.data import DreamBoothDataset, build_dataset, build_loader
+from dreambooth.images import load_image, photo_of
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule, plan
 from dreambooth.strategy import choose_strategy
@@ -122,7 +123,7 @@ def test_any_damage_leaves_an_image_or_one_line(name, damage, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(whole)
     try:
-        image = load_image(path)
+        image = load_image(photo_of(path))
     except UserError as error:
         assert str(path) in str(error) and str(error).isprintable()
         event("refused")
@@ -135,15 +136,15 @@ class Numbered(DreamBoothDataset):
     """Tells which sample and which images a step would take, and reads no file."""
 
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
-        images = [part.paths.index(part.path_of(n)) for part in self.parts]
+        images = [part.place_of(n) for part in self.parts]
         return [{"number": torch.tensor(n), "images": torch.tensor(images)}]
 
 
 def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
-    args = argparse.Namespace(resolution=8, center_crop=False)
-    paths = [[Path(f"{n}.png") for n in range(count)] for count in (instance_images, class_images)]
-    dataset = build_dataset(args, *paths, seed=seed, latent_shape=(1, 1, 1), num_timesteps=10)
-    return Numbered(*dataset.parts)
+    args = argparse.Namespace(resolution=8, center_crop=False, noise_offset=0.0)
+    photos = [[photo_of(Path(f"{n}.png")) for n in range(count)] for count in (instance_images, class_images)]
+    dataset = build_dataset(args, *photos, seed=seed, latent_shape=(1, 1, 1), num_timesteps=10)
+    return Numbered(dataset.parts[0], dataset.parts[1] if class_images else None, dataset.prompts)
 
 
 @settings(max_examples=200, **always)
@@ -154,18 +155,19 @@ def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
     world_size=st.integers(1, 5),
     batch=st.integers(1, 6),
     steps=st.integers(1, 8),
+    accumulation=st.integers(1, 3),
     data=st.data(),
 )
-def test_the_stream_of_samples(instance_images, class_images, seed, world_size, batch, steps, data):
+def test_the_stream_of_samples(instance_images, class_images, seed, world_size, batch, steps, accumulation, data):
     dataset = numbered(instance_images, class_images, seed)
-    schedule = Schedule(batch, world_size, steps)
+    schedule = Schedule(batch, world_size, steps, accumulation)
 
     def batches(rank: int, first_step: int = 0) -> list[dict]:
+        """Returns what a rank takes in each step."""
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        return [
-            {key: value.tolist() for key, value in one.items()}
-            for one in build_loader(dataset, schedule, ranks, first_step)
-        ]
+        steps = list(build_loader(dataset, schedule, ranks, first_step))
+        assert all(len(one["number"]) == batch for step in steps for one in step)
+        return [{key: sum((one[key].tolist() for one in step), []) for key in step[0]} for step in steps]
 
     by_rank = [batches(rank) for rank in range(world_size)]
     taken = Counter(n for one_rank in by_rank for step in one_rank for n in step["number"])
@@ -189,10 +191,15 @@ def test_the_stream_of_samples(instance_images, class_images, seed, world_size, 
 
 @settings(max_examples=200, **always)
 @given(
-    images=st.integers(1, 10_000), world_size=st.integers(1, 64), batch=st.integers(1, 64), epochs=st.integers(1, 100)
+    images=st.integers(1, 10_000),
+    world_size=st.integers(1, 64),
+    batch=st.integers(1, 64),
+    accumulation=st.integers(1, 8),
+    epochs=st.integers(1, 100),
 )
-def test_epochs_take_every_image_and_no_step_more(images, world_size, batch, epochs):
+def test_epochs_take_every_image_and_no_step_more(images, world_size, batch, accumulation, epochs):
     args = argparse.Namespace(max_train_steps=None, train_batch_size=batch, num_train_epochs=epochs)
+    args.gradient_accumulation_steps = accumulation
     schedule = plan(args, world_size, images)
     steps_per_epoch = schedule.steps // epochs
     assert schedule.steps == epochs * steps_per_epoch

@@ -85,25 +85,68 @@ def test_ten_steps_agree_with_fp32(strategy, reference, tiny_model, photos, tmp_
     class_images = reference.parent  # the reference's: drawn in fp16, whatever the run's precision
     train(strategy.script, flags | prior_flags(class_images), nproc=NPROC, on_gpu=True)
 
-    tolerance = 1e-3 if strategy.precision == "no" else 3e-2
-    np.testing.assert_allclose(
-        scalars(tmp_path / "out", "loss"), scalars(reference, "loss"), rtol=tolerance, err_msg="loss"
-    )
-    np.testing.assert_allclose(
-        scalars(tmp_path / "out", "grad_norm"), scalars(reference, "grad_norm"), rtol=5 * tolerance, err_msg="norm"
-    )
-    start = flatten(unet_weights(tiny_model / "unet"))
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=1e-3 if strategy.precision == "no" else 3e-2)
     weights = unet_weights(tmp_path / "out" / "unet")
-    moved, reference_moved = flatten(weights) - start, flatten(unet_weights(reference / "unet")) - start
-    assert torch.cosine_similarity(moved, reference_moved, dim=0) > 0.9
-    np.testing.assert_allclose(moved.norm(), reference_moved.norm(), rtol=0.1)
-
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     half = torch.cat([(tensor.bfloat16().float() != tensor).flatten() for tensor in weights.values()])
     assert half.float().mean() > 0.9, "these are the master weights, not the half-precision copy"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     assert np.isfinite(pipeline("a photo of sks dog", num_inference_steps=2, output_type="np").images).all()
+
+
+def assert_agree(output_dir, reference, model, *, tolerance: float) -> None:
+    """Losses, gradient norms, and the way that the weights went."""
+    np.testing.assert_allclose(scalars(output_dir, "loss"), scalars(reference, "loss"), rtol=tolerance, err_msg="loss")
+    np.testing.assert_allclose(
+        scalars(output_dir, "grad_norm"), scalars(reference, "grad_norm"), rtol=5 * tolerance, err_msg="norm"
+    )
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        start, moved, wanted = (
+            flatten(load_file(folder / part / f"{file}.safetensors")) for folder in (model, output_dir, reference)
+        )
+        if not torch.equal(wanted, start):
+            assert torch.cosine_similarity(moved - start, wanted - start, dim=0) > 0.9
+            np.testing.assert_allclose((moved - start).norm(), (wanted - start).norm(), rtol=0.1)
+
+
+# Options that touch the step, and the run in fp32 on one process that has to agree.
+OPTIONS = {
+    "accumulation": ({"gradient_accumulation_steps": 2, "train_batch_size": 2 // max(NPROC, 1)}, {}),
+    "text encoder": ({"train_text_encoder": True}, {"train_text_encoder": True}),
+    "noise and weights": ({"snr_gamma": 1, "noise_offset": 0.2}, {"snr_gamma": 1, "noise_offset": 0.2}),
+    "validation": ({"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@each([strategy for strategy in STRATEGIES if strategy.precision == "bf16" or strategy.plugin == "torch_ddp_fp16"])
+def test_options_agree_with_fp32(option, strategy, tiny_model, photos, tmp_path):
+    changed, of_reference = OPTIONS[option]
+    flags = run_flags(tiny_model, photos) | prior_flags(tmp_path)
+    out, reference = {"output_dir": tmp_path / "out"}, {"output_dir": tmp_path / "reference", "train_batch_size": 4}
+    train(TRADITIONAL, flags | of_reference | reference, on_gpu=True)
+    train(strategy.script, flags | strategy_flags(strategy) | changed | out, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", tmp_path / "reference", tiny_model, tolerance=3e-2)
+
+
+def test_8_bit_adam_is_close_to_fp32_and_resumes(flags, tmp_path):
+    flags |= {"max_train_steps": 6, "save_steps": 3, "mixed_precision": "bf16"}
+    train(COLOSSALAI, flags | {"output_dir": tmp_path / "fp32"}, nproc=NPROC, on_gpu=True)
+    train(COLOSSALAI, flags | {"use_8bit_adam": True}, nproc=NPROC, on_gpu=True)
+    np.testing.assert_allclose(scalars(flags["output_dir"], "loss"), scalars(tmp_path / "fp32", "loss"), rtol=3e-2)
+    shutil.copytree(flags["output_dir"] / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    more = {"use_8bit_adam": True, "output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
+    train(COLOSSALAI, flags | more, nproc=NPROC, on_gpu=True)
+    whole = scalars(flags["output_dir"], "loss")[3:]
+    np.testing.assert_allclose(scalars(tmp_path / "resumed", "loss", first=4), whole, rtol=3e-3)
+
+
+@each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING])
+def test_8_bit_adam_is_refused_where_parameters_are_split(strategy, flags):
+    flags |= strategy_flags(strategy) | {"use_8bit_adam": True}
+    done = train(COLOSSALAI, flags, on_gpu=True, check=False)
+    assert done.returncode == 2 and "--use_8bit_adam quantizes whole parameters" in done.error_lines[0]
 
 
 @each(STRATEGIES)

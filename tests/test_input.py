@@ -29,7 +29,10 @@ BAD_FLAGS = {
     "infinite": ({"max_grad_norm": "inf"}, "--max_grad_norm: 'inf' is not a number of at least 0"),
     "boolean": ({"test_run": "maybe"}, "--test_run: 'maybe' is neither true nor false"),
     "unknown flag": ({"use_magic": True}, "unrecognized arguments: --use_magic"),
-    "missing flag": ({"instance_prompt": None}, "the following arguments are required: --instance_prompt"),
+    "missing flag": (
+        {"instance_prompt": None},
+        "0.png has no caption: give it one, or all without one an --instance_prompt",
+    ),
     "fp16 on the CPU": ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a CUDA GPU"),
     "several": (
         {"instance_data_dir": "nowhere", "with_prior_preservation": True, "class_prompt": "a dog"},

@@ -14,7 +14,7 @@ from filelock import FileLock
 from harness import COLOSSALAI, ROOT, train
 
 from benchmarks.runs import STRATEGIES, strategy_flags
-from dreambooth.data import find_images, load_image
+from dreambooth.images import find_images, load_image
 
 MODEL = ROOT / "assets" / "tiny-stable-diffusion"
 INSTANCE_IMAGES = ROOT / "assets" / "instance_images"

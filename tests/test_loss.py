@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from dreambooth.loss import dreambooth_loss, encode_images, target_of, training_loss
+from dreambooth.loss import dreambooth_loss, encode_images, min_snr_weights, target_of, training_loss
 
 # Two timesteps whose betas are 0.5: abar_0 = 0.5, abar_1 = 0.25.
 BETAS = [0.5, 0.5]
 
 
-class ConstantUNet(torch.nn.Module):
+class ConstantDenoiser(torch.nn.Module):
     """Predicts its input times one weight; keeps what it was called with."""
 
     def __init__(self, weight: float):
@@ -21,7 +21,7 @@ class ConstantUNet(torch.nn.Module):
 
     def forward(self, noisy_latents, timesteps, text):
         self.called_with = noisy_latents, timesteps, text
-        return type("Output", (), {"sample": noisy_latents * self.weight})
+        return noisy_latents * self.weight
 
 
 class IdentityVAE:
@@ -35,7 +35,7 @@ class IdentityVAE:
         return type("Output", (), {"latent_dist": distribution})
 
 
-def known_case(prediction_type: str, prior_loss_weight: float | None):
+def known_case(prediction_type: str, prior_loss_weight: float | None, snr_gamma: float | None = None):
     """An instance example at t=0 and a class example at t=1, of one pixel each."""
     batch = {
         "pixel_values": torch.tensor([3.0, 1.0]).view(2, 1, 1, 1),
@@ -46,18 +46,19 @@ def known_case(prediction_type: str, prior_loss_weight: float | None):
         "rows": torch.tensor([0, 1]),
     }
     scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=BETAS, prediction_type=prediction_type)
-    unet = ConstantUNet(0.1)
+    denoiser = ConstantDenoiser(0.1)
     embeddings = torch.tensor([[[7.0]], [[8.0]]])
     loss = training_loss(
-        unet,
+        denoiser,
         batch,
         vae=IdentityVAE(),
-        prompt_embeddings=embeddings,
+        prompts=embeddings,
         noise_scheduler=scheduler,
-        unet_dtype=torch.float32,
+        dtype=torch.float32,
         prior_loss_weight=prior_loss_weight,
+        snr_gamma=snr_gamma,
     )
-    assert unet.called_with[2].flatten().tolist() == [7.0, 8.0], "each example has its prompt"
+    assert denoiser.called_with[2].flatten().tolist() == [7.0, 8.0], "each example has its prompt"
     return loss
 
 
@@ -78,6 +79,37 @@ def test_known_case(prediction_type, weight):
     squares = [(0.1 * noisy - target) ** 2 for noisy, target in zip(NOISY, TARGETS[prediction_type], strict=True)]
     by_hand = sum(squares) / 2 if weight is None else squares[0] + weight * squares[1]
     assert known_case(prediction_type, weight).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+# By hand: snr = 0.5 / 0.5 = 1 at t=0 and 0.25 / 0.75 = 1/3 at t=1.
+MIN_SNR_WEIGHTS = {
+    ("epsilon", 5.0): (1, 1),
+    ("epsilon", 0.5): (0.5, 1),
+    ("v_prediction", 5.0): (1 / 2, (1 / 3) / (4 / 3)),
+    ("v_prediction", 0.5): (0.5 / 2, (1 / 3) / (4 / 3)),
+}
+
+
+@pytest.mark.parametrize(("prediction_type", "gamma"), MIN_SNR_WEIGHTS)
+@pytest.mark.parametrize("weight", [None, 0.25])
+def test_known_case_with_min_snr_weights(prediction_type, gamma, weight):
+    """Each example of either term has the weight of its own timestep."""
+    terms = [
+        snr_weight * (0.1 * noisy - target) ** 2
+        for snr_weight, noisy, target in zip(
+            MIN_SNR_WEIGHTS[prediction_type, gamma], NOISY, TARGETS[prediction_type], strict=True
+        )
+    ]
+    by_hand = sum(terms) / 2 if weight is None else terms[0] + weight * terms[1]
+    assert known_case(prediction_type, weight, gamma).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_min_snr_weights_without_any_signal():
+    """At zero terminal SNR: the limit 1 for epsilon, and no weight for v."""
+    scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=[0.5, 1.0])
+    assert min_snr_weights(scheduler, torch.tensor([1]), 5.0).tolist() == [1]
+    scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=[0.5, 1.0], prediction_type="v_prediction")
+    assert min_snr_weights(scheduler, torch.tensor([1]), 5.0).tolist() == [0]
 
 
 def test_mean_squared_error_is_taken_in_fp32():

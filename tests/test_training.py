@@ -11,7 +11,8 @@ from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth import models
-from dreambooth.data import build_dataset, collate, list_images
+from dreambooth.data import build_dataset, collate
+from dreambooth.images import find_images
 from dreambooth.latents import cache_latents
 from dreambooth.loss import latents_of
 from dreambooth.ranks import Ranks
@@ -210,10 +211,10 @@ def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
     """Once all images are in it, the photos may be gone."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    args = argparse.Namespace(resolution=32, center_crop=True, cache_latents="on")
+    args = argparse.Namespace(resolution=32, center_crop=True, cache_latents="on", noise_offset=0.0)
     vae = models.load_vae(tiny_model, 32)
     shape = models.latent_shape(vae, 32)
-    dataset = build_dataset(args, list_images(folder), [], seed=1, latent_shape=shape, num_timesteps=10)
+    dataset = build_dataset(args, find_images(folder, "--x"), [], seed=1, latent_shape=shape, num_timesteps=10)
     encoded = latents_of(collate([dataset[n] for n in range(5)]), vae)
     cache_latents(args, dataset, vae, Ranks(0, 1, torch.device("cpu")))
     shutil.rmtree(folder)

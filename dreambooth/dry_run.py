@@ -1,0 +1,73 @@
+"""What a run would take, told by a --dry_run."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+
+from dreambooth.console import say, warn
+from dreambooth.denoiser import Denoiser
+from dreambooth.output import bytes_of, parts_of, readable
+from dreambooth.ranks import Ranks
+from dreambooth.tracker import Tracker
+
+
+def tell_plan(
+    args: argparse.Namespace,
+    tracker: Tracker,
+    ranks: Ranks,
+    *,
+    first_step: int,
+    denoiser: Denoiser,
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
+
+    Args:
+        args: the flags.
+        tracker: that has seen the steps; the last one is what others are taken to be like.
+        ranks: of the run.
+        first_step: steps that an earlier run has done.
+        denoiser: what is trained; the shapes of its parameters count.
+        pipeline: what the run would save, in fp32.
+    """
+    steps = tracker.schedule.steps - first_step
+    say(f"steps: {tracker.schedule}, {steps} of them to do")
+    seconds = tracker.seconds_per_step
+    say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
+    on = "GPU" if ranks.device.type == "cuda" else "host"
+    say(
+        f"memory: {tracker.peak_memory_gib:.1f} GiB of {on} memory for each process, "
+        f"of the host's {tracker.peak_host_memory_gib:.1f} GiB"
+    )
+    pipeline_bytes = bytes_of(parts_of(pipeline))
+    # Weights and two moments, in fp32 or in a byte each.
+    checkpoint = (4 + (2 if args.use_8bit_adam else 8)) * sum(p.numel() for p in denoiser.parameters())
+    written = tracker.schedule.steps // args.save_steps - first_step // args.save_steps
+    # The oldest goes once the newest is complete.
+    kept = min(written, (args.checkpoints_total_limit or written) + 1)
+    needed = kept * checkpoint + pipeline_bytes
+    say(
+        f"disk: {readable(needed)}, {kept} checkpoint{'' if kept == 1 else 's'} of {readable(checkpoint)} "
+        f"and the pipeline of {readable(pipeline_bytes)}"
+    )
+    existing = Path(args.output_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        warn(f"--output_dir {args.output_dir}: only {readable(free)} are free")
+    if args.push_to_hub:
+        say(f"upload: {readable(pipeline_bytes)} to {args.hub_model_id or os.path.basename(args.output_dir)}")
+    say("nothing was written")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words, rounded as an estimate is."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
