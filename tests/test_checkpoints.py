@@ -108,6 +108,30 @@ def test_only_whole_checkpoints_are_taken(long_run):
     assert done.returncode == 2 and "checkpoint-6 is not a whole checkpoint" in done.error_lines[0]
 
 
+def test_the_newest_checkpoint_is_the_one_written_last(long_run):
+    """Also beside those of a longer run from before, whatever their steps and however the folders were copied."""
+    output_dir = long_run["output_dir"]
+    train(TRADITIONAL, long_run | {"max_train_steps": 6, "save_steps": 6})
+    shutil.move(output_dir, output_dir.with_name("before"))
+    shutil.copytree(output_dir.with_name("before") / "checkpoint-6", output_dir / "checkpoint-6")
+    train(TRADITIONAL, long_run | {"max_train_steps": 4, "save_steps": 2, "checkpoints_total_limit": 2})
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    shutil.copytree(output_dir.with_name("before") / "checkpoint-6", output_dir / "checkpoint-6")
+    more = {"max_train_steps": 5, "resume_from_checkpoint": "latest", "resume_anyway": True}
+    assert "4/5" in train(TRADITIONAL, long_run | more).stderr
+
+
+def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "0.txt").write_text("a sks dog")
+    flags |= {"instance_data_dir": folder, "max_train_steps": 2, "save_steps": 1}
+    train(COLOSSALAI, flags)
+    (folder / "0.txt").write_text("a sks cat")
+    done = train(COLOSSALAI, flags | {"resume_from_checkpoint": "latest"}, check=False)
+    assert done.returncode == 2 and "images was" in done.error_lines[0]
+
+
 def test_latest_without_a_checkpoint_starts_anew(long_run):
     done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest", "max_train_steps": 1})
     assert "has no checkpoint, starting from the beginning" in done.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, TRADITIONAL, command_line, run, scalars, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, scalars, train, unet_weights
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -203,6 +203,45 @@ def test_accumulated_batches_are_one_large_batch(script, short, prior, tmp_path)
     for values in found.values():
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(values[name], found["4 1 1"][name], rtol=1e-5, err_msg=name)
+
+
+COUNT_REDUCTIONS = """
+import sys, torch
+import train_dreambooth_colossalai as trainer
+from torch.nn.parallel import DistributedDataParallel
+from dreambooth import arguments, models
+from dreambooth.denoiser import Denoiser
+from dreambooth.schedule import Schedule
+from dreambooth.strategy import choose_strategy
+
+args = arguments.parse(trainer.build_parser(), sys.argv[1:])
+strategy = choose_strategy(args)
+trainer.launch()
+denoiser = Denoiser(models.load_unet(sys.argv[2], None))
+optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
+boosted = trainer.boost(args, strategy, denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+(ddp,) = (module for module in boosted.model.modules() if isinstance(module, DistributedDataParallel))
+reduced = []
+
+def hook(state, bucket):
+    reduced.append(bucket.index())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+ddp.register_comm_hook(None, hook)
+for synchronized in (False, True):
+    with trainer.contextlib.nullcontext() if synchronized else boosted.no_sync():
+        loss = boosted.model(torch.ones(1, 4, 16, 16), torch.tensor([1]), torch.ones(1, 77, 32)).square().mean()
+        boosted.backward(loss)
+    print("reductions:", len(reduced))
+"""
+
+
+def test_ranks_share_their_gradients_once_a_step(short):
+    done = run([sys.executable, "-c", COUNT_REDUCTIONS, *command_line(short)], env={"PYTHONPATH": str(ROOT)})
+    before_the_last, after = (int(line.split()[1]) for line in done.stdout.splitlines() if "reductions" in line)
+    assert before_the_last == 0 and after > 0
 
 
 @BOTH
