@@ -15,6 +15,8 @@ from benchmarks import random_model
 
 
 def pytest_collection_modifyitems(items):
+    # The longest first, so that no process is left alone with it.
+    items.sort(key=lambda item: item.path.stem != "test_learning")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -115,6 +115,10 @@ OPTIONS = {
     "accumulation": ({"gradient_accumulation_steps": 2, "train_batch_size": 2 // max(NPROC, 1)}, {}),
     "text encoder": ({"train_text_encoder": True}, {"train_text_encoder": True}),
     "noise and weights": ({"snr_gamma": 1, "noise_offset": 0.2}, {"snr_gamma": 1, "noise_offset": 0.2}),
+    "gradient checkpointing": (
+        {"gradient_checkpointing": True, "train_text_encoder": True},
+        {"train_text_encoder": True},
+    ),
     "validation": ({"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 3}, {}),
 }
 

@@ -68,6 +68,7 @@ def test_each_image_has_its_caption(short, photos, tmp_path):
         "same": {"instance_data_dir": captioned(tmp_path / "1", photos, [prompt] * 5, metadata=False)},
         "text files": {"instance_data_dir": captioned(tmp_path / "2", photos, CAPTIONS, metadata=False)},
         "metadata": {"instance_data_dir": captioned(tmp_path / "3", photos, CAPTIONS, metadata=True)},
+        "another": {"instance_data_dir": captioned(tmp_path / "4", photos, [*CAPTIONS[:4], "a girl"], metadata=True)},
     }
     found = {}
     for name, changed in cases.items():
@@ -78,6 +79,7 @@ def test_each_image_has_its_caption(short, photos, tmp_path):
     assert found["same"] == found["prompt"]
     assert found["metadata"] == found["text files"]
     assert found["metadata"] != found["prompt"]
+    assert found["another"] != found["metadata"], "the caption of one image"
 
 
 def test_the_instance_prompt_serves_where_there_is_no_caption(short, photos, tmp_path):
