@@ -88,7 +88,7 @@ class Training:
         """Returns the fp32 weights on the CPU, by name; on other ranks than 0 nothing."""
         if not self.accelerator.is_main_process:
             return {}
-        return {name: parameter.detach().cpu() for name, parameter in self.denoiser.named_parameters()}
+        return {name: weight.cpu() for name, weight in self.denoiser.weights().items()}
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`."""
@@ -212,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     denoiser.train()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    if args.compile:
+        denoiser.compile_blocks()
     optimizer = build_adamw(args, denoiser.parameters(), schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     training = Training(accelerator, denoiser, *accelerator.prepare(denoiser, optimizer), lr_scheduler)

@@ -150,8 +150,7 @@ def boost(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> Boosted:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights."""
-    # Keeps the fp32 tensors alive while the plugin puts half-precision ones in their place.
-    pretrained = denoiser.state_dict()
+    pretrained = denoiser.weights()  # keeps the fp32 weights alive while the plugin puts half-precision ones in place
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
@@ -243,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     denoiser.train()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    if args.compile:
+        denoiser.compile_blocks()
+    if strategy.plugin == "low_level_zero":
+        denoiser.flatten()  # the plugin's own work takes as long as the UNet's otherwise
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler)

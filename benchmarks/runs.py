@@ -33,6 +33,7 @@ class Strategy:
     plugin: str
     placement: str
     precision: str
+    switches: tuple[str, ...] = ()  # further flags, without a value
 
     @property
     def script(self) -> str:
@@ -47,7 +48,7 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        return f"{self.plugin}-{self.placement}-{self.precision}"
+        return "+".join([f"{self.plugin}-{self.placement}-{self.precision}", *self.switches])
 
 
 # The first is what the others are compared with.
@@ -73,9 +74,10 @@ STRATEGIES = (
 
 def strategy_flags(strategy: Strategy) -> dict:
     """Returns the flags that choose a strategy."""
-    if strategy.plugin == "traditional":
-        return {"mixed_precision": strategy.precision}
-    return {"plugin": strategy.plugin, "placement": strategy.placement, "mixed_precision": strategy.precision}
+    flags = {"mixed_precision": strategy.precision} | dict.fromkeys(strategy.switches, True)
+    if strategy.plugin != "traditional":
+        flags |= {"plugin": strategy.plugin, "placement": strategy.placement}
+    return flags
 
 
 def make_photos(folder: Path, resolution: int) -> None:

@@ -13,11 +13,13 @@ from dreambooth.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 
+import argparse
 import json
 import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +53,15 @@ COLUMNS = (
     "speed-up",
     "of matrix rate",
 )
+
+
+def strategy_named(wanted: str, parser: argparse.ArgumentParser) -> Strategy:
+    """Returns the strategy of a name such as torch_ddp-cuda-bf16+compile+gradient_checkpointing."""
+    first, *switches = wanted.split("+")
+    by_name = {strategy.name: strategy for strategy in STRATEGIES}
+    if first not in by_name:
+        parser.error(f"unknown strategy {first!r}; there are {', '.join(by_name)}")
+    return replace(by_name[first], switches=tuple(switches))
 
 
 def matrix_rate() -> float | None:
@@ -101,9 +112,10 @@ def summarize(rows: list[dict], warm_up: int, operations: int, rate: float | Non
 
 def name(row: dict) -> str:
     """Returns what the table calls a strategy."""
-    if row["plugin"] == "traditional":
-        return "traditional, fp32, no cache" if row["baseline"] else f"traditional, {row['precision']}"
-    return f"{row['plugin']}, {row['placement']}, {row['precision']}"
+    if row["baseline"]:
+        return "traditional, fp32, no cache"
+    where = [] if row["plugin"] == "traditional" else [row["placement"]]
+    return ", ".join([row["plugin"], *where, row["precision"], *row["switches"]])
 
 
 def table(rows: list[dict], rate: float | None) -> str:
@@ -162,13 +174,16 @@ def main() -> None:
         default=sorted({1, found or 1}),
         help="numbers of GPUs to run on; the traditional process runs on one (default: 1 and all)",
     )
-    parser.add_argument("--strategies", nargs="+", default=DEFAULT, help=f"(default: {' '.join(DEFAULT)})")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in all rows but the baseline")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=DEFAULT,
+        help="with switches of the trainers after a +, as in torch_ddp-cuda-bf16+compile "
+        f"(default: {' '.join(DEFAULT)})",
+    )
     parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
-    by_name = {strategy.name: strategy for strategy in STRATEGIES}
-    if unknown := set(args.strategies) - set(by_name):
-        parser.error(f"unknown strategies {sorted(unknown)}; there are {', '.join(by_name)}")
+    strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
 
     device = torch.cuda.get_device_name() if found else platform.processor() or platform.machine()
     title = f"{device}, torch {torch.__version__}, {args.resolution} px"
@@ -177,13 +192,11 @@ def main() -> None:
         operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
         plan = [(BASELINE, 1, batch, True) for batch in args.batches]
         for batch in args.batches:
-            for strategy in map(by_name.get, args.strategies):
+            for strategy in strategies:
                 counts = [1] if strategy.plugin == "traditional" else args.gpus
                 plan += [(strategy, gpus, batch, False) for gpus in counts]
         for strategy, gpus, batch, is_baseline in plan:
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
-            if args.gradient_checkpointing and not is_baseline:
-                more["gradient_checkpointing"] = True
             rows.append(run_strategy(strategy, gpus, flags | more, args.limit) | {"baseline": is_baseline})
             summarize(rows, args.warm_up, operations, rate)
             print(f"{gpus} x {batch}: {outcome(rows[-1])}", flush=True)

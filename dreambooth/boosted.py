@@ -1,7 +1,6 @@
 """The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and all state out of the shards."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.checkpoint import Checkpoint, Progress
 from dreambooth.denoiser import Denoiser
@@ -53,23 +53,25 @@ gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact typ
 
 @dataclass
 class Part:
-    """What this rank holds of a parameter: its flattened elements from `first` to `last`.
+    """What this rank holds of a weight: its flattened elements from `first` to `last`.
 
     Args:
-        name: of the parameter.
-        tensor: the fp32 master weights that AdamW updates; what is beyond `last - first` elements is padding.
-        state_key: by which the optimizer keeps its state of them.
+        name: of the weight.
+        tensor: the fp32 master weights that AdamW updates, in which these are some.
+        start: where they begin in it.
+        state_key: by which the optimizer keeps its state of all of them.
     """
 
     name: str
     first: int
     last: int
     tensor: torch.Tensor
+    start: int
     state_key: torch.Tensor
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the elements of a tensor that is laid out as `tensor` is, without padding, flat."""
-        return tensor.view(-1)[: self.last - self.first]
+        """Returns the part's elements of a tensor that is laid out as `tensor` is."""
+        return tensor.view(-1)[self.start : self.start + self.last - self.first]
 
 
 @dataclass
@@ -95,7 +97,10 @@ class Boosted:
         """
         if self.strategy.plugin == "gemini":
             return contextlib.nullcontext()
-        return self.booster.no_sync(self.model, self.optimizer)
+        if self.strategy.shards:
+            return self.optimizer.no_sync()
+        # Booster's own looks for it in the outermost wrapper only, which in fp16 is another one.
+        return next(part for part in self.model.modules() if isinstance(part, DistributedDataParallel)).no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss` to that of the step."""
@@ -137,10 +142,13 @@ class Boosted:
     def _parts(self) -> Iterator[Part]:
         """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
         if isinstance(self.optimizer, LowLevelZeroOptimizer):
-            for name, parameter in self.denoiser.named_parameters():
-                shard = self.optimizer.working_to_master_param[id(parameter)]
-                first = min(dist.get_rank() * shard.numel(), parameter.numel())
-                yield Part(name, first, min(first + shard.numel(), parameter.numel()), shard, shard)
+            for flat, pieces in zip(self.denoiser.flats(), self.denoiser.pieces, strict=True):
+                shard = self.optimizer.working_to_master_param[id(flat)]
+                begin = dist.get_rank() * shard.numel()
+                for piece in pieces:
+                    first = max(piece.offset, begin)
+                    last = max(first, min(piece.offset + piece.shape.numel(), begin + shard.numel()))
+                    yield Part(piece.name, first - piece.offset, last - piece.offset, shard, first - begin, shard)
         elif isinstance(self.model, GeminiDDP):
             fakes = {
                 id(parameter): self.optimizer.id_to_fake_params.get(number)
@@ -154,10 +162,10 @@ class Boosted:
                 last = max(first, min(place.end, chunk.shard_end))
                 shard = chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin]
                 name = self.model.param2name[half]
-                yield Part(name, first - place.offset, last - place.offset, shard, fakes[id(half)])
+                yield Part(name, first - place.offset, last - place.offset, shard, 0, fakes[id(half)])
         else:
             for name, parameter in self.denoiser.named_parameters():
-                yield Part(name, 0, parameter.numel(), parameter.detach(), parameter)
+                yield Part(name, 0, parameter.numel(), parameter.detach(), 0, parameter)
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -172,7 +180,7 @@ class Boosted:
         """Sets the fp32 master weights of a sharding plugin, which has made its own out of the half-precision copy.
 
         Args:
-            weights: fp32 tensors by the names of the parameters.
+            weights: fp32 tensors by their names.
         """
         if self.strategy.shards:
             for part in self._parts():
@@ -183,25 +191,26 @@ class Boosted:
         """Collects tensors on rank 0, on the CPU; to be called on every rank.
 
         Args:
-            tensor_of: returns this rank's tensor of a part that is not empty, where shards are collected in fp32 and
-                of the parameters' shapes; None where there is none.
+            tensor_of: returns this rank's tensor of a part that is not empty; of a shard in fp32 and laid out as its
+                `tensor` is. None where there is none; of a shard that is zeros.
 
         Returns:
-            Tensors by the names of the parameters; an empty dict on other ranks than 0.
+            Tensors by the names of the weights; an empty dict on other ranks than 0.
         """
         device = get_accelerator().get_current_device()
-        shapes = {name: parameter.shape for name, parameter in self.denoiser.named_parameters()}
         gathered = {}
         for part in self._parts():
+            tensor = tensor_of(part) if part.first < part.last else None
             if self.strategy.shards:
+                shape = self.denoiser.shapes[part.name]
                 # As integers, the sum of all parts and zeros elsewhere is each part, to the sign of a zero.
-                whole = torch.zeros(shapes[part.name].numel(), dtype=torch.int32, device=device)
-                if part.first < part.last:
-                    whole[part.first : part.last] = part.of(tensor_of(part)).view(torch.int32).to(device)
+                whole = torch.zeros(shape.numel(), dtype=torch.int32, device=device)
+                if tensor is not None:
+                    whole[part.first : part.last] = part.of(tensor).view(torch.int32).to(device)
                 dist.reduce(whole, dst=0)
-                whole = whole.view(torch.float32).view(shapes[part.name])
+                whole = whole.view(torch.float32).view(shape)
             else:
-                whole = tensor_of(part)
+                whole = tensor
             if dist.get_rank() == 0 and whole is not None:
                 gathered[part.name] = whole.detach().cpu()
         return gathered
@@ -218,39 +227,33 @@ class Boosted:
             optimizer={
                 (name, parameter): tensor
                 for name in state_names(self._adamw)
-                for parameter, tensor in self.gather(functools.partial(self._state_tensor, name)).items()
+                for parameter, tensor in self.gather(lambda part, name=name: self._state_of(part).get(name)).items()
             },
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=self._grad_scaler_state(),
         )
 
-    def _state_tensor(self, name: str, part: Part) -> torch.Tensor | None:
-        """Returns a tensor that AdamW keeps of a part, if it does; of a shard, zeros before the first update."""
-        tensor = self._adamw.state[part.state_key].get(name)
-        if tensor is None and self.strategy.shards:
-            return torch.zeros_like(part.tensor, dtype=torch.float32)
-        return tensor
+    def _state_of(self, part: Part) -> dict:
+        """Returns what AdamW keeps of a part and of others in the same tensor; empty before the first update."""
+        return self._adamw.state[part.state_key]
 
     @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
+        adamw, step = self._adamw, checkpoint.adam_step
         for part in self._parts():
-            if part.first < part.last:
-                tensors = checkpoint.optimizer_state(part.name, state_names(self._adamw))
-                if tensors:
-                    if self.strategy.shards:
-                        tensors = {name: self._shard_of(part, tensor) for name, tensor in tensors.items()}
-                    self._adamw.state[part.state_key] = resumed_state(
-                        self._adamw, checkpoint.adam_step, tensors, part.tensor.device
-                    )
+            tensors = checkpoint.optimizer_state(part.name, state_names(adamw)) if part.first < part.last else {}
+            state, device = self._state_of(part), part.tensor.device
+            if not self.strategy.shards:
+                state |= resumed_state(adamw, step, tensors, device) if tensors else {}
+                continue
+            if tensors and not state:
+                zeros = {name: torch.zeros_like(part.tensor, dtype=torch.float32) for name in tensors}
+                state |= resumed_state(adamw, step, zeros, device)
+            for name, tensor in tensors.items():
+                part.of(state[name]).copy_(tensor.flatten()[part.first : part.last])
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         self._load_grad_scaler_state(checkpoint.grad_scaler)
-
-    def _shard_of(self, part: Part, whole: torch.Tensor) -> torch.Tensor:
-        """Returns what a part has of a tensor of its parameter's shape, laid out as the part is."""
-        shard = torch.zeros_like(part.tensor, dtype=torch.float32)
-        part.of(shard).copy_(whole.flatten()[part.first : part.last])
-        return shard
 
     @property
     def _sharded_grad_scaler(self) -> DynamicGradScaler:

@@ -57,6 +57,7 @@ FREE_FLAGS = {
     "num_validation_images",
     "validation_steps",
     "dry_run",
+    "compile",
 }
 
 

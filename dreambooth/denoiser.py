@@ -1,18 +1,44 @@
 """What is trained: the UNet, and with --train_text_encoder the text encoder, as one module."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from dreambooth.console import RunError
 
+# Size of a flat parameter: so many elements that few are left, and so few that the first gradients are shared among
+# ranks while others are computed.
+FLAT_ELEMENTS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a weight lies in a flat parameter.
+
+    Args:
+        name: of the weight.
+        offset: of its first element.
+        shape: of the weight.
+        owner: the module that has it, as its attribute `attribute`.
+    """
+
+    name: str
+    offset: int
+    shape: torch.Size
+    owner: torch.nn.Module
+    attribute: str
+
 
 class Denoiser(torch.nn.Module):
     """A UNet that is told what an image shows: by embeddings, or in tokens that its own text encoder reads.
 
-    The names of its parameters begin with the part that they belong to, "unet." or "text_encoder.".
+    The names of its weights begin with the part that they belong to, "unet." or "text_encoder.".
 
     Args:
         unet: trained.
@@ -23,6 +49,8 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
+        self.pieces: list[list[Piece]] = []  # of each flat parameter, where there are any
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """Returns the UNet's prediction.
@@ -35,8 +63,65 @@ class Denoiser(torch.nn.Module):
         Returns:
             Tensor of the shape of `noisy_latents`.
         """
+        for flat, pieces in zip(self.flats(), self.pieces, strict=True):
+            lengths = [piece.shape.numel() for piece in pieces]
+            for piece, weight in zip(pieces, flat.split(lengths), strict=True):
+                piece.owner.__dict__[piece.attribute] = weight.view(piece.shape)
         embeddings = prompts if self.text_encoder is None else self.text_encoder(prompts)[0]
         return self.unet(noisy_latents, timesteps, embeddings).sample
+
+    def compile_blocks(self) -> None:
+        """Compiles the UNet's residual and transformer blocks; those that are alike, once.
+
+        As a whole the UNet would take longer to compile, and its gradients would come all at once, so that ranks could
+        not share some while others are computed.
+        """
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # shapes of a block
+        for block in self.unet.modules():
+            if isinstance(block, ResnetBlock2D | Transformer2DModel):
+                block.compile(dynamic=False)
+
+    def flatten(self) -> None:
+        """Lays the weights out in a few flat parameters.
+
+        It computes the same. A plugin that handles one parameter after the other, in Python, has little to do then.
+        """
+        owned = [
+            (f"{path}.{attribute}", owner, attribute, parameter)
+            for path, owner in self.named_modules()
+            for attribute, parameter in owner.named_parameters(recurse=False)
+        ]
+        groups: list[list] = [[]]
+        size = 0
+        for one in owned:
+            if size and size + one[3].numel() > FLAT_ELEMENTS:
+                groups.append([])
+                size = 0
+            groups[-1].append(one)
+            size += one[3].numel()
+        for number, group in enumerate(groups):
+            flat = torch.cat([parameter.detach().flatten() for *_, parameter in group])
+            self.pieces.append([])
+            offset = 0
+            for name, owner, attribute, parameter in group:
+                self.pieces[-1].append(Piece(name, offset, parameter.shape, owner, attribute))
+                offset += parameter.numel()
+                delattr(owner, attribute)
+            self.register_parameter(f"flat{number}", torch.nn.Parameter(flat))
+
+    def flats(self) -> list[torch.nn.Parameter]:
+        """Returns the flat parameters, where there are any."""
+        return [self.get_parameter(f"flat{number}") for number in range(len(self.pieces))]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the weights by name, without gradient, flat or not; they share memory with the parameters."""
+        if not self.pieces:
+            return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {
+            piece.name: flat.detach()[piece.offset : piece.offset + piece.shape.numel()].view(piece.shape)
+            for flat, pieces in zip(self.flats(), self.pieces, strict=True)
+            for piece in pieces
+        }
 
     def enable_gradient_checkpointing(self) -> None:
         """Makes the parts recompute activations in the backward pass."""
@@ -48,7 +133,7 @@ class Denoiser(torch.nn.Module):
         """Returns the parts of a pipeline that training changes, anew and with other weights.
 
         Args:
-            weights: by the names of all parameters; they become the parts' own.
+            weights: by their names, all of them; they become the parts' own.
 
         Returns:
             Models on the CPU, by "unet" and "text_encoder".

@@ -72,6 +72,8 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
+    if args.compile and plugin == "gemini":
+        raise UserError(f"--compile cannot look into what {chosen} does with each weight: use it with another plugin")
     offload = args.offload_optim_frac
     if offload is not None and (plugin != "gemini" or args.placement == "auto"):
         raise UserError(

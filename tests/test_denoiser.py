@@ -1,0 +1,58 @@
+"""The module that is trained, flat and not."""
+
+import pytest
+import torch
+
+from dreambooth import denoiser, models
+from dreambooth.console import RunError
+
+
+def build(folder) -> denoiser.Denoiser:
+    return denoiser.Denoiser(models.load_unet(folder, None), models.load_text_encoder(folder)).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_model, monkeypatch):
+    """Three steps: the same losses and weights, out of parameters of which none is much larger than asked for."""
+    monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
+    plain, flat = build(tiny_model), build(tiny_model)
+    start = {name: weight.clone() for name, weight in plain.weights().items()}
+    flat.flatten()
+    assert 1 < len(list(flat.parameters())) < 20 < len(list(plain.parameters()))
+    assert all(torch.equal(flat.weights()[name], weight) for name, weight in start.items())
+    losses = []
+    for one in (plain, flat):
+        if checkpointing:
+            one.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
+        for step in range(3):
+            torch.manual_seed(step)
+            latents, timesteps, prompts = (
+                torch.randn(2, 4, 16, 16),
+                torch.randint(1000, (2,)),
+                torch.randint(99, (2, 7)),
+            )
+            loss = one(latents, timesteps, prompts).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-6) and losses[0] != losses[2]
+    for name, weight in plain.weights().items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(flat.weights()[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_parts_with_other_weights_compute_with_them(tiny_model):
+    one = build(tiny_model)
+    weights = {name: torch.full_like(weight, 0.01) for name, weight in one.weights().items()}
+    parts = one.parts_with(weights)
+    assert {f"{part}.{name}" for part, model in parts.items() for name, _ in model.named_parameters()} == set(weights)
+    by_hand = build(tiny_model)
+    by_hand.load_state_dict(weights)
+    latents, timesteps, prompts = torch.ones(1, 4, 16, 16), torch.tensor([3]), torch.tensor([[1, 2, 3]])
+    again = denoiser.Denoiser(**parts)
+    assert torch.equal(again(latents, timesteps, prompts), by_hand(latents, timesteps, prompts))
+    weights["unet.conv_in.bias"][0] = torch.nan
+    with pytest.raises(RunError, match="not finite, in unet.conv_in.bias"):
+        one.parts_with(weights)
