@@ -127,7 +127,8 @@ class Denoiser(torch.nn.Module):
         """Makes the parts recompute activations in the backward pass."""
         self.unet.enable_gradient_checkpointing()
         if self.text_encoder is not None:
-            self.text_encoder.gradient_checkpointing_enable()
+            # The reentrant kind would go through the backward pass of the flat parameters once for each layer.
+            self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def parts_with(self, weights: dict[str, Tensor]) -> dict[str, torch.nn.Module]:
         """Returns the parts of a pipeline that training changes, anew and with other weights.
