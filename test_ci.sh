@@ -14,7 +14,7 @@ echo "== style"
 "$python" -m ruff format --check .
 
 echo "== tests"
-"$python" -m pytest -n 2 --dist loadgroup
+"$python" -m pytest -n 3
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")

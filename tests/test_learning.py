@@ -84,19 +84,14 @@ def rises(change: torch.Tensor) -> bool:
     return bool(change.mean() > MARGIN and (change > 0).float().mean() >= 0.75)
 
 
-@pytest.mark.xdist_group("learning")  # one process trains for all of them
-class TestOnTheCPU:
-    def test_the_subject_is_learned(self, changes):
-        assert rises(changes["with prior", SUBJECT]), describe(changes["with prior", SUBJECT])
-
-    def test_the_class_is_kept(self, changes):
-        """The same prompt without the identifier still shows other dogs."""
-        assert changes["with prior", CLASS].mean() < MARGIN / 2, describe(changes["with prior", CLASS])
-
-    def test_without_the_prior_term_the_class_becomes_the_subject(self, changes):
-        """Which is what the term is for: the effect of the method itself."""
-        for prompt in (SUBJECT, CLASS):
-            assert rises(changes["without prior", prompt]), describe(changes["without prior", prompt])
+def test_the_subject_is_learned_and_the_class_is_kept(changes):
+    """One test of two trainings, of which several processes would each make their own."""
+    assert rises(changes["with prior", SUBJECT]), describe(changes["with prior", SUBJECT])
+    # The same prompt without the identifier still shows other dogs.
+    assert changes["with prior", CLASS].mean() < MARGIN / 2, describe(changes["with prior", CLASS])
+    # Without the prior term the class becomes the subject, which is what the term is for.
+    for prompt in (SUBJECT, CLASS):
+        assert rises(changes["without prior", prompt]), describe(changes["without prior", prompt])
 
 
 NPROC = min(torch.cuda.device_count(), 2) or 1
