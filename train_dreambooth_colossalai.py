@@ -44,7 +44,7 @@ from dreambooth.loss import training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
-from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype
+from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
 from dreambooth.schedule import Schedule, plan
@@ -183,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(args)
     model_folder = models.find_model(args)
     ranks = launch()
+    set_tf32(args.allow_tf32)
     seed = shared_seed(args.seed)
     repo_id = prepare_hub(args)
 
     # The parts of the model; those that are trained come from the checkpoint, if there is one.
     trained = None if checkpoint is None else checkpoint.folder
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
-    text_encoder = models.load_text_encoder(trained if trained and args.train_text_encoder else model_folder)
+    text_encoder = models.load_text_encoder(model_folder, trained)
     vae = models.load_vae(model_folder, args.resolution)
     unet = models.load_unet(model_folder, trained or args.external_unet_path)
     models.check_parts_fit(tokenizer, text_encoder, vae, unet)
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         check_settings(checkpoint, settings, args.resume_anyway)
         first_step = checkpoint.step
-    steps = build_loader(dataset, schedule, ranks, first_step)
+    steps = build_loader(dataset, schedule, ranks, first_step, args.dataloader_num_workers)
 
     # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
     dtype = DTYPES[strategy.precision]

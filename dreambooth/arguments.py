@@ -16,7 +16,8 @@ from dreambooth.randomness import MAX_SEED
 OUTPUT_DIR = "dreambooth-model"
 # Limits that no setting of sense comes near; beyond them memory or float32 would fail in the middle of a run.
 MAX_RESOLUTION, MAX_BATCH, MAX_IMAGES, MAX_STEPS = 8192, 2**16, 10**6, 10**9
-MAX_FACTOR, MIN_EPSILON = 10**6, 1e-30
+MAX_FACTOR, MIN_EPSILON, MAX_WORKERS = 10**6, 1e-30, 1024
+POLYNOMIAL_LR_END = 1e-7  # of diffusers
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -254,6 +255,17 @@ def _add_training(parser: Parser) -> None:
         "(default: bf16 where the GPU has it, else fp16; no on the CPU)",
     )
     group.add_argument(
+        "--allow_tf32",
+        action="store_true",
+        help="matrix products of what is computed in fp32 in TF32, on GPUs: faster, less exact (default: off)",
+    )
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=number(int, 0, highest=MAX_WORKERS),
+        metavar="N",
+        help="processes that decode images for each device (default: 4 on GPUs, 0 on the CPU)",
+    )
+    group.add_argument(
         "--seed",
         type=number(int, 0, highest=MAX_SEED),
         metavar="N",
@@ -262,6 +274,12 @@ def _add_training(parser: Parser) -> None:
     group.add_argument(
         "--local_rank", type=int, metavar="N", help="accepted for old launchers; the environment's LOCAL_RANK decides"
     )
+    for name in ("enable_xformers_memory_efficient_attention", "set_grads_to_none"):
+        group.add_argument(
+            f"--{name}",
+            action="store_true",
+            help="accepted for commands of diffusers' scripts; always so (default: on)",
+        )
     group.add_argument(
         "--dry_run",
         action="store_true",
@@ -296,6 +314,20 @@ def _add_optimizer(parser: Parser) -> None:
         metavar="N",
         default=0,
         help="steps over which the learning rate rises from 0 (default: 0, none)",
+    )
+    group.add_argument(
+        "--lr_num_cycles",
+        type=number(int, 1),
+        metavar="N",
+        default=1,
+        help="how often cosine_with_restarts goes from the top to 0 (default: 1)",
+    )
+    group.add_argument(
+        "--lr_power",
+        type=number(float, 0, highest=MAX_FACTOR),
+        metavar="X",
+        default=1.0,
+        help="power of polynomial; 1 is a line (default: 1.0)",
     )
     group.add_argument(
         "--max_grad_norm",
@@ -394,6 +426,9 @@ def _add_output(parser: Parser) -> None:
         metavar="FOLDER",
         help="TensorBoard folder inside --output_dir (default: logs)",
     )
+    group.add_argument(
+        "--report_to", choices=("tensorboard",), default="tensorboard", help="where figures go (default: tensorboard)"
+    )
     group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline when done (default: off)")
     group.add_argument(
         "--hub_token",
@@ -445,6 +480,9 @@ def _problems(args: argparse.Namespace) -> list[str]:
             problems += _unwritable("--class_data_dir", args.class_data_dir)
     problems += _problems_of_instance_images(args)
     problems += _unwritable("--output_dir", args.output_dir)
+    for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler", "validation"):
+        if os.path.isfile(os.path.join(args.output_dir, part)):
+            problems.append(f"--output_dir {args.output_dir} has a file named {part}, where a folder goes")
     if _same_folder(args.output_dir, args.pretrained_model_name_or_path):
         problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
     logs = os.path.join(args.output_dir, args.logging_dir)
@@ -452,6 +490,8 @@ def _problems(args: argparse.Namespace) -> list[str]:
         problems += _unwritable("--logging_dir", logs)
     if args.external_unet_path and not os.path.isdir(args.external_unet_path):
         problems.append(f"--external_unet_path {args.external_unet_path} is not a folder")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_LR_END:
+        problems.append(f"--lr_scheduler polynomial falls to {POLYNOMIAL_LR_END}: give a --learning_rate above it")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs a package that is not there: pip install bitsandbytes")
     if args.push_to_hub:
@@ -523,5 +563,8 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
         warn("--num_train_epochs: no effect beside --max_train_steps")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         warn("--lr_warmup_steps: no effect on --lr_scheduler constant; constant_with_warmup has a warm-up")
+    for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        if getattr(args, name) != parser.get_default(name) and args.lr_scheduler != scheduler:
+            warn(f"--{name}: no effect on --lr_scheduler {args.lr_scheduler}, but on {scheduler}")
     if args.local_rank is not None and args.local_rank != int(os.environ.get("LOCAL_RANK", "0")):
         warn(f"--local_rank {args.local_rank}: no effect, LOCAL_RANK of the environment decides")

@@ -58,6 +58,11 @@ FREE_FLAGS = {
     "validation_steps",
     "dry_run",
     "compile",
+    "allow_tf32",
+    "dataloader_num_workers",
+    "enable_xformers_memory_efficient_attention",
+    "set_grads_to_none",
+    "report_to",
 }
 
 
@@ -180,7 +185,7 @@ def check_settings(checkpoint: Checkpoint, settings: dict, resume_anyway: bool) 
     """Compares the settings of the run that wrote the checkpoint with those of this one.
 
     Raises:
-        UserError: naming each that differs, unless `resume_anyway`.
+        UserError: naming each that differs, unless `resume_anyway`, and what is trained is the same.
     """
     settings = json.loads(json.dumps(settings))
     differing = [
@@ -188,8 +193,10 @@ def check_settings(checkpoint: Checkpoint, settings: dict, resume_anyway: bool) 
         for name in sorted(settings.keys() | checkpoint.settings.keys())
         if settings.get(name) != checkpoint.settings.get(name)
     ]
-    if differing and not resume_anyway:
-        raise UserError(f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differing)}; see --resume_anyway")
+    parts_differ = settings.get("train_text_encoder") != checkpoint.settings.get("train_text_encoder")
+    if differing and (parts_differ or not resume_anyway):
+        hint = "a run trains the same parts to its end" if parts_differ else "see --resume_anyway"
+        raise UserError(f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differing)}; {hint}")
     if differing:
         warn(f"--resume_anyway: the run goes on, but not as it would have: {'; '.join(differing)}")
     for library, found in versions().items():

@@ -128,7 +128,7 @@ def _leave_to_torchrun(error: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps warnings out of sight that a user of the trainers can do nothing about; call it before the imports."""
+    """Keeps warnings out of sight that a user can do nothing about, and idle processes away; before the imports."""
     # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -141,3 +141,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A library of ColossalAI's imports torch's compiler, which would start a process for each core right away.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")

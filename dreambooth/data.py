@@ -194,16 +194,21 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def build_loader(
-    dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0
+    dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0, workers: int | None = None
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Yields this rank's batches of each step of the schedule from `first_step` (counted from 0) on, on its device."""
+    """Yields this rank's batches of each step of the schedule from `first_step` (counted from 0) on, on its device.
+
+    They are made by `workers` processes. By default, on a GPU machine, four decode while the GPU computes; on the CPU
+    they would only take its cores.
+    """
     on_gpu = ranks.device.type == "cuda"
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if on_gpu else 0
     loader = DataLoader(
         dataset,
         batch_sampler=schedule.batches(ranks.rank, first_step),
         collate_fn=collate,
-        # On a GPU machine, worker processes decode while the GPU computes; on the CPU they would only take its cores.
-        num_workers=min(4, os.cpu_count() or 1) if on_gpu else 0,
+        num_workers=workers,
         worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=on_gpu,
     )

@@ -129,10 +129,11 @@ def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(other) if other else CLIPTokenizer.from_pretrained(model / "tokenizer")
 
 
-def load_text_encoder(model: Path) -> CLIPTextModel:
-    """Loads the text encoder of `model`, fp32, on the CPU."""
-    with _loading("text encoder", model):
-        return _load_weights(CLIPTextModel, model / "text_encoder")
+def load_text_encoder(model: Path, trained: Path | None) -> CLIPTextModel:
+    """Loads the text encoder, fp32, on the CPU: that of `model`, or of the checkpoint `trained` where that has one."""
+    folder = trained if trained and (trained / "text_encoder").is_dir() else model
+    with _loading("text encoder", folder):
+        return _load_weights(CLIPTextModel, folder / "text_encoder")
 
 
 def load_vae(model: Path, resolution: int) -> AutoencoderKL:

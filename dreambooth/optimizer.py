@@ -77,6 +77,8 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=schedule.steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
 
 

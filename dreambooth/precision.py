@@ -26,6 +26,11 @@ def choose_precision(requested: str | None) -> str:
     return requested or ("bf16" if bf16_in_hardware else "fp16")
 
 
+def set_tf32(allowed: bool) -> None:
+    """Lets GPUs round the inputs of fp32 matrix products to TF32, or not; torch's default for convolutions is TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def sampling_dtype(precision: str) -> torch.dtype:
     """Returns the dtype in which class images are drawn: always a half precision on CUDA, fp32 on the CPU."""
     if not torch.cuda.is_available():

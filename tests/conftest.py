@@ -1,6 +1,7 @@
 """A tiny model and a few photos, made once."""
 
 import os
+import tempfile
 
 # Tests run several at a time, and processes with many threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,10 @@ from harness import SHARED_DATA
 from PIL import Image
 
 from benchmarks import random_model
+
+# Data sets are converted into a cache, which is the user's own otherwise.
+datasets_cache = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
 
 
 def pytest_collection_modifyitems(items):

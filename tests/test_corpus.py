@@ -428,6 +428,9 @@ FOLDERS = {
     "output, endless name": Case({"output_dir": "x" * 300}, "cannot be made: File name too long"),
     "output inside the photos": Case(output_beside_photos("out")),
     "output among the photos": Case(output_beside_photos()),
+    "output with a file for a part": Case(
+        lambda folder, flags: {"output_dir": [(folder / "unet").touch(), folder][1]}, "has a file named unet, where a"
+    ),
     "output is empty": Case({"output_dir": ""}, "--output_dir '' is blank"),
     "output, newline in the name": Case(lambda folder, flags: {"output_dir": folder / "a\nb é"}),
     "logs are a file": Case(log_folder_that_is_a_file, "logs is a file; name a folder"),
@@ -694,6 +697,9 @@ NUMBERS = {
     "save_steps": (BILLIONS,),
     "checkpoints_total_limit": (BILLIONS,),
     "offload_optim_frac": (),
+    "dataloader_num_workers": ("0",),
+    "lr_num_cycles": (BILLIONS,),
+    "lr_power": ("0",),
 }
 
 
@@ -727,6 +733,10 @@ FLAGS = {
     "stray word": Case({"center_crop": "yes"}, "unrecognized arguments: yes"),
     "abbreviated flag": Case({"instance_data": "x"}, "unrecognized arguments: --instance_data x"),
     "value for a switch": Case({"center_crop=yes": True}, "--center_crop: ignored explicit argument 'yes'"),
+    "polynomial schedule from below its end": Case(
+        {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+        "polynomial falls to 1e-07: give a --learning_rate above",
+    ),
     "unknown schedule": Case({"lr_scheduler": "magic"}, "--lr_scheduler: invalid choice: 'magic'"),
     "prior without a prompt": Case(
         lambda folder, flags: prior(folder, class_prompt=None), "--with_prior_preservation also needs --class_prompt"

@@ -8,7 +8,7 @@ from dreambooth.console import RunError
 
 
 def build(folder) -> denoiser.Denoiser:
-    return denoiser.Denoiser(models.load_unet(folder, None), models.load_text_encoder(folder)).train()
+    return denoiser.Denoiser(models.load_unet(folder, None), models.load_text_encoder(folder, None)).train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no thread for a compiler that is not used
+import datasets  # noqa: F401
 
 import train_dreambooth  # noqa: F401
 import train_dreambooth_colossalai  # noqa: F401
