@@ -41,30 +41,6 @@ def test_only_images_are_found_and_in_order(tmp_path):
     assert len(find_images(tmp_path, "--x", limit=2)) == 2
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured(tmp_path, orientation):
-    """The upright picture has its red pixel at the top left, whichever way the camera was held."""
-    upright = Image.new("RGB", (3, 2), "white")
-    upright.putpixel((0, 0), (255, 0, 0))
-    undo = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    stored = upright if undo is None else upright.transpose(undo)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.png", exif=exif)
-    loaded = load_image(photo_of(tmp_path / "photo.png"))
-    assert loaded.size == (3, 2)
-    assert loaded.tobytes() == upright.tobytes()
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "1"])
 def test_every_mode_becomes_rgb_over_white(tmp_path, mode):
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))

@@ -387,14 +387,14 @@ def test_a_command_of_diffusers_runs(script, short, prior, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "by_hand"),
+    ("course", "by_hand"),
     [
         ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, [1, 0.5, 1, 0.5]),
         ({"lr_scheduler": "polynomial", "lr_power": 2}, [1, 0.75**2, 0.5**2, 0.25**2]),
     ],
 )
-def test_the_course_of_the_learning_rate(flags, by_hand, short):
-    train(TRADITIONAL, short | flags | {"max_train_steps": 4})
+def test_the_course_of_the_learning_rate(course, by_hand, short):
+    train(TRADITIONAL, short | course | {"max_train_steps": 4})
     np.testing.assert_allclose(scalars(short["output_dir"], "lr"), [1e-3 * factor for factor in by_hand], rtol=5e-3)
 
 
