@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from dreambooth.console import UserError, say
+from dreambooth.console import UserError, say, warn
 from dreambooth.images import Photo, find_images, images_to_use, load_image, photo_of
 from dreambooth.models import first_line
 
@@ -26,6 +26,8 @@ def find_instance_images(args: argparse.Namespace) -> list[Photo]:
     captioned = sum(photo.prompt != "" for photo in photos)
     if captioned:
         say(f"captions: {captioned} of {len(photos)} images have one")
+    if captioned == len(photos) and args.instance_prompt is not None:
+        warn("--instance_prompt: no effect, as every image has a caption")
     if captioned < len(photos) and args.instance_prompt is None:
         bare = next(photo.name for photo in photos if not photo.prompt)
         raise UserError(f"{bare} has no caption: give it one, or all without one an --instance_prompt")

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 # Tests run several at a time, and processes with many threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from harness import SHARED_DATA
 from PIL import Image
 
@@ -46,6 +49,21 @@ def photos(tmp_path_factory):
         channels = [np.sin((number + 2) * x + c) * np.cos((c + 1) * y) * 0.5 + 0.5 for c in range(3)]
         Image.fromarray((np.stack(channels, axis=-1) * 255).astype("uint8")).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, testrun_uid):
+    """Returns a function that has a folder made once for all of pytest's workers: once(name, make)."""
+
+    def made_once(name: str, make: Callable[[Path], None]) -> Path:
+        folder = tmp_path_factory.getbasetemp().parent / f"{name}-{testrun_uid}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_suffix(".done").exists():
+                make(folder)
+                folder.with_suffix(".done").touch()
+        return folder
+
+    return made_once
 
 
 @pytest.fixture(scope="session")

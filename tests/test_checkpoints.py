@@ -41,7 +41,7 @@ def assert_same(one, other) -> None:
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, nproc, long_run, tmp_path):
     whole, resumed = long_run["output_dir"], tmp_path / "resumed"
-    train(script, long_run, nproc=nproc, torchrun=nproc > 1)
+    train(script, long_run, nproc=nproc)
     stop_after(3, whole, resumed)
     train(script, long_run | {"output_dir": resumed, "resume_from_checkpoint": "latest"}, nproc=nproc)
     assert_same(whole, resumed)

@@ -47,12 +47,22 @@ def moments(checkpoint, name: str) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model, photos, tmp_path_factory):
-    """Ten steps in fp32 on one process: losses, gradient norms, weights."""
-    folder = tmp_path_factory.mktemp("reference")
-    flags = run_flags(tiny_model, photos) | {"output_dir": folder / "out", "train_batch_size": 4}
-    train(TRADITIONAL, flags | prior_flags(folder), on_gpu=True)
-    return folder / "out"
+def reference_of(once, tiny_model, photos):
+    """Returns a function that takes ten steps in fp32 on one process with some flags: losses, norms, weights."""
+
+    def of(flags: dict):
+        def make(folder):
+            run = run_flags(tiny_model, photos) | prior_flags(folder) | {"output_dir": folder / "out"}
+            train(TRADITIONAL, run | {"train_batch_size": 4} | flags, on_gpu=True)
+
+        return once("-".join(["reference", *flags]), make) / "out"
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def reference(reference_of):
+    return reference_of({})
 
 
 def run_flags(model, photos) -> dict:
@@ -124,13 +134,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @each([strategy for strategy in STRATEGIES if strategy.precision == "bf16" or strategy.plugin == "torch_ddp_fp16"])
-def test_options_agree_with_fp32(option, strategy, tiny_model, photos, tmp_path):
-    changed, of_reference = OPTIONS[option]
-    flags = run_flags(tiny_model, photos) | prior_flags(tmp_path)
-    out, reference = {"output_dir": tmp_path / "out"}, {"output_dir": tmp_path / "reference", "train_batch_size": 4}
-    train(TRADITIONAL, flags | of_reference | reference, on_gpu=True)
-    train(strategy.script, flags | strategy_flags(strategy) | changed | out, nproc=NPROC, on_gpu=True)
-    assert_agree(tmp_path / "out", tmp_path / "reference", tiny_model, tolerance=3e-2)
+def test_options_agree_with_fp32(option, strategy, reference_of, tiny_model, photos, tmp_path):
+    changed, same = OPTIONS[option]
+    reference = reference_of(same)
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | {"output_dir": tmp_path / "out"}
+    train(strategy.script, flags | strategy_flags(strategy) | changed, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
 @pytest.mark.parametrize("name", ["traditional-cuda-bf16", "torch_ddp-cuda-bf16", "low_level_zero-cuda-bf16"])
