@@ -18,6 +18,21 @@ OUTPUT_DIR = "dreambooth-model"
 MAX_RESOLUTION, MAX_BATCH, MAX_IMAGES, MAX_STEPS = 8192, 2**16, 10**6, 10**9
 MAX_FACTOR, MIN_EPSILON, MAX_WORKERS = 10**6, 1e-30, 1024
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
+# Of diffusers' scripts.
+ALWAYS_SO = ("enable_xformers_memory_efficient_attention", "set_grads_to_none")
+# Flags that act beside another one only.
+EFFECT_NEEDS = {
+    "with_prior_preservation": (
+        "class_data_dir",
+        "class_prompt",
+        "num_class_images",
+        "sample_batch_size",
+        "prior_loss_weight",
+    ),
+    "validation_prompt": ("num_validation_images", "validation_steps"),
+    "dataset_name": ("dataset_config_name", "image_column"),
+    "push_to_hub": ("hub_token", "hub_model_id"),
+}
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -274,7 +289,7 @@ def _add_training(parser: Parser) -> None:
     group.add_argument(
         "--local_rank", type=int, metavar="N", help="accepted for old launchers; the environment's LOCAL_RANK decides"
     )
-    for name in ("enable_xformers_memory_efficient_attention", "set_grads_to_none"):
+    for name in ALWAYS_SO:
         group.add_argument(
             f"--{name}",
             action="store_true",
@@ -540,23 +555,15 @@ def _unwritable(flag: str, folder: str) -> list[str]:
 
 
 def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> None:
-    prior_flags = ("class_data_dir", "class_prompt", "num_class_images", "sample_batch_size", "prior_loss_weight")
-    given = [f"--{name}" for name in prior_flags if getattr(args, name) != parser.get_default(name)]
-    if given and not args.with_prior_preservation:
-        warn(f"{', '.join(given)}: no effect without --with_prior_preservation")
+    for needed, names in EFFECT_NEEDS.items():
+        given = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+        if given and not getattr(args, needed):
+            warn(f"{', '.join(given)}: no effect without --{needed}")
+    for name in ALWAYS_SO:
+        if getattr(args, name):
+            warn(f"--{name}: no effect, it is always so")
     if args.with_prior_preservation and args.class_prompt.split() == (args.instance_prompt or "").split():
         warn("--class_prompt is --instance_prompt: give the subject a rare word, which the class does not have")
-    validation_flags = ("num_validation_images", "validation_steps")
-    given = [f"--{name}" for name in validation_flags if getattr(args, name) != parser.get_default(name)]
-    if given and not args.validation_prompt:
-        warn(f"{', '.join(given)}: no effect without --validation_prompt")
-    dataset_flags = ("dataset_config_name", "image_column")
-    given = [f"--{name}" for name in dataset_flags if getattr(args, name) != parser.get_default(name)]
-    if given and not args.dataset_name:
-        warn(f"{', '.join(given)}: no effect without --dataset_name")
-    hub_flags = [f"--{name}" for name in ("hub_token", "hub_model_id") if getattr(args, name)]
-    if hub_flags and not args.push_to_hub:
-        warn(f"{', '.join(hub_flags)}: no effect without --push_to_hub")
     if args.revision and Path(args.pretrained_model_name_or_path).is_dir():
         warn("--revision: no effect on a local folder")
     if args.max_train_steps and args.num_train_epochs != parser.get_default("num_train_epochs"):

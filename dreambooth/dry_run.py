@@ -1,7 +1,6 @@
 """What a run would take, told by a --dry_run."""
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth.console import say, warn
 from dreambooth.denoiser import Denoiser
-from dreambooth.output import bytes_of, parts_of, readable
+from dreambooth.output import bytes_of, hub_name, parts_of, readable
 from dreambooth.ranks import Ranks
 from dreambooth.tracker import Tracker
 
@@ -57,7 +56,7 @@ def tell_plan(
     if free < needed:
         warn(f"--output_dir {args.output_dir}: only {readable(free)} are free")
     if args.push_to_hub:
-        say(f"upload: {readable(pipeline_bytes)} to {args.hub_model_id or os.path.basename(args.output_dir)}")
+        say(f"upload: {readable(pipeline_bytes)} to {hub_name(args)}")
     say("nothing was written")
 
 

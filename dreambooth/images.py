@@ -116,9 +116,8 @@ def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | 
     return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
 
 
-def find_images(folder: str, flag: str, limit: int | None = None, prompt: str = "") -> list[Photo]:
-    """Returns the first `limit` images of `folder` (all if None) as photos of `prompt`, each decoded once to see that
-    it can be.
+def find_images(folder: str, flag: str, limit: int | None = None) -> list[Photo]:
+    """Returns the first `limit` images of `folder` (all if None), each decoded once to see that it can be.
 
     Raises:
         UserError: if there is none, or one that cannot be read.
@@ -142,7 +141,7 @@ def find_images(folder: str, flag: str, limit: int | None = None, prompt: str = 
         raise UserError(f"{flag} {folder} has no image ({kinds}){hint}")
     if others:
         warn(f"{flag} {folder}: {others[0]} is passed over ({len(others)} such), images are {kinds}")
-    photos = [photo_of(path, prompt) for path in paths]
+    photos = [photo_of(path) for path in paths]
     for photo in photos:
         load_image(photo)
     return photos

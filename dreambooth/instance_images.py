@@ -104,7 +104,7 @@ def _of_dataset(args: argparse.Namespace) -> list[Photo]:
     if not wanted:
         raise UserError(f"{flag} has no rows")
     photos = []
-    for number in range(min(wanted, len(rows))):
+    for number in range(wanted):
         name = f"{args.dataset_name} row {number}"
         caption = rows[number].get(args.caption_column)
         prompt = "" if caption is None else _checked(caption, name)

@@ -119,6 +119,11 @@ def save_pipeline(output_dir: Path, pipeline: StableDiffusionPipeline) -> None:
         raise RunError(f"cannot write {output_dir}: {first_line(error)}") from error
 
 
+def hub_name(args: argparse.Namespace) -> str:
+    """Returns the repository that --push_to_hub uploads to, as far as the flags name it."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
 def prepare_hub(args: argparse.Namespace) -> str | None:
     """Creates the repository that --push_to_hub names, before any time is spent on training; on rank 0.
 
@@ -130,7 +135,7 @@ def prepare_hub(args: argparse.Namespace) -> str | None:
     """
     if not args.push_to_hub or args.dry_run or not is_rank_0():
         return None
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = hub_name(args)
     try:
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.

@@ -2,7 +2,7 @@
 
 import torch
 
-from dreambooth.console import UserError
+from dreambooth.console import UserError, warn
 
 # Of fp16. The usual 2**16 overflows in the first steps, which then train nothing; the scale grows by itself if it can.
 INITIAL_LOSS_SCALE = 2**12
@@ -28,6 +28,8 @@ def choose_precision(requested: str | None) -> str:
 
 def set_tf32(allowed: bool) -> None:
     """Lets GPUs round the inputs of fp32 matrix products to TF32, or not; torch's default for convolutions is TF32."""
+    if allowed and not torch.cuda.is_available():
+        warn("--allow_tf32: no effect without a CUDA GPU")
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 

@@ -144,9 +144,9 @@ def start_torchrun(script: str, flags: dict, log: Path, *options: str, on_gpu: b
     )
 
 
-def children_of(process: subprocess.Popen) -> list[int]:
-    """Returns the ids of the processes that a process has started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+def children_of(process: int) -> list[int]:
+    """Returns the ids of the processes that the one with the id `process` has started."""
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def wait_for(what, timeout: float = 120):

@@ -102,7 +102,7 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_pat
     more = {"output_dir": killed, "resume_from_checkpoint": "latest"}
     run = start_torchrun(COLOSSALAI, long_run | more, tmp_path / "log", "--max_restarts", "1")
     wait_for((killed / "checkpoint-10").is_dir)
-    os.kill(children_of(run)[1], signal.SIGKILL)
+    os.kill(children_of(run.pid)[1], signal.SIGKILL)
     assert run.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     assert_same(whole, killed, f"checkpoint-{STEPS}")
     report("killed, and started again by torchrun", resumed=1, equal=1)

@@ -150,6 +150,15 @@ def test_a_compiled_run_agrees_with_fp32(name, reference, tiny_model, photos, tm
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
+def test_tf32_rounds_the_matrix_products_of_fp32(flags, tmp_path):
+    flags |= {"mixed_precision": "no", "max_train_steps": 2}
+    for name, allowed in (("fp32", False), ("tf32", True)):
+        train(COLOSSALAI, flags | {"allow_tf32": allowed, "output_dir": tmp_path / name}, on_gpu=True)
+    fp32, tf32 = (scalars(tmp_path / name, "loss") for name in ("fp32", "tf32"))
+    assert fp32 != tf32
+    np.testing.assert_allclose(tf32, fp32, rtol=1e-2)
+
+
 def test_8_bit_adam_is_close_to_fp32_and_resumes(flags, tmp_path):
     flags |= {"max_train_steps": 6, "save_steps": 3, "mixed_precision": "bf16"}
     train(COLOSSALAI, flags | {"output_dir": tmp_path / "fp32"}, nproc=NPROC, on_gpu=True)
@@ -216,7 +225,7 @@ def test_a_signal_to_all_processes_ends_the_step_and_saves(flags):
     flags |= {"max_train_steps": 10**5, "cache_latents": "off"}
     command = [sys.executable, COLOSSALAI, *command_line(flags)]
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(children_of(run)) >= 2 and (flags["output_dir"] / "logs").is_dir())
+    wait_for(lambda: len(children_of(run.pid)) >= 2 and (flags["output_dir"] / "logs").is_dir())
     time.sleep(5)
     os.killpg(run.pid, signal.SIGINT)
     stderr = run.communicate(timeout=60)[1]
@@ -247,7 +256,7 @@ def test_a_killed_rank_costs_nothing(strategy, flags, tmp_path):
     more = flags | {"output_dir": killed, "resume_from_checkpoint": "latest"}
     run = start_torchrun(strategy.script, more, tmp_path / "log", on_gpu=True)
     wait_for((killed / "checkpoint-10").is_dir)
-    os.kill(children_of(run)[1], signal.SIGKILL)
+    os.kill(children_of(run.pid)[1], signal.SIGKILL)
     since = time.monotonic()
     assert run.wait(timeout=60) and time.monotonic() - since < 30
     train(strategy.script, more, nproc=2, on_gpu=True)

@@ -4,13 +4,26 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, scalars, train, unet_weights
+from harness import (
+    COLOSSALAI,
+    ROOT,
+    TRADITIONAL,
+    Running,
+    children_of,
+    command_line,
+    run,
+    scalars,
+    train,
+    unet_weights,
+    wait_for,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,7 +104,7 @@ def test_the_instance_prompt_serves_where_there_is_no_caption(short, photos, tmp
     assert losses(short["output_dir"]) == losses(tmp_path / "plain")
 
 
-def parquet(path, photos, *, library: bool) -> None:
+def parquet(path, photos, *, library: bool, columns: tuple[str, str] = ("image", "text")) -> None:
     """Writes photos and captions as a data set; as the `datasets` library does, or as any other tool."""
     encoded = [{"bytes": file.read_bytes(), "path": None} for file in sorted(photos.iterdir())]
     if library:
@@ -103,7 +116,7 @@ def parquet(path, photos, *, library: bool) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"image": encoded, "text": CAPTIONS}), path)
+        pyarrow.parquet.write_table(pyarrow.table(dict(zip(columns, (encoded, CAPTIONS), strict=True))), path)
 
 
 @BOTH
@@ -113,11 +126,12 @@ def test_a_data_set_is_a_folder_with_captions(script, short, photos, tmp_path):
     sets = tmp_path / "set" / "data"
     sets.mkdir(parents=True)
     parquet(sets / "train-00000-of-00001.parquet", photos, library=True)
-    parquet(tmp_path / "other.parquet", photos, library=False)
+    parquet(tmp_path / "other.parquet", photos, library=False, columns=("picture", "caption"))
+    renamed = {"image_column": "picture", "caption_column": "caption"}
     sources = {
         "folder": {"instance_data_dir": folder},
         "parquet folder": {"instance_data_dir": None, "dataset_name": tmp_path / "set"},
-        "parquet file": {"instance_data_dir": None, "dataset_name": tmp_path / "other.parquet"},
+        "parquet file": {"instance_data_dir": None, "dataset_name": tmp_path / "other.parquet"} | renamed,
         "imagefolder": {"instance_data_dir": None, "dataset_name": folder},
     }
     del short["instance_prompt"]
@@ -380,10 +394,18 @@ def test_a_command_of_diffusers_runs(script, short, prior, tmp_path):
     """Flags that its script has and the public example has not; some of them are what always is."""
     more = {"set_grads_to_none": True, "enable_xformers_memory_efficient_attention": True, "allow_tf32": True}
     more |= {"report_to": "tensorboard", "checkpointing_steps": 2, "dataloader_num_workers": 2}
-    train(script, short | prior | more)
+    done = train(script, short | prior | more)
+    assert done.stderr.count("no effect") == 3, "of the first three"
     assert (short["output_dir"] / "checkpoint-2").is_dir()
     train(script, short | prior | {"output_dir": tmp_path / "plain"})
     assert losses(short["output_dir"]) == losses(tmp_path / "plain")
+
+
+def test_worker_processes_decode_the_images(short):
+    run = Running(COLOSSALAI, command_line(short | {"max_train_steps": 10**5, "dataloader_num_workers": 2}))
+    wait_for(lambda: len(children_of(run.pids[0])) >= 2)
+    run.send(signal.SIGKILL)
+    run.wait(check=False)
 
 
 @pytest.mark.parametrize(
