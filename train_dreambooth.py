@@ -211,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     denoiser.train()
+    denoiser.normalize_in_half()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if args.compile:

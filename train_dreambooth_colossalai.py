@@ -241,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The optimizer, and the plugin around it and what is trained.
     denoiser.train()
+    if not strategy.shards:
+        denoiser.normalize_in_half()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if args.compile:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -15,6 +16,26 @@ from dreambooth.console import RunError
 # Size of a flat parameter: so many elements that few are left, and so few that the first gradients are shared among
 # ranks while others are computed.
 FLAT_ELEMENTS = 64 * 2**20
+
+
+class HalfGroupNorm(torch.nn.GroupNorm):
+    """A group normalization that under autocast reads and writes half precision, as the layers around it do.
+
+    Autocast would widen it to fp32, and with it what is kept for the backward pass. Mean and variance are in fp32
+    either way: the kernel sees to that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class HalfLayerNorm(torch.nn.LayerNorm):
+    """The same for a layer normalization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,12 @@ class Denoiser(torch.nn.Module):
                 piece.owner.__dict__[piece.attribute] = weight.view(piece.shape)
         embeddings = prompts if self.text_encoder is None else self.text_encoder(prompts)[0]
         return self.unet(noisy_latents, timesteps, embeddings).sample
+
+    def normalize_in_half(self) -> None:
+        """Keeps autocast from widening normalizations to fp32."""
+        half = {torch.nn.GroupNorm: HalfGroupNorm, torch.nn.LayerNorm: HalfLayerNorm}
+        for module in self.modules():
+            module.__class__ = half.get(type(module), type(module))
 
     def compile_blocks(self) -> None:
         """Compiles the UNet's residual and transformer blocks; those that are alike, once.

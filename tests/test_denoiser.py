@@ -43,6 +43,27 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
         torch.testing.assert_close(flat.weights()[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
+def test_normalizations_stay_in_half_precision_under_autocast(tiny_model):
+    """What autocast would widen to fp32 is as near to fp32 as before; without autocast nothing changes."""
+    plain, half = build(tiny_model), build(tiny_model)
+    half.normalize_in_half()
+    seen = []
+    for one in half.modules():
+        if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            one.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    wanted = plain(*inputs)
+    assert torch.equal(half(*inputs), wanted)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, as_autocast = half(*inputs), plain(*inputs)
+    assert seen and all(dtype == (torch.bfloat16, torch.bfloat16) for dtype in seen[5:])
+    assert (found - wanted).norm() < 1.2 * (as_autocast - wanted).norm() < 0.02 * wanted.norm()
+    found.square().mean().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in half.unet.parameters())
+
+
 def test_parts_with_other_weights_compute_with_them(tiny_model):
     one = build(tiny_model)
     weights = {name: torch.full_like(weight, 0.01) for name, weight in one.weights().items()}

@@ -250,7 +250,7 @@ def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
 @each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING and strategy.precision == "bf16"])
 def test_a_killed_rank_costs_nothing(strategy, flags, tmp_path):
     """The other rank, which waits for it in a collective, ends in time; the run goes on with the same losses."""
-    flags |= strategy_flags(strategy) | {"max_train_steps": 40, "save_steps": 5}
+    flags |= strategy_flags(strategy) | {"max_train_steps": 20, "save_steps": 5}
     whole, killed = flags["output_dir"], tmp_path / "killed"
     train(strategy.script, flags, nproc=2, on_gpu=True)
     more = flags | {"output_dir": killed, "resume_from_checkpoint": "latest"}

@@ -49,9 +49,14 @@ def similarities(model, prompt: str) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def before():
+def before(once):
     """The similarities of the small model as it is, by prompt."""
-    return {prompt: similarities(MODEL, prompt) for prompt in (SUBJECT, CLASS)}
+
+    def make(folder):
+        folder.mkdir()
+        torch.save({prompt: similarities(MODEL, prompt) for prompt in (SUBJECT, CLASS)}, folder / "before.pt")
+
+    return torch.load(once("similarities before", make) / "before.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
