@@ -1,13 +1,17 @@
 """Whole runs of both trainers on the CPU."""
 
 import argparse
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, TRADITIONAL, scalars, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth import models
@@ -56,6 +60,29 @@ def test_two_processes_on_real_photos(script, flags, prior, dog_photos):
     for name in ("loss", "lr", "images_per_second", "peak_memory_gib", "grad_norm"):
         assert len(scalars(output_dir, name)) == 4
     assert {path.name for path in output_dir.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_two_machines_are_as_two_processes_of_one(flags, prior, tmp_path):
+    """A torchrun each, which know of one another by an address only."""
+    flags |= {"max_train_steps": 4}
+    train(COLOSSALAI, flags | prior | {"class_data_dir": tmp_path / "class_1"}, nproc=2)
+    apart = command_line(flags | prior | {"output_dir": tmp_path / "apart"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *address, f"--node_rank={number}", COLOSSALAI, *apart],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        for number in (0, 1)
+    ]
+    assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
+    here, there = (sorted(folder.iterdir()) for folder in (tmp_path / "class_1", prior["class_data_dir"]))
+    assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there] and len(here) == 7
+    assert scalars(tmp_path / "apart", "loss") == scalars(flags["output_dir"], "loss")
 
 
 def test_both_trainers_take_the_same_steps(flags, prior, tmp_path):
