@@ -21,6 +21,9 @@ SUBJECT, CLASS = "a sks dog", "a dog"
 PLACES = ("on the beach", "in the snow", "at night", "in the desert")  # in none of the instance images
 SEEDS = range(6)
 MARGIN = 0.05
+# Of the mean similarity between trainings that differ by little more than roundings: twelve on the CPU, whose learning
+# rates differ by parts in 10,000, six in fp32 (mean 0.611) and six in bf16 (0.612).
+STANDARD_DEVIATION = 0.02
 
 FLAGS = {
     "pretrained_model_name_or_path": MODEL,
@@ -116,12 +119,11 @@ def in_fp32(once):
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=[strategy.name for strategy in STRATEGIES[1:]])
 def test_every_plugin_learns_as_much(strategy, before, in_fp32, tmp_path):
-    """As in fp32 under torch_ddp, within three standard errors of the difference image by image."""
+    """As in fp32 under torch_ddp, within three standard deviations of the difference of two trainings."""
     flags = GPU_FLAGS | {"class_data_dir": in_fp32.parent / "class_images", "output_dir": tmp_path / "out"}
     train(strategy.script, flags | strategy_flags(strategy), nproc=NPROC, on_gpu=True)
-    after = similarities(tmp_path / "out", SUBJECT)
-    reference = similarities(in_fp32, SUBJECT)
+    after, reference = similarities(tmp_path / "out", SUBJECT), similarities(in_fp32, SUBJECT)
+    print(f"{strategy.name}: {after.mean():.3f}, in fp32 {reference.mean():.3f}, before {before[SUBJECT].mean():.3f}")
     assert rises(after - before[SUBJECT]), describe(after - before[SUBJECT])
-    difference = after - reference
-    assert difference.mean().abs() < 3 * difference.std() / len(difference) ** 0.5 + 0.005, describe(difference)
+    assert (after.mean() - reference.mean()).abs() < 3 * 2**0.5 * STANDARD_DEVIATION, describe(after - reference)
     assert (similarities(tmp_path / "out", CLASS) - before[CLASS]).mean() < MARGIN / 2
