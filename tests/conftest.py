@@ -57,10 +57,11 @@ def once(tmp_path_factory, testrun_uid):
 
     def made_once(name: str, make: Callable[[Path], None]) -> Path:
         folder = tmp_path_factory.getbasetemp().parent / f"{name}-{testrun_uid}"
+        done = Path(f"{folder}.done")
         with FileLock(f"{folder}.lock"):
-            if not folder.with_suffix(".done").exists():
+            if not done.exists():
                 make(folder)
-                folder.with_suffix(".done").touch()
+                done.touch()
         return folder
 
     return made_once

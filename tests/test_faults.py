@@ -29,7 +29,7 @@ from harness import (
 from safetensors.torch import load_file
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
-STEPS = 80
+STEPS = 60
 ENDS_WITHIN_S = 30  # of the rank that failed first
 
 
@@ -69,11 +69,24 @@ def long_run(flags, prior):
     return flags | prior | more
 
 
+@pytest.fixture
+def uninterrupted(once, long_run):
+    """Returns a function that makes the long run once for all tests: out/ and class_images/ in the folder returned."""
+
+    def of(script: str, nproc: int) -> Path:
+        def make(folder):
+            own = {"output_dir": folder / "out", "class_data_dir": folder / "class_images"}
+            train(script, long_run | own, nproc=nproc)
+
+        return once(f"uninterrupted-{script}-{nproc}", make)
+
+    return of
+
+
 @BOTH
-def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tmp_path, report):
+def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, uninterrupted, tmp_path, report):
     """One rank or all of them, at random moments between steps and, every other time, in the middle of a save."""
-    whole, killed = long_run["output_dir"], tmp_path / "killed"
-    train(script, long_run, nproc=2)
+    whole, killed = uninterrupted(script, 2) / "out", tmp_path / "killed"
     chance = random.Random(script)
     argv = command_line(long_run | {"output_dir": killed, "resume_from_checkpoint": "latest"})
     half_written = 0
@@ -96,9 +109,8 @@ def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, tm
     report("killed in the middle of a save", injected=half_written, resumed=half_written, equal=half_written)
 
 
-def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_path, report):
-    whole, killed = long_run["output_dir"], tmp_path / "killed"
-    train(COLOSSALAI, long_run, nproc=2)
+def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, uninterrupted, tmp_path, report):
+    whole, killed = uninterrupted(COLOSSALAI, 2) / "out", tmp_path / "killed"
     more = {"output_dir": killed, "resume_from_checkpoint": "latest"}
     run = start_torchrun(COLOSSALAI, long_run | more, tmp_path / "log", "--max_restarts", "1")
     wait_for((killed / "checkpoint-10").is_dir)
@@ -110,9 +122,9 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, tmp_pat
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, report):
-    whole, stopped = long_run["output_dir"], tmp_path / "stopped"
-    train(script, long_run)
+def test_a_signal_ends_the_step_and_saves(script, number, long_run, uninterrupted, tmp_path, report):
+    whole, stopped = uninterrupted(script, 1) / "out", tmp_path / "stopped"
+    long_run |= {"class_data_dir": whole.parent / "class_images"}
     run = Running(script, command_line(long_run | {"output_dir": stopped}))
     wait_for(lambda: steps_shown(run) >= 7)
     run.send(number)
@@ -126,9 +138,9 @@ def test_a_signal_ends_the_step_and_saves(script, number, long_run, tmp_path, re
     report("SIGTERM or Ctrl-C", resumed=1, equal=1)
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, tmp_path, report):
-    whole, stopped = long_run["output_dir"], tmp_path / "stopped"
-    train(COLOSSALAI, long_run, nproc=2)
+def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, uninterrupted, tmp_path, report):
+    whole, stopped = uninterrupted(COLOSSALAI, 2) / "out", tmp_path / "stopped"
+    long_run |= {"class_data_dir": whole.parent / "class_images"}
     run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log")
     wait_for((stopped / "checkpoint-5").is_dir)
     run.terminate()

@@ -202,16 +202,31 @@ def test_gradients_are_clipped(strategy, flags):
 
 @each(STRATEGIES)
 def test_a_resumed_run_goes_on_as_it_would_have(strategy, flags, tmp_path):
-    """From the exact fp32 state; what differs afterwards is the order in which GPUs add."""
+    resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=NPROC)
+
+
+@pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
+@each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING and strategy.precision == "bf16"])
+def test_a_run_of_two_gpus_goes_on_on_one(strategy, flags, tmp_path):
+    """With the same total batch: what two ranks hold makes the whole that one holds."""
+    resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=1)
+
+
+def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> None:
+    """Repeats the second half of a run of NPROC processes on `nproc`.
+
+    It starts from the exact fp32 state; what differs afterwards is the order in which GPUs add.
+    """
     flags |= strategy_flags(strategy) | {"max_train_steps": 4, "save_steps": 2}
-    whole, resumed = flags["output_dir"], tmp_path / "resumed"
+    whole = flags["output_dir"]
     train(strategy.script, flags, nproc=NPROC, on_gpu=True)
     weights = flatten(unet_weights(whole / "unet"))
     assert torch.equal(flatten(unet_weights(whole / "checkpoint-4" / "unet")), weights)
 
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    more = {"output_dir": resumed, "resume_from_checkpoint": "latest"}
-    train(strategy.script, flags | more, nproc=NPROC, on_gpu=True)
+    flags |= {"train_batch_size": flags["train_batch_size"] * NPROC // nproc}
+    flags |= {"output_dir": resumed, "resume_from_checkpoint": "latest"}
+    train(strategy.script, flags, nproc=nproc, on_gpu=True)
     moved = weights - flatten(unet_weights(whole / "checkpoint-2" / "unet"))
     error = flatten(unet_weights(resumed / "unet")) - weights
     assert error.norm() < 0.1 * moved.norm()

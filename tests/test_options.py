@@ -370,12 +370,12 @@ def test_stable_diffusion_2_at_768_pixels(short, tiny_v2, tmp_path):
 
 @BOTH
 def test_a_dry_run_tells_the_plan_and_writes_nothing(script, short, prior):
-    flags = short | prior | {"max_train_steps": 40, "save_steps": 10, "checkpoints_total_limit": 1}
+    flags = short | prior | {"max_train_steps": 8, "save_steps": 2, "checkpoints_total_limit": 1}
     done = train(script, flags | {"dry_run": True}, nproc=2)
     assert not flags["output_dir"].exists() and not flags["class_data_dir"].exists()
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert told["class images"] == "7 of 7 would be generated first"
-    assert told["steps"] == "40 steps of 4 samples (2 ranks x 2), 40 of them to do"
+    assert told["steps"] == "8 steps of 4 samples (2 ranks x 2), 8 of them to do"
     assert "s a step" in told["time"] and "GiB of host memory" in told["memory"]
     assert done.stdout.splitlines()[-1] == "nothing was written"
 
@@ -383,7 +383,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(script, short, prior):
     all_told, *told = (float(number) for number in re.fullmatch(words, told["disk"]).groups())
     train(script, flags, nproc=2)
     parts = ("unet", "vae", "text_encoder")
-    folders = [[flags["output_dir"] / "checkpoint-40"], [flags["output_dir"] / part for part in parts]]
+    folders = [[flags["output_dir"] / "checkpoint-8"], [flags["output_dir"] / part for part in parts]]
     found = [sum(p.stat().st_size for one in some for p in one.rglob("*.safetensors")) / 2**20 for some in folders]
     np.testing.assert_allclose(told, found, atol=0.2)
     assert all_told == pytest.approx(2 * told[0] + told[1], abs=0.3)
