@@ -43,10 +43,13 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
         torch.testing.assert_close(flat.weights()[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
-def test_normalizations_stay_in_half_precision_under_autocast(tiny_model):
+@pytest.mark.parametrize("flat", [False, True])
+def test_normalizations_stay_in_half_precision_under_autocast(flat, tiny_model):
     """What autocast would widen to fp32 is as near to fp32 as before; without autocast nothing changes."""
     plain, half = build(tiny_model), build(tiny_model)
     half.normalize_in_half()
+    if flat:
+        half.flatten()
     seen = []
     for one in half.modules():
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
@@ -61,7 +64,9 @@ def test_normalizations_stay_in_half_precision_under_autocast(tiny_model):
     assert seen and all(dtype == (torch.bfloat16, torch.bfloat16) for dtype in seen[5:])
     assert (found - wanted).norm() < 1.2 * (as_autocast - wanted).norm() < 0.02 * wanted.norm()
     found.square().mean().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in half.unet.parameters())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in half.parameters())
+    if flat:
+        assert half.unet.conv_in.weight.dtype == torch.bfloat16, "cast at once, not layer by layer"
 
 
 def test_parts_with_other_weights_compute_with_them(tiny_model):
