@@ -46,9 +46,9 @@ from dreambooth.optimizer import (
     adam_step,
     build_adamw,
     build_lr_scheduler,
+    optimizer_state,
     resume_lr_scheduler,
-    resumed_state,
-    state_names,
+    resume_optimizer,
 )
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
@@ -96,23 +96,14 @@ class Training:
         return Progress(
             step=step,
             adam_step=adam_step(adamw),
-            optimizer={
-                (name, parameter_name): adamw.state[parameter][name].cpu()
-                for parameter_name, parameter in self.denoiser.named_parameters()
-                for name in state_names(adamw)
-                if name in adamw.state[parameter]
-            },
+            optimizer=optimizer_state(adamw, self.denoiser) if self.accelerator.is_main_process else {},
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=scaler.state_dict() if scaler else {},
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
-        adamw = self.optimizer.optimizer
-        for parameter_name, parameter in self.denoiser.named_parameters():
-            tensors = checkpoint.optimizer_state(parameter_name, state_names(adamw))
-            if tensors:
-                adamw.state[parameter] = resumed_state(adamw, checkpoint.adam_step, tensors, parameter.device)
+        resume_optimizer(self.optimizer.optimizer, self.denoiser.parts(), checkpoint)
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         if self.accelerator.scaler and checkpoint.grad_scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.grad_scaler)
@@ -216,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.enable_gradient_checkpointing()
     if args.compile:
         denoiser.compile_blocks()
+    if not args.use_8bit_adam:  # which goes by single parameters
+        denoiser.flatten()
     optimizer = build_adamw(args, denoiser.parameters(), schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     training = Training(accelerator, denoiser, *accelerator.prepare(denoiser, optimizer), lr_scheduler)

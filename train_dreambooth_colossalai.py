@@ -247,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.enable_gradient_checkpointing()
     if args.compile:
         denoiser.compile_blocks()
-    if strategy.plugin == "low_level_zero":
-        denoiser.flatten()  # the plugin's own work takes as long as the UNet's otherwise
+    if strategy.plugin != "gemini" and not args.use_8bit_adam:  # these two go by single parameters
+        denoiser.flatten()
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler)

@@ -16,8 +16,8 @@ from colossalai.zero.gemini import gemini_optimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.checkpoint import Checkpoint, Progress
-from dreambooth.denoiser import Denoiser
-from dreambooth.optimizer import adam_step, resume_lr_scheduler, resumed_state, state_names
+from dreambooth.denoiser import Denoiser, Part
+from dreambooth.optimizer import adam_step, optimizer_state, resume_lr_scheduler, resume_optimizer, state_names
 from dreambooth.strategy import Strategy
 
 # What ColossalAI's loss scaler counts, besides the scale.
@@ -49,29 +49,6 @@ class ShardAdamW(torch.optim.AdamW):
 
 
 gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact types of this set only
-
-
-@dataclass
-class Part:
-    """What this rank holds of a weight: its flattened elements from `first` to `last`.
-
-    Args:
-        name: of the weight.
-        tensor: the fp32 master weights that AdamW updates, in which these are some.
-        start: where they begin in it.
-        state_key: by which the optimizer keeps its state of all of them.
-    """
-
-    name: str
-    first: int
-    last: int
-    tensor: torch.Tensor
-    start: int
-    state_key: torch.Tensor
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the part's elements of a tensor that is laid out as `tensor` is."""
-        return tensor.view(-1)[self.start : self.start + self.last - self.first]
 
 
 @dataclass
@@ -164,8 +141,7 @@ class Boosted:
                 name = self.model.param2name[half]
                 yield Part(name, first - place.offset, last - place.offset, shard, 0, fakes[id(half)])
         else:
-            for name, parameter in self.denoiser.named_parameters():
-                yield Part(name, 0, parameter.numel(), parameter.detach(), 0, parameter)
+            yield from self.denoiser.parts()
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -187,12 +163,12 @@ class Boosted:
                 part.of(part.tensor).copy_(weights[part.name].flatten()[part.first : part.last])
 
     @torch.no_grad()
-    def gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """Collects tensors on rank 0, on the CPU; to be called on every rank.
+    def _gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Puts the parts of all ranks together on rank 0, on the CPU; to be called on every rank.
 
         Args:
-            tensor_of: returns this rank's tensor of a part that is not empty; of a shard in fp32 and laid out as its
-                `tensor` is. None where there is none; of a shard that is zeros.
+            tensor_of: returns a tensor in fp32 that is laid out as the `tensor` of a part that is not empty, or None,
+                which stands for zeros.
 
         Returns:
             Tensors by the names of the weights; an empty dict on other ranks than 0.
@@ -201,57 +177,45 @@ class Boosted:
         gathered = {}
         for part in self._parts():
             tensor = tensor_of(part) if part.first < part.last else None
-            if self.strategy.shards:
-                shape = self.denoiser.shapes[part.name]
-                # As integers, the sum of all parts and zeros elsewhere is each part, to the sign of a zero.
-                whole = torch.zeros(shape.numel(), dtype=torch.int32, device=device)
-                if tensor is not None:
-                    whole[part.first : part.last] = part.of(tensor).view(torch.int32).to(device)
-                dist.reduce(whole, dst=0)
-                whole = whole.view(torch.float32).view(shape)
-            else:
-                whole = tensor
-            if dist.get_rank() == 0 and whole is not None:
-                gathered[part.name] = whole.detach().cpu()
+            shape = self.denoiser.shapes[part.name]
+            # As integers, the sum of all parts and zeros elsewhere is each part, to the sign of a zero.
+            whole = torch.zeros(shape.numel(), dtype=torch.int32, device=device)
+            if tensor is not None:
+                whole[part.first : part.last] = part.of(tensor).view(torch.int32).to(device)
+            dist.reduce(whole, dst=0)
+            if dist.get_rank() == 0:
+                gathered[part.name] = whole.view(torch.float32).view(shape).cpu()
         return gathered
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Collects the fp32 master weights, as `gather` does."""
-        return self.gather(lambda part: part.tensor)
+        """Returns the fp32 master weights on the CPU, by name; on other ranks than 0 nothing. To be called on all."""
+        if self.strategy.shards:
+            return self._gather(lambda part: part.tensor)
+        return {name: weight.cpu() for name, weight in self.denoiser.weights().items()} if dist.get_rank() == 0 else {}
 
     def progress(self, step: int) -> Progress:
         """Returns how far the run is after `step`; to be called on every rank."""
         return Progress(
             step=step,
             adam_step=adam_step(self._adamw),
-            optimizer={
-                (name, parameter): tensor
-                for name in state_names(self._adamw)
-                for parameter, tensor in self.gather(lambda part, name=name: self._state_of(part).get(name)).items()
-            },
+            optimizer=self._optimizer_state(),
             lr_scheduler=self.lr_scheduler.state_dict(),
             grad_scaler=self._grad_scaler_state(),
         )
 
-    def _state_of(self, part: Part) -> dict:
-        """Returns what AdamW keeps of a part and of others in the same tensor; empty before the first update."""
-        return self._adamw.state[part.state_key]
+    def _optimizer_state(self) -> dict[tuple[str, str], torch.Tensor]:
+        adamw = self._adamw
+        if not self.strategy.shards:
+            return optimizer_state(adamw, self.denoiser) if dist.get_rank() == 0 else {}
+        gathered = {
+            name: self._gather(lambda part, name=name: adamw.state[part.state_key].get(name))
+            for name in state_names(adamw)
+        }
+        return {(name, weight): tensor for name, of_name in gathered.items() for weight, tensor in of_name.items()}
 
-    @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
-        adamw, step = self._adamw, checkpoint.adam_step
-        for part in self._parts():
-            tensors = checkpoint.optimizer_state(part.name, state_names(adamw)) if part.first < part.last else {}
-            state, device = self._state_of(part), part.tensor.device
-            if not self.strategy.shards:
-                state |= resumed_state(adamw, step, tensors, device) if tensors else {}
-                continue
-            if tensors and not state:
-                zeros = {name: torch.zeros_like(part.tensor, dtype=torch.float32) for name in tensors}
-                state |= resumed_state(adamw, step, zeros, device)
-            for name, tensor in tensors.items():
-                part.of(state[name]).copy_(tensor.flatten()[part.first : part.last])
+        resume_optimizer(self._adamw, self._parts(), checkpoint)
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         self._load_grad_scaler_state(checkpoint.grad_scaler)
 

@@ -7,6 +7,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from dreambooth.checkpoint import Checkpoint
+from dreambooth.denoiser import Denoiser, Part
 from dreambooth.schedule import Schedule
 
 # What AdamW keeps of a parameter besides the number of updates; that of bitsandbytes the moments in 8 bits and the
@@ -49,25 +51,50 @@ def adam_step(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
 
-def resumed_state(
-    optimizer: torch.optim.Optimizer, step: int, tensors: dict[str, torch.Tensor], device: torch.device
-) -> dict:
-    """Returns what an AdamW keeps of a parameter after `step` updates.
+def optimizer_state(optimizer: torch.optim.Optimizer, denoiser: Denoiser) -> dict[tuple[str, str], torch.Tensor]:
+    """Returns what an AdamW keeps of whole weights, on the CPU, by (name in its state, name of the weight)."""
+    kept = {}
+    for part in denoiser.parts():
+        state = optimizer.state[part.state_key]
+        for name in state_names(optimizer):
+            if name in state and denoiser.pieces:
+                kept[name, part.name] = part.of(state[name]).view(denoiser.shapes[part.name]).cpu()
+            elif name in state:
+                kept[name, part.name] = state[name].cpu()
+    return kept
+
+
+@torch.no_grad()
+def resume_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[Part], checkpoint: Checkpoint) -> None:
+    """Gives an AdamW that has not begun the state of a checkpoint.
 
     Args:
         optimizer: torch's, or that of bitsandbytes.
-        step: updates done.
-        tensors: some of those of `state_names`.
-        device: of the parameter.
+        parts: what this rank holds of the weights; all whole for the latter, each in a parameter of its own.
+        checkpoint: of any number of ranks.
     """
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    if isinstance(optimizer, torch.optim.AdamW):
-        return {"step": torch.tensor(float(step), device=device)} | tensors
-    if "absmax1" in tensors:  # the values that the 8 bits stand for
+    for part in parts:
+        kept = checkpoint.optimizer_state(part.name, state_names(optimizer)) if part.first < part.last else {}
+        if not kept:
+            continue
+        state, device = optimizer.state[part.state_key], part.tensor.device
+        if not isinstance(optimizer, torch.optim.AdamW):
+            state |= _state_8bit(optimizer, kept, device) | {"step": checkpoint.adam_step}
+            continue
+        if not state:
+            state["step"] = torch.tensor(float(checkpoint.adam_step), device=device)
+            state |= {name: torch.zeros_like(part.tensor, dtype=torch.float32) for name in kept}
+        for name, tensor in kept.items():
+            part.of(state[name]).copy_(tensor.flatten()[part.first : part.last])
+
+
+def _state_8bit(optimizer: torch.optim.Optimizer, kept: dict[str, torch.Tensor], device: torch.device) -> dict:
+    state = {name: tensor.to(device) for name, tensor in kept.items()}
+    if "absmax1" in state:  # the values that the 8 bits stand for
         optimizer.fill_qmap()
         maps = optimizer.name2qmap
-        tensors |= {"qmap1": maps["dynamic"].to(device), "qmap2": maps["udynamic"].to(device)}
-    return {"step": step} | tensors
+        state |= {"qmap1": maps["dynamic"].to(device), "qmap2": maps["udynamic"].to(device)}
+    return state
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:

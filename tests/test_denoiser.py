@@ -43,11 +43,14 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
         torch.testing.assert_close(flat.weights()[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_normalizations_in_half_precision_compute_the_same(device, tiny_model):
+def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_model):
     """Without autocast to the bit, with it as near to fp32 as before; only on CUDA would autocast widen them."""
     plain, half = build(tiny_model).to(device), build(tiny_model).to(device)
     half.normalize_in_half()
+    if flat:
+        half.flatten()
     dtypes = []
     for one in half.unet.modules():
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
@@ -63,7 +66,9 @@ def test_normalizations_in_half_precision_compute_the_same(device, tiny_model):
     assert set(dtypes) == {torch.bfloat16}
     assert (found - wanted).norm() < 1.2 * (as_autocast - wanted).norm() < 0.02 * wanted.norm()
     found.square().mean().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in half.unet.parameters())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in half.parameters())
+    if flat:
+        assert half.unet.conv_in.weight.dtype == torch.bfloat16, "cast at once, not layer by layer"
 
 
 def test_parts_with_other_weights_compute_with_them(tiny_model):
