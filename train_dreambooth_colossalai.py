@@ -125,6 +125,9 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
             plugin=GeminiPlugin(
                 precision=strategy.precision,
                 placement_policy="auto" if strategy.placement == "auto" else "static",
+                shard_param_frac=float(
+                    strategy.fetches_weights
+                ),  # of the half-precision weights, between steps anyway
                 offload_optim_frac=strategy.offload_optim_frac,
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
@@ -247,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.enable_gradient_checkpointing()
     if args.compile:
         denoiser.compile_blocks()
-    if strategy.plugin != "gemini" and not args.use_8bit_adam:  # these two go by single parameters
+    if not (strategy.fetches_weights or args.use_8bit_adam):  # these two go by single parameters
         denoiser.flatten()
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)

@@ -1,6 +1,7 @@
 """The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and all state out of the shards."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
 from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero import GeminiDDP, LowLevelZeroOptimizer
+from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import gemini_optimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -118,30 +119,36 @@ class Boosted:
 
     def _parts(self) -> Iterator[Part]:
         """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
-        if isinstance(self.optimizer, LowLevelZeroOptimizer):
-            for flat, pieces in zip(self.denoiser.flats(), self.denoiser.pieces, strict=True):
-                shard = self.optimizer.working_to_master_param[id(flat)]
-                begin = dist.get_rank() * shard.numel()
-                for piece in pieces:
-                    first = max(piece.offset, begin)
-                    last = max(first, min(piece.offset + piece.shape.numel(), begin + shard.numel()))
-                    yield Part(piece.name, first - piece.offset, last - piece.offset, shard, first - begin, shard)
-        elif isinstance(self.model, GeminiDDP):
-            fakes = {
-                id(parameter): self.optimizer.id_to_fake_params.get(number)
-                for number, parameter in self.optimizer.id_to_real_params.items()
-            }
-            for half, master in zip(self.model.fp16_params, self.model.fp32_params, strict=True):
-                chunk = self.model.chunk_manager.get_chunk(master)
-                assert not chunk.is_gathered, "each rank holds a shard"
-                place = chunk.tensors_info[master]
-                first = max(place.offset, chunk.shard_begin)
-                last = max(first, min(place.end, chunk.shard_end))
-                shard = chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin]
-                name = self.model.param2name[half]
-                yield Part(name, first - place.offset, last - place.offset, shard, 0, fakes[id(half)])
-        else:
+        if not self.strategy.shards:
             yield from self.denoiser.parts()
+            return
+        shard_of = self._shard_in_gemini if isinstance(self.model, GeminiDDP) else self._shard_in_zero
+        for parameter, pieces in zip(self.denoiser.parameters(), self.denoiser.pieces, strict=True):
+            shard = shard_of(parameter)
+            for piece in pieces:
+                yield piece.part(*shard)
+
+    def _shard_in_zero(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Returns this rank's master weights of a parameter, which element is the first, and their state's key."""
+        shard = self.optimizer.working_to_master_param[id(parameter)]
+        return shard, dist.get_rank() * shard.numel(), shard
+
+    def _shard_in_gemini(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        """Returns the same; without a key where the rank holds nothing."""
+        master, fake = self._gemini_optimizer_has[id(parameter)]
+        chunk = self.model.chunk_manager.get_chunk(master)
+        assert not chunk.is_gathered, "each rank holds a shard"
+        place = chunk.tensors_info[master]
+        first = max(place.offset, chunk.shard_begin)
+        last = max(first, min(place.end, chunk.shard_end))
+        return chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin], first - place.offset, fake
+
+    @functools.cached_property
+    def _gemini_optimizer_has(self) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+        """By the id of a parameter, the master that Gemini keeps of it and what stands for it in AdamW."""
+        masters = dict(zip(map(id, self.model.fp16_params), self.model.fp32_params, strict=True))
+        fakes, parameters = self.optimizer.id_to_fake_params, self.optimizer.id_to_real_params
+        return {id(one): (masters[id(one)], fakes.get(number)) for number, one in parameters.items()}
 
     @property
     def _adamw(self) -> torch.optim.AdamW:

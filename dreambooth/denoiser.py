@@ -1,7 +1,7 @@
 """What is trained: the UNet, and with --train_text_encoder the text encoder, as one module."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +40,6 @@ class HalfLayerNorm(torch.nn.LayerNorm):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where a weight lies in a flat parameter.
-
-    Args:
-        name: of the weight.
-        offset: of its first element.
-        shape: of the weight.
-        owner: the module that has it, as its attribute `attribute`.
-    """
-
-    name: str
-    offset: int
-    shape: torch.Size
-    owner: torch.nn.Module
-    attribute: str
-
-
-@dataclass(frozen=True)
 class Part:
     """What this rank holds of a weight: its flattened elements from `first` to `last`.
 
@@ -80,6 +62,30 @@ class Part:
         return tensor.view(-1)[self.start : self.start + self.last - self.first]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a weight lies in the parameter that holds it: a flat one, or its own.
+
+    Args:
+        name: of the weight.
+        offset: of its first element.
+        shape: of the weight.
+        owner: the module that has it, as its attribute `attribute`.
+    """
+
+    name: str
+    offset: int
+    shape: torch.Size
+    owner: torch.nn.Module
+    attribute: str
+
+    def part(self, tensor: Tensor, begin: int, state_key: Tensor) -> Part:
+        """Returns what of the weight is in `tensor`, which has the parameter's elements from `begin` on."""
+        first = max(self.offset, begin)
+        last = max(first, min(self.offset + self.shape.numel(), begin + tensor.numel()))
+        return Part(self.name, first - self.offset, last - self.offset, tensor, first - begin, state_key)
+
+
 class Denoiser(torch.nn.Module):
     """A UNet that is told what an image shows: by embeddings, or in tokens that its own text encoder reads.
 
@@ -95,7 +101,13 @@ class Denoiser(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
         self.shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        self.pieces: list[list[Piece]] = []  # of each flat parameter, where there are any
+        self.is_flat = False
+        # The weights in each parameter.
+        self.pieces = [
+            [Piece(f"{path}.{attribute}", 0, parameter.shape, owner, attribute)]
+            for path, owner in self.named_modules()
+            for attribute, parameter in owner.named_parameters(recurse=False)
+        ]
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """Returns the UNet's prediction.
@@ -108,18 +120,21 @@ class Denoiser(torch.nn.Module):
         Returns:
             Tensor of the shape of `noisy_latents`.
         """
-        self._hand_out_weights(noisy_latents.device.type)
+        if self.is_flat:
+            self._hand_out_weights(noisy_latents.device.type)
         embeddings = prompts if self.text_encoder is None else self.text_encoder(prompts)[0]
         return self.unet(noisy_latents, timesteps, embeddings).sample
 
     def _hand_out_weights(self, device_type: str) -> None:
         """Gives each module its piece of the flat parameters; under autocast in half precision, all at once."""
-        for flat, pieces in zip(self.flats(), self.pieces, strict=True):
+        for flat, pieces in zip(self.parameters(recurse=False), self.pieces, strict=True):
             if torch.is_autocast_enabled(device_type):
                 flat = flat.to(torch.get_autocast_dtype(device_type))
-            lengths = [piece.shape.numel() for piece in pieces]
-            for piece, weight in zip(pieces, flat.split(lengths), strict=True):
-                piece.owner.__dict__[piece.attribute] = weight.view(piece.shape)
+            weights = flat.split([piece.shape.numel() for piece in pieces])
+            # Gemini makes tensors of its own type, whose every use would go through Python.
+            with torch._C.DisableTorchFunctionSubclass():
+                for piece, weight in zip(pieces, weights, strict=True):
+                    piece.owner.__dict__[piece.attribute] = weight.view(piece.shape)
 
     def normalize_in_half(self) -> None:
         """Keeps autocast from widening normalizations to fp32."""
@@ -144,41 +159,27 @@ class Denoiser(torch.nn.Module):
         It computes the same. There is less to launch for the host, which casts, hands out and updates a few tensors
         instead of hundreds; a plugin that does so in Python would take longer over it than the GPU over its work.
         """
-        owned = [
-            (f"{path}.{attribute}", owner, attribute, parameter)
-            for path, owner in self.named_modules()
-            for attribute, parameter in owner.named_parameters(recurse=False)
-        ]
-        groups: list[list] = [[]]
+        groups: list[list[Piece]] = [[]]
         size = 0
-        for one in owned:
-            if size and size + one[3].numel() > FLAT_ELEMENTS:
+        for (piece,) in self.pieces:
+            if size and size + piece.shape.numel() > FLAT_ELEMENTS:
                 groups.append([])
                 size = 0
-            groups[-1].append(one)
-            size += one[3].numel()
+            groups[-1].append(replace(piece, offset=size))
+            size += piece.shape.numel()
         for number, group in enumerate(groups):
-            flat = torch.cat([parameter.detach().flatten() for *_, parameter in group])
-            self.pieces.append([])
-            offset = 0
-            for name, owner, attribute, parameter in group:
-                self.pieces[-1].append(Piece(name, offset, parameter.shape, owner, attribute))
-                offset += parameter.numel()
-                delattr(owner, attribute)
+            weights = [getattr(piece.owner, piece.attribute).detach() for piece in group]
+            for piece in group:
+                delattr(piece.owner, piece.attribute)
+            flat = torch.cat([weight.flatten() for weight in weights])
             self.register_parameter(f"flat{number}", torch.nn.Parameter(flat))
-
-    def flats(self) -> list[torch.nn.Parameter]:
-        """Returns the flat parameters, where there are any."""
-        return [self.get_parameter(f"flat{number}") for number in range(len(self.pieces))]
+        self.pieces, self.is_flat = groups, True
 
     def parts(self) -> Iterator[Part]:
-        """Yields each weight, whole, in the parameter that holds it: a flat one or its own."""
-        if not self.pieces:
-            for name, parameter in self.named_parameters():
-                yield Part(name, 0, parameter.numel(), parameter.detach(), 0, parameter)
-        for flat, pieces in zip(self.flats(), self.pieces, strict=True):
+        """Yields each weight, whole."""
+        for parameter, pieces in zip(self.parameters(), self.pieces, strict=True):
             for piece in pieces:
-                yield Part(piece.name, 0, piece.shape.numel(), flat.detach(), piece.offset, flat)
+                yield piece.part(parameter.detach(), 0, parameter)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights by name, without gradient; they share memory with the parameters."""

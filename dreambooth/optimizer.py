@@ -57,7 +57,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, denoiser: Denoiser) -> dic
     for part in denoiser.parts():
         state = optimizer.state[part.state_key]
         for name in state_names(optimizer):
-            if name in state and denoiser.pieces:
+            if name in state and denoiser.is_flat:
                 kept[name, part.name] = part.of(state[name]).view(denoiser.shapes[part.name]).cpu()
             elif name in state:
                 kept[name, part.name] = state[name].cpu()

@@ -36,6 +36,11 @@ class Strategy:
         return self.plugin in ("low_level_zero", "gemini")
 
     @property
+    def fetches_weights(self) -> bool:
+        """Whether the plugin fetches a weight for each operation, and lets go of it after."""
+        return self.plugin == "gemini" and self.placement != "cuda"
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """Dtype of the weights that the forward pass uses."""
         return DTYPES[self.precision] if self.shards else torch.float32
@@ -72,8 +77,6 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
-    if args.compile and plugin == "gemini":
-        raise UserError(f"--compile cannot look into what {chosen} does with each weight: use it with another plugin")
     offload = args.offload_optim_frac
     if offload is not None and (plugin != "gemini" or args.placement == "auto"):
         raise UserError(
@@ -82,4 +85,10 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
     if offload is None:
         offload = 1.0 if args.placement == "cpu" else 0.0
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
-    return Strategy(plugin, args.placement, precision, offload)
+    strategy = Strategy(plugin, args.placement, precision, offload)
+    if args.compile and strategy.fetches_weights:
+        raise UserError(
+            f"--compile cannot look into what {chosen} does with each weight: "
+            "use it with --placement cuda or another plugin"
+        )
+    return strategy
