@@ -63,8 +63,8 @@ def build_parser() -> arguments.Parser:
         choices=tuple(PLACEMENTS),
         metavar="PLUGIN",
         help="how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; "
-        "low_level_zero, optimizer state split (ZeRO 1); gemini, weights split too, in chunks (ZeRO 3) "
-        "(default: torch_ddp for --placement cuda, else gemini)",
+        "low_level_zero, optimizer state split (ZeRO 1); gemini, gradients split too (ZeRO 2), and the weights with "
+        "--placement cpu or auto (ZeRO 3) (default: torch_ddp for --placement cuda, else gemini)",
     )
     group.add_argument(
         "--placement",
@@ -157,6 +157,8 @@ def boost(
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
+    if strategy.plugin == "low_level_zero" and strategy.placement == "cpu":
+        boosted.pin_master_weights()
     boosted.load_master_weights(pretrained)
     return boosted
 

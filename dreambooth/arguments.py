@@ -261,7 +261,7 @@ def _add_training(parser: Parser) -> None:
         "--compile",
         action="store_true",
         help="compile the blocks of the UNet with torch.compile: the first step takes a minute or two, the others "
-        "less time and memory; under gemini only with --placement cuda (default: off)",
+        "less time and memory; not under gemini (default: off)",
     )
     group.add_argument(
         "--mixed_precision",

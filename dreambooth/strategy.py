@@ -77,6 +77,8 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
+    if args.compile and plugin == "gemini":
+        raise UserError(f"--compile cannot look into what {chosen} does with each weight: use it with another plugin")
     offload = args.offload_optim_frac
     if offload is not None and (plugin != "gemini" or args.placement == "auto"):
         raise UserError(
@@ -85,10 +87,4 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
     if offload is None:
         offload = 1.0 if args.placement == "cpu" else 0.0
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
-    strategy = Strategy(plugin, args.placement, precision, offload)
-    if args.compile and strategy.fetches_weights:
-        raise UserError(
-            f"--compile cannot look into what {chosen} does with each weight: "
-            "use it with --placement cuda or another plugin"
-        )
-    return strategy
+    return Strategy(plugin, args.placement, precision, offload)

@@ -26,6 +26,7 @@ from harness import (
 from safetensors.torch import load_file
 
 from benchmarks.runs import STRATEGIES, strategy_flags
+from dreambooth.boosted import OffloadThroughPinnedMemory
 
 pytestmark = pytest.mark.gpu
 
@@ -142,17 +143,25 @@ def test_options_agree_with_fp32(option, strategy, reference_of, tiny_model, pho
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
-@each([strategy for strategy in STRATEGIES if strategy.placement == "cuda" and strategy.precision == "bf16"])
-def test_a_compiled_run_agrees_with_fp32(strategy, reference, tiny_model, photos, tmp_path):
+@pytest.mark.parametrize("name", ["traditional-cuda-bf16", "torch_ddp-cuda-bf16", "low_level_zero-cuda-bf16"])
+def test_a_compiled_run_agrees_with_fp32(name, reference, tiny_model, photos, tmp_path):
+    strategy = next(strategy for strategy in STRATEGIES if strategy.name == name)
     flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | strategy_flags(strategy)
     train(strategy.script, flags | {"compile": True, "output_dir": tmp_path / "out"}, nproc=NPROC, on_gpu=True)
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
-@pytest.mark.parametrize("placement", ["cpu", "auto"])
-def test_compiling_is_refused_where_weights_are_fetched(placement, flags):
-    done = train(COLOSSALAI, flags | {"placement": placement, "compile": True}, on_gpu=True, check=False)
+def test_compiling_is_refused_under_gemini(flags):
+    done = train(COLOSSALAI, flags | {"plugin": "gemini", "compile": True}, on_gpu=True, check=False)
     assert done.returncode == 2 and "--compile cannot look into" in done.error_lines[0]
+
+
+def test_what_zero_offloads_goes_through_pinned_memory():
+    on_gpu = torch.randn(1000, device="cuda")
+    with OffloadThroughPinnedMemory():
+        offloaded = on_gpu.to(torch.float32).to(torch.device("cpu"))
+        assert not offloaded.to(torch.float64).is_pinned()
+    assert offloaded.is_pinned() and torch.equal(offloaded, on_gpu.cpu())
 
 
 def test_tf32_rounds_the_matrix_products_of_fp32(flags, tmp_path):
