@@ -157,7 +157,7 @@ def boost(
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
-    if strategy.plugin == "low_level_zero" and strategy.placement == "cpu":
+    if strategy.zero_offloads:
         boosted.pin_master_weights()
     boosted.load_master_weights(pretrained)
     return boosted

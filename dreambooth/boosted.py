@@ -111,9 +111,7 @@ class Boosted:
             does not know it; not finite where the loss scale of fp16 was too high and the step was skipped.
         """
         if self.strategy.shards:
-            with (
-                OffloadThroughPinnedMemory() if self.strategy.plugin == "low_level_zero" else contextlib.nullcontext()
-            ):
+            with OffloadThroughPinnedMemory() if self.strategy.zero_offloads else contextlib.nullcontext():
                 self.optimizer.step()
             norm = self._norm_of_sharded_gradients()
         else:

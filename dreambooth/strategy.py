@@ -36,6 +36,11 @@ class Strategy:
         return self.plugin in ("low_level_zero", "gemini")
 
     @property
+    def zero_offloads(self) -> bool:
+        """Whether low_level_zero keeps the master weights and optimizer state in host memory."""
+        return self.plugin == "low_level_zero" and self.placement == "cpu"
+
+    @property
     def fetches_weights(self) -> bool:
         """Whether the plugin fetches a weight for each operation, and lets go of it after."""
         return self.plugin == "gemini" and self.placement != "cuda"

@@ -1,14 +1,15 @@
-"""The optimizer that works for Gemini, on the CPU, without Gemini: half-precision gradients beside fp32 weights."""
+"""What works inside the plugins, without them: Gemini's optimizer, and how low_level_zero offloads."""
 
 import pytest
 import torch
 
-from dreambooth.boosted import ShardAdamW
+from dreambooth.boosted import OffloadThroughPinnedMemory, ShardAdamW
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("div_scale", [-1.0, 250.0])
 def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale):
+    """With half-precision gradients beside fp32 weights."""
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(1000, generator=draw)
     weights, reference = torch.nn.Parameter(start.to(dtype)), torch.nn.Parameter(start.clone())
@@ -26,3 +27,12 @@ def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale):
         adamw.step()
         torch.testing.assert_close(shard, reference.data, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(shard, start, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_what_zero_offloads_goes_through_pinned_memory():
+    on_gpu = torch.randn(1000, device="cuda")
+    with OffloadThroughPinnedMemory():
+        offloaded = on_gpu.to(torch.float32).to(torch.device("cpu"))
+        assert not offloaded.to(torch.float64).is_pinned()
+    assert offloaded.is_pinned() and torch.equal(offloaded, on_gpu.cpu())

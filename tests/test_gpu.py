@@ -26,7 +26,6 @@ from harness import (
 from safetensors.torch import load_file
 
 from benchmarks.runs import STRATEGIES, strategy_flags
-from dreambooth.boosted import OffloadThroughPinnedMemory
 
 pytestmark = pytest.mark.gpu
 
@@ -154,14 +153,6 @@ def test_a_compiled_run_agrees_with_fp32(name, reference, tiny_model, photos, tm
 def test_compiling_is_refused_under_gemini(flags):
     done = train(COLOSSALAI, flags | {"plugin": "gemini", "compile": True}, on_gpu=True, check=False)
     assert done.returncode == 2 and "--compile cannot look into" in done.error_lines[0]
-
-
-def test_what_zero_offloads_goes_through_pinned_memory():
-    on_gpu = torch.randn(1000, device="cuda")
-    with OffloadThroughPinnedMemory():
-        offloaded = on_gpu.to(torch.float32).to(torch.device("cpu"))
-        assert not offloaded.to(torch.float64).is_pinned()
-    assert offloaded.is_pinned() and torch.equal(offloaded, on_gpu.cpu())
 
 
 def test_tf32_rounds_the_matrix_products_of_fp32(flags, tmp_path):
