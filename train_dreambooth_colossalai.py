@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.with_prior_preservation:
         class_images = generate_class_images(
             args,
-            lambda: load_pipeline(dtype=half, unet=models.load_unet(model_folder, args.external_unet_path)),
+            lambda: load_pipeline(dtype=half, unet=models.load_unet(model_folder, args.external_unet_path, half)),
             seed=seed,
             ranks=ranks,
         )

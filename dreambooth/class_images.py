@@ -85,10 +85,12 @@ def generate_class_images(
     share = batches[ranks.rank :: ranks.world_size]
     started = time.monotonic()
     if share:
+        pipeline = load().to(ranks.device)
         with one_cpu_thread():
-            _generate(load().to(ranks.device), args.class_prompt, share, folder, seed)
+            _generate(pipeline, args.class_prompt, share, folder, seed)
+        del pipeline
         if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # the pipeline is gone
+            torch.cuda.empty_cache()
     if dist.is_initialized():
         dist.barrier()
     if numbers:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from dreambooth.console import RunError
+from dreambooth.precision import all_finite
 
 # Size of a flat parameter: so many elements that few are left, and so few that the first gradients are shared among
 # ranks while others are computed.
@@ -204,7 +205,7 @@ class Denoiser(torch.nn.Module):
         Raises:
             RunError: if a weight is not a finite number, so that no file gets such weights.
         """
-        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in weights.items() if not all_finite(tensor)]
         if broken:
             raise RunError(f"the weights hold values that are not finite, in {broken[0]}: they are not saved")
         parts = {}

@@ -14,6 +14,7 @@ from diffusers.utils.logging import disable_progress_bar
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.console import UserError, warn
+from dreambooth.precision import all_finite
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 ENCODED_AT_A_TIME = 32  # prompts
@@ -101,8 +102,8 @@ def _loading(part: str, source: str | Path) -> Iterator[None]:
         raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
 
 
-def _load_weights(kind: type, folder: Path) -> torch.nn.Module:
-    """Loads a part, fp32, on the CPU, from safetensors alone: to unpickle a file is to run what it says.
+def _load_weights(kind: type, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Loads a part on the CPU, from safetensors alone: to unpickle a file is to run what it says.
 
     Raises:
         UserError: if its weights are not whole, or not all finite.
@@ -112,13 +113,11 @@ def _load_weights(kind: type, folder: Path) -> torch.nn.Module:
             f"{folder} has its weights in a pickle file (.bin), which may run code when it is read: "
             "convert them to safetensors"
         )
-    module, info = kind.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    module, info = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
     for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
+        if not all_finite(parameter):
             raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
     return module
 
@@ -154,13 +153,13 @@ def load_vae(model: Path, resolution: int) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def load_unet(model: Path, external: str | None) -> UNet2DConditionModel:
-    """Loads the UNet that is trained, fp32, on the CPU: that of `model`, or of the folder `external` where given."""
+def load_unet(model: Path, external: str | Path | None, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """Loads the UNet that is trained, on the CPU: that of `model`, or of the folder `external` where given."""
     folder = Path(external or model)
     # An external folder is a UNet itself, such as checkpoint-500/unet, or has one.
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     with _loading("UNet", folder):
-        return _load_weights(UNet2DConditionModel, folder)
+        return _load_weights(UNet2DConditionModel, folder, dtype)
 
 
 def load_noise_scheduler(model: Path) -> DDPMScheduler:

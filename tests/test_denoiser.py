@@ -81,6 +81,7 @@ def test_parts_with_other_weights_compute_with_them(tiny_model):
     latents, timesteps, prompts = torch.ones(1, 4, 16, 16), torch.tensor([3]), torch.tensor([[1, 2, 3]])
     again = denoiser.Denoiser(**parts)
     assert torch.equal(again(latents, timesteps, prompts), by_hand(latents, timesteps, prompts))
-    weights["unet.conv_in.bias"][0] = torch.nan
-    with pytest.raises(RunError, match="not finite, in unet.conv_in.bias"):
-        one.parts_with(weights)
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        weights["unet.conv_in.bias"][0] = broken
+        with pytest.raises(RunError, match="not finite, in unet.conv_in.bias"):
+            one.parts_with(weights)

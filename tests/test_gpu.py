@@ -1,5 +1,6 @@
 """Every plugin and placement on CUDA GPUs: two of them where the machine has two, else one."""
 
+import json
 import os
 import shutil
 import signal
@@ -44,6 +45,17 @@ def flatten(weights: dict) -> torch.Tensor:
 def moments(checkpoint, name: str) -> torch.Tensor:
     tensors = load_file(checkpoint / "optimizer.safetensors")
     return flatten({key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")})
+
+
+@pytest.fixture
+def report(record_property):
+    """Tells benchmarks/reliability.py how far a resumed run's losses are from those of the uninterrupted one."""
+
+    def tell(fault: str, strategy, resumed: list[float], whole: list[float]) -> None:
+        difference = float(np.max(np.abs(np.array(resumed) / np.array(whole) - 1)))
+        record_property("on_gpus", json.dumps([fault, strategy.plugin, difference]))
+
+    return tell
 
 
 @pytest.fixture(scope="module")
@@ -206,19 +218,19 @@ def test_gradients_are_clipped(strategy, flags):
 
 
 @each(STRATEGIES)
-def test_a_resumed_run_goes_on_as_it_would_have(strategy, flags, tmp_path):
-    resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=NPROC)
+def test_a_resumed_run_goes_on_as_it_would_have(strategy, flags, report, tmp_path):
+    report("stopped at half time", strategy, *resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=NPROC))
 
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
 @each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING and strategy.precision == "bf16"])
-def test_a_run_of_two_gpus_goes_on_on_one(strategy, flags, tmp_path):
+def test_a_run_of_two_gpus_goes_on_on_one(strategy, flags, report, tmp_path):
     """With the same total batch: what two ranks hold makes the whole that one holds."""
-    resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=1)
+    report("resumed on one GPU", strategy, *resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=1))
 
 
-def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> None:
-    """Repeats the second half of a run of NPROC processes on `nproc`.
+def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> tuple[list[float], list[float]]:
+    """Repeats the second half of a run of NPROC processes on `nproc`, and returns its losses and those of the first.
 
     It starts from the exact fp32 state; what differs afterwards is the order in which GPUs add.
     """
@@ -238,6 +250,7 @@ def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> None:
     for moment in ("exp_avg", "exp_avg_sq"):
         here, there = (moments(folder / "checkpoint-4", moment) for folder in (resumed, whole))
         assert (here - there).norm() < 0.1 * there.norm()
+    return scalars(resumed, "loss", first=3), scalars(whole, "loss")[2:]
 
 
 def test_a_signal_to_all_processes_ends_the_step_and_saves(flags):
@@ -268,7 +281,7 @@ def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
 @each([strategy for strategy in STRATEGIES if strategy.plugin in SHARDING and strategy.precision == "bf16"])
-def test_a_killed_rank_costs_nothing(strategy, flags, tmp_path):
+def test_a_killed_rank_costs_nothing(strategy, flags, report, tmp_path):
     """The other rank, which waits for it in a collective, ends in time; the run goes on with the same losses."""
     flags |= strategy_flags(strategy) | {"max_train_steps": 20, "save_steps": 5}
     whole, killed = flags["output_dir"], tmp_path / "killed"
@@ -280,7 +293,9 @@ def test_a_killed_rank_costs_nothing(strategy, flags, tmp_path):
     since = time.monotonic()
     assert run.wait(timeout=60) and time.monotonic() - since < 30
     train(strategy.script, more, nproc=2, on_gpu=True)
-    np.testing.assert_allclose(scalars(killed, "loss"), scalars(whole, "loss"), rtol=2e-3)
+    losses = [scalars(folder, "loss") for folder in (killed, whole)]
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+    report("one of two processes killed", strategy, *losses)
 
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
