@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -132,16 +133,8 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) ->
         "peak_host_memory_gib" of the first process; or "skipped" or "failed", with the reason.
     """
     figures = asdict(strategy) | {"gpus": nproc, "batch": flags["train_batch_size"]}
-    words = []
-    for name, value in (flags | strategy_flags(strategy)).items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    launcher = [sys.executable]
-    if nproc > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     try:
-        done = subprocess.run(
-            [*launcher, strategy.script, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit_s
-        )
+        done = _launch([strategy.script], strategy, nproc, flags, limit_s)
         refusal = [line for line in done.stderr.splitlines() if f"{strategy.script}: error: " in line]
         if done.returncode and refusal and strategy.may_be_refused:
             return figures | {"skipped": refusal[0].partition(": error: ")[2]}
@@ -152,6 +145,29 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) ->
         return figures | {"failed": f"not finished after {limit_s:.0f} s"}
     finally:
         shutil.rmtree(flags["output_dir"], ignore_errors=True)
+
+
+def bare_seconds(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> list[float]:
+    """Returns the seconds of steps that do nothing else, as benchmarks/bare.py takes them; none if it fails."""
+    try:
+        done = _launch(["-m", "benchmarks.bare", strategy.script], strategy, nproc, flags, limit_s)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
+    except subprocess.TimeoutExpired:
+        return []
+    finally:
+        shutil.rmtree(flags["output_dir"], ignore_errors=True)
+
+
+def _launch(
+    program: list[str], strategy: Strategy, nproc: int, flags: dict, limit_s: float
+) -> subprocess.CompletedProcess:
+    words = []
+    for name, value in (flags | strategy_flags(strategy)).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return subprocess.run([*launcher, *program, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
 
 
 def _read(output_dir: Path, images_per_step: int) -> dict:

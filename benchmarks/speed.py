@@ -28,7 +28,7 @@ from diffusers import UNet2DConditionModel
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_strategy
+from benchmarks.runs import STRATEGIES, Strategy, bare_seconds, base_flags, build_parser, outcome, run_strategy
 
 BASELINE = Strategy("traditional", "cuda", "no")
 # What runs unless --strategies says otherwise.
@@ -52,6 +52,7 @@ COLUMNS = (
     "images/s per GPU",
     "speed-up",
     "of matrix rate",
+    "over bare step",
 )
 
 
@@ -108,6 +109,8 @@ def summarize(rows: list[dict], warm_up: int, operations: int, rate: float | Non
         row["images_per_second_per_gpu"] = row["batch"] / median
         row["speed_up"] = baseline[row["batch"]] / median if row["batch"] in baseline else None
         row["of_matrix_rate"] = operations * row["batch"] / median / rate if rate else None
+        bare = row.get("bare_seconds_per_step", [])[warm_up:]
+        row["over_bare_step"] = median / statistics.median(bare) - 1 if bare else None
 
 
 def name(row: dict) -> str:
@@ -133,6 +136,7 @@ def table(rows: list[dict], rate: float | None) -> str:
                 f"{row['images_per_second_per_gpu']:.1f}",
                 f"{row['speed_up']:.2f}" if row["speed_up"] else "–",
                 f"{row['of_matrix_rate']:.0%}" if row["of_matrix_rate"] else "–",
+                f"{row['over_bare_step']:+.1%}" if row["over_bare_step"] is not None else "–",
             ]
         else:
             cells += ["skipped" if "skipped" in row else "failed"] + ["–"] * (len(COLUMNS) - 4)
@@ -181,6 +185,11 @@ def main() -> None:
         help="with switches of the trainers after a +, as in torch_ddp-cuda-bf16+compile "
         f"(default: {' '.join(DEFAULT)})",
     )
+    parser.add_argument(
+        "--bare",
+        action="store_true",
+        help="also take the steps alone, without data, logging and checkpoints: what do these cost? (default: off)",
+    )
     parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
@@ -198,6 +207,8 @@ def main() -> None:
         for strategy, gpus, batch, is_baseline in plan:
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
             rows.append(run_strategy(strategy, gpus, flags | more, args.limit) | {"baseline": is_baseline})
+            if args.bare and "losses" in rows[-1] and not is_baseline:
+                rows[-1]["bare_seconds_per_step"] = bare_seconds(strategy, gpus, flags | more, args.limit)
             summarize(rows, args.warm_up, operations, rate)
             print(f"{gpus} x {batch}: {outcome(rows[-1])}", flush=True)
             # Written after each row: a run that is cut short leaves what it has measured.

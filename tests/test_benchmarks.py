@@ -10,6 +10,7 @@ from PIL import Image
 def test_speed(tmp_path):
     """Table, figures and chart, of a strategy that runs here and one that does not."""
     command = [sys.executable, "-m", "benchmarks.speed", "--steps", 4, "--warm_up", 1, "--output", tmp_path / "speed"]
+    command += ["--bare"]
     strategies = ["--strategies", "traditional-cuda-no", "low_level_zero-cuda-bf16"]
     done = run([*command, *strategies], env={"CUDA_VISIBLE_DEVICES": ""})
     table = (tmp_path / "speed.md").read_text()
@@ -20,5 +21,8 @@ def test_speed(tmp_path):
     ratio = baseline["median_seconds_per_step"] / cached["median_seconds_per_step"]
     assert cached["speed_up"] == ratio and f"| {ratio:.2f} |" in table
     assert max(abs(a - b) for a, b in zip(baseline["losses"], cached["losses"], strict=True)) < 1e-5
+    assert len(cached["bare_seconds_per_step"]) == 4 and min(cached["bare_seconds_per_step"]) > 0
+    bare = sorted(cached["bare_seconds_per_step"][1:])[1]
+    assert f"| {cached['median_seconds_per_step'] / bare - 1:+.1%} |" in table
     assert "needs a CUDA GPU" in skipped["skipped"]
     assert Image.open(tmp_path / "speed.png").width > 500

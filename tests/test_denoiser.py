@@ -71,6 +71,24 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
         assert half.unet.conv_in.weight.dtype == torch.bfloat16, "cast at once, not layer by layer"
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_the_parts_of_all_ranks_make_the_weights(world_size, tiny_model, monkeypatch):
+    """Whatever the ranks hold of each flat parameter, whose length their number need not divide."""
+    monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
+    one = build(tiny_model)
+    start = {name: weight.flatten() for name, weight in one.weights().items()}
+    one.flatten()
+    whole = {name: torch.full_like(weight, torch.nan) for name, weight in start.items()}
+    for flat, pieces in zip(one.parameters(), one.pieces, strict=True):
+        shards = flat.detach().tensor_split(world_size)
+        for rank, shard in enumerate(shards):
+            begin = sum(map(len, shards[:rank]))
+            for part in (piece.part(shard, begin, flat) for piece in pieces):
+                assert whole[part.name][part.first : part.last].isnan().all(), "held once"
+                whole[part.name][part.first : part.last] = part.of(shard)
+    assert all(torch.equal(whole[name], weight) for name, weight in start.items())
+
+
 def test_parts_with_other_weights_compute_with_them(tiny_model):
     one = build(tiny_model)
     weights = {name: torch.full_like(weight, 0.01) for name, weight in one.weights().items()}

@@ -162,6 +162,13 @@ def test_a_compiled_run_agrees_with_fp32(name, reference, tiny_model, photos, tm
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
+def test_gemini_with_half_of_the_optimizer_state_offloaded_agrees_with_fp32(reference, tiny_model, photos, tmp_path):
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | {"mixed_precision": "bf16"}
+    flags |= {"plugin": "gemini", "offload_optim_frac": 0.5, "output_dir": tmp_path / "out"}
+    train(COLOSSALAI, flags, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
+
+
 @pytest.mark.parametrize("more", [{}, {"compile": True}, TEXT_ENCODER, {"use_8bit_adam": True}], ids=str)
 @each([strategy for strategy in STRATEGIES if strategy.plugin != "gemini"])
 def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_model, photos, tmp_path):
