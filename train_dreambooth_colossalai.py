@@ -125,9 +125,8 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
             plugin=GeminiPlugin(
                 precision=strategy.precision,
                 placement_policy="auto" if strategy.placement == "auto" else "static",
-                shard_param_frac=float(
-                    strategy.fetches_weights
-                ),  # of the half-precision weights, between steps anyway
+                # Weights that are not fetched for each operation are whole from a forward pass to its gradients.
+                shard_param_frac=float(strategy.fetches_weights),
                 offload_optim_frac=strategy.offload_optim_frac,
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),

@@ -17,14 +17,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from dreambooth.console import is_rank_0, run
-from dreambooth.ranks import leave as wait_for_the_others
+from dreambooth.ranks import leave
 
 
 class Stopwatch:
@@ -66,17 +66,16 @@ def train_bare(train: Callable, max_steps: int, *positional) -> None:
     known = loss_of.keywords
     inputs = batch["noise"].to(known["dtype"]), batch["timesteps"], known["prompts"][batch["prompt_indices"]]
     stopwatch = Stopwatch(max_steps)
-    same: Iterator[list[dict]] = itertools.repeat([batch])
-    train(*first, same, functools.partial(bare_loss, inputs), stopwatch, 0)
+    train(*first, itertools.repeat([batch]), functools.partial(bare_loss, inputs), stopwatch, 0)
     seconds = stopwatch.seconds()
     if is_rank_0():
         print(json.dumps(seconds), flush=True)
-    wait_for_the_others()
+    leave()
     os._exit(0)  # nothing of this is to be saved
 
 
-def main(argv: list[str] | None = None) -> None:
-    script, *flags = sys.argv[1:] if argv is None else argv
+def main() -> None:
+    script, *flags = sys.argv[1:]
     trainer = importlib.import_module(Path(script).stem)
     max_steps = int(flags[flags.index("--max_train_steps") + 1])
     trainer.train = functools.partial(train_bare, trainer.train, max_steps)
