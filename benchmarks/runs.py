@@ -147,13 +147,19 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) ->
         shutil.rmtree(flags["output_dir"], ignore_errors=True)
 
 
-def bare_seconds(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> list[float]:
-    """Returns the seconds of steps that do nothing else, as benchmarks/bare.py takes them; none if it fails."""
+def run_bare(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> dict:
+    """Takes steps that do nothing else, with benchmarks/bare.py.
+
+    Returns:
+        "bare_seconds_per_step" of the first process; or "bare_failed", with all that the run said.
+    """
     try:
         done = _launch(["-m", "benchmarks.bare", strategy.script], strategy, nproc, flags, limit_s)
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
+        if done.returncode:
+            return {"bare_failed": f"exit status {done.returncode}\n{done.stdout}{done.stderr}"}
+        return {"bare_seconds_per_step": json.loads(done.stdout.splitlines()[-1])}
     except subprocess.TimeoutExpired:
-        return []
+        return {"bare_failed": f"not finished after {limit_s:.0f} s"}
     finally:
         shutil.rmtree(flags["output_dir"], ignore_errors=True)
 
@@ -185,4 +191,6 @@ def _read(output_dir: Path, images_per_step: int) -> dict:
 def outcome(row: dict) -> str:
     """Returns what became of a run, in a line; with all that it said if it failed."""
     found = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), "ran, output loads")
+    if "bare_failed" in row:
+        found += f"; its bare step failed: {row['bare_failed']}"
     return f"{row['plugin']}-{row['placement']}-{row['precision']}: {found}{row.get('log', '')}"

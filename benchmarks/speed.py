@@ -28,7 +28,7 @@ from diffusers import UNet2DConditionModel
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.runs import STRATEGIES, Strategy, bare_seconds, base_flags, build_parser, outcome, run_strategy
+from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_bare, run_strategy
 
 BASELINE = Strategy("traditional", "cuda", "no")
 # What runs unless --strategies says otherwise.
@@ -208,7 +208,7 @@ def main() -> None:
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
             rows.append(run_strategy(strategy, gpus, flags | more, args.limit) | {"baseline": is_baseline})
             if args.bare and "losses" in rows[-1] and not is_baseline:
-                rows[-1]["bare_seconds_per_step"] = bare_seconds(strategy, gpus, flags | more, args.limit)
+                rows[-1] |= run_bare(strategy, gpus, flags | more, args.limit)
             summarize(rows, args.warm_up, operations, rate)
             print(f"{gpus} x {batch}: {outcome(rows[-1])}", flush=True)
             # Written after each row: a run that is cut short leaves what it has measured.
@@ -217,7 +217,7 @@ def main() -> None:
             args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
     draw(rows, title, args.output.with_suffix(".png"))
     print(table(rows, rate))
-    if any("failed" in row for row in rows):
+    if any("failed" in row or "bare_failed" in row for row in rows):
         sys.exit(1)
 
 
