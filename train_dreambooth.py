@@ -40,7 +40,7 @@ from dreambooth.dry_run import tell_plan
 from dreambooth.images import check_crops
 from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
-from dreambooth.loss import training_loss
+from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import (
     adam_step,
@@ -172,12 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     # Samples, and which rank takes which.
+    latent_shape = models.latent_shape(vae, args.resolution)
     dataset = build_dataset(
         args,
         instance_images,
         class_images,
         seed=seed,
-        latent_shape=models.latent_shape(vae, args.resolution),
+        latent_shape=latent_shape,
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
@@ -209,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.compile_blocks()
     if not args.use_8bit_adam:  # which goes by single parameters
         denoiser.flatten()
+    if args.cuda_graphs:
+        samples = args.train_batch_size * (1 + args.with_prior_preservation)
+        autocast = None if precision == "no" else dtype
+        denoiser.to(ranks.device).record(*example_inputs(samples, latent_shape, prompts, torch.float32), autocast)
     optimizer = build_adamw(args, denoiser.parameters(), schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     training = Training(accelerator, denoiser, *accelerator.prepare(denoiser, optimizer), lr_scheduler)

@@ -11,7 +11,7 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import quiet_libraries, run, say
+from dreambooth.console import RunError, quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -40,7 +40,7 @@ from dreambooth.dry_run import tell_plan
 from dreambooth.images import check_crops
 from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
-from dreambooth.loss import training_loss
+from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
@@ -150,15 +150,25 @@ def boost(
     denoiser: Denoiser,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    inputs: tuple[torch.Tensor, ...],
 ) -> Boosted:
-    """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights."""
+    """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
+
+    `inputs` are an example of the denoiser's.
+    """
     pretrained = denoiser.weights()  # keeps the fp32 weights alive while the plugin puts half-precision ones in place
+    if args.cuda_graphs:
+        half = None if strategy.shards or strategy.precision == "no" else DTYPES[strategy.precision]
+        denoiser.to(inputs[0].device, strategy.weights_dtype).record(*inputs, half)
+        places = [parameter.data_ptr() for parameter in denoiser.parameters()]
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
     if strategy.zero_offloads:
         boosted.pin_master_weights()
     boosted.load_master_weights(pretrained)
+    if args.cuda_graphs and places != [parameter.data_ptr() for parameter in denoiser.parameters()]:
+        raise RunError(f"--cuda_graphs: {strategy} has moved the weights that were recorded; leave it out")
     return boosted
 
 
@@ -215,12 +225,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     # Samples, and which rank takes which.
+    latent_shape = models.latent_shape(vae, args.resolution)
     dataset = build_dataset(
         args,
         instance_images,
         class_images,
         seed=seed,
-        latent_shape=models.latent_shape(vae, args.resolution),
+        latent_shape=latent_shape,
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
@@ -255,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.flatten()
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler)
+    samples = args.train_batch_size * (1 + args.with_prior_preservation)
+    inputs = example_inputs(samples, latent_shape, prompts, strategy.weights_dtype)
+    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs)
     if checkpoint is not None:
         boosted.resume(checkpoint)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from setproctitle import getproctitle, setproctitle
 
 from dreambooth.console import UserError, warn
@@ -264,6 +265,12 @@ def _add_training(parser: Parser) -> None:
         "less time and memory; not under gemini (default: off)",
     )
     group.add_argument(
+        "--cuda_graphs",
+        action="store_true",
+        help="record the forward and backward pass as CUDA graphs, so that a slow host or a small batch keeps no GPU "
+        "waiting; not under gemini, nor with gradient accumulation or checkpointing (default: off)",
+    )
+    group.add_argument(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
         help="arithmetic of the forward pass; master weights and the optimizer stay in fp32 "
@@ -509,6 +516,12 @@ def _problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--lr_scheduler polynomial falls to {POLYNOMIAL_LR_END}: give a --learning_rate above it")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs a package that is not there: pip install bitsandbytes")
+    if args.cuda_graphs and not torch.cuda.is_available():
+        problems.append("--cuda_graphs needs a CUDA GPU, and none was found")
+    if args.cuda_graphs and args.gradient_accumulation_steps > 1:
+        problems.append("--cuda_graphs leaves each batch's gradients in one place: not with gradient accumulation")
+    if args.cuda_graphs and args.gradient_checkpointing:
+        problems.append("--cuda_graphs cannot record --gradient_checkpointing: leave one of them out")
     if args.push_to_hub:
         # The whole output folder is uploaded.
         for name in ("instance_data_dir", "class_data_dir"):

@@ -58,6 +58,7 @@ FREE_FLAGS = {
     "validation_steps",
     "dry_run",
     "compile",
+    "cuda_graphs",
     "allow_tf32",
     "dataloader_num_workers",
     "enable_xformers_memory_efficient_attention",

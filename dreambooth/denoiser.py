@@ -154,6 +154,19 @@ class Denoiser(torch.nn.Module):
             if isinstance(block, ResnetBlock2D | Transformer2DModel):
                 block.compile(dynamic=False)
 
+    def record(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, autocast: torch.dtype | None) -> None:
+        """Records the forward and backward pass as CUDA graphs: what the host would launch piece by piece, at once.
+
+        To be done before the module is wrapped, with its weights on the GPU, where they have to stay in place.
+
+        Args:
+            noisy_latents, timesteps, prompts: as in `forward`, of the shapes and dtypes of all that will follow.
+            autocast: dtype of the autocast context in which the denoiser will be called; None for none.
+        """
+        with torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False):
+            torch.cuda.make_graphed_callables(self, (noisy_latents, timesteps, prompts))
+        torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
+
     def flatten(self) -> None:
         """Lays the weights out in a few flat parameters.
 

@@ -104,6 +104,21 @@ def dreambooth_loss(
     return instance_errors.mean() + prior_loss_weight * class_errors.mean()
 
 
+def example_inputs(
+    samples: int, latent_shape: tuple[int, ...], prompts: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `training_loss` would hand to the denoiser: zeros, of the same shapes and dtypes.
+
+    Args:
+        samples: in a batch, class examples included.
+        latent_shape: (channels, height, width).
+        prompts, dtype: those of `training_loss`.
+    """
+    latents = torch.zeros(samples, *latent_shape, dtype=dtype, device=prompts.device)
+    timesteps = torch.zeros(samples, dtype=torch.int64, device=prompts.device)
+    return latents, timesteps, prompts[timesteps]
+
+
 def training_loss(
     denoiser: torch.nn.Module,
     batch: dict[str, Tensor],

@@ -82,8 +82,9 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
-    if args.compile and plugin == "gemini":
-        raise UserError(f"--compile cannot look into what {chosen} does with each weight: use it with another plugin")
+    for name in ("compile", "cuda_graphs"):
+        if getattr(args, name) and plugin == "gemini":
+            raise UserError(f"--{name} cannot see what {chosen} does with the weights: use it with another plugin")
     offload = args.offload_optim_frac
     if offload is not None and (plugin != "gemini" or args.placement == "auto"):
         raise UserError(

@@ -169,9 +169,22 @@ def test_gemini_with_half_of_the_optimizer_state_offloaded_agrees_with_fp32(refe
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
-def test_compiling_is_refused_under_gemini(flags):
-    done = train(COLOSSALAI, flags | {"plugin": "gemini", "compile": True}, on_gpu=True, check=False)
-    assert done.returncode == 2 and "--compile cannot look into" in done.error_lines[0]
+@pytest.mark.parametrize("more", [{}, {"compile": True}, TEXT_ENCODER, {"use_8bit_adam": True}], ids=str)
+@each([strategy for strategy in STRATEGIES if strategy.plugin != "gemini"])
+def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_model, photos, tmp_path):
+    if "use_8bit_adam" in more and strategy.plugin in SHARDING:
+        pytest.skip("quantizes whole parameters")
+    same = TEXT_ENCODER if "train_text_encoder" in more else {}
+    reference = reference_of(same)
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | strategy_flags(strategy) | more
+    train(strategy.script, flags | {"cuda_graphs": True, "output_dir": tmp_path / "out"}, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=1e-3 if strategy.precision == "no" else 3e-2)
+
+
+@pytest.mark.parametrize("flag", ["compile", "cuda_graphs"])
+def test_what_gemini_cannot_have_is_refused(flag, flags):
+    done = train(COLOSSALAI, flags | {"plugin": "gemini", flag: True}, on_gpu=True, check=False)
+    assert done.returncode == 2 and f"--{flag} cannot see what" in done.error_lines[0]
 
 
 def test_tf32_rounds_the_matrix_products_of_fp32(flags, tmp_path):
