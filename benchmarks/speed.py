@@ -159,7 +159,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
         axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.02)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
