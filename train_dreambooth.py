@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compile:
         denoiser.compile_blocks()
     if not args.use_8bit_adam:  # which goes by single parameters
-        denoiser.flatten()
+        denoiser.flatten(multiple_of=ranks.world_size)
     if args.cuda_graphs:
         samples = args.train_batch_size * (1 + args.with_prior_preservation)
         autocast = None if precision == "no" else dtype

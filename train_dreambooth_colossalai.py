@@ -11,7 +11,7 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import RunError, quiet_libraries, run, say
+from dreambooth.console import quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -160,15 +160,12 @@ def boost(
     if args.cuda_graphs:
         half = None if strategy.shards or strategy.precision == "no" else DTYPES[strategy.precision]
         denoiser.to(inputs[0].device, strategy.weights_dtype).record(*inputs, half)
-        places = [parameter.data_ptr() for parameter in denoiser.parameters()]
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
     if strategy.zero_offloads:
         boosted.pin_master_weights()
     boosted.load_master_weights(pretrained)
-    if args.cuda_graphs and places != [parameter.data_ptr() for parameter in denoiser.parameters()]:
-        raise RunError(f"--cuda_graphs: {strategy} has moved the weights that were recorded; leave it out")
     return boosted
 
 
@@ -263,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compile:
         denoiser.compile_blocks()
     if not (strategy.fetches_weights or args.use_8bit_adam):  # these two go by single parameters
-        denoiser.flatten()
+        denoiser.flatten(multiple_of=ranks.world_size)
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
     samples = args.train_batch_size * (1 + args.with_prior_preservation)

@@ -131,7 +131,8 @@ class Denoiser(torch.nn.Module):
         for flat, pieces in zip(self.parameters(recurse=False), self.pieces, strict=True):
             if torch.is_autocast_enabled(device_type):
                 flat = flat.to(torch.get_autocast_dtype(device_type))
-            weights = flat.split([piece.shape.numel() for piece in pieces])
+            sizes = [piece.shape.numel() for piece in pieces]
+            *weights, _ = flat.split([*sizes, flat.numel() - sum(sizes)])  # the last is filling
             # Gemini makes tensors of its own type, whose every use would go through Python.
             with torch._C.DisableTorchFunctionSubclass():
                 for piece, weight in zip(pieces, weights, strict=True):
@@ -167,11 +168,15 @@ class Denoiser(torch.nn.Module):
             torch.cuda.make_graphed_callables(self, (noisy_latents, timesteps, prompts))
         torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
 
-    def flatten(self) -> None:
+    def flatten(self, multiple_of: int) -> None:
         """Lays the weights out in a few flat parameters.
 
         It computes the same. There is less to launch for the host, which casts, hands out and updates a few tensors
         instead of hundreds; a plugin that does so in Python would take longer over it than the GPU over its work.
+
+        Args:
+            multiple_of: what divides their lengths, by zeros at their ends. If it is the number of ranks, a plugin
+                that gives each a part need not fill up parameters itself, for which it would move them.
         """
         groups: list[list[Piece]] = [[]]
         size = 0
@@ -185,7 +190,8 @@ class Denoiser(torch.nn.Module):
             weights = [getattr(piece.owner, piece.attribute).detach() for piece in group]
             for piece in group:
                 delattr(piece.owner, piece.attribute)
-            flat = torch.cat([weight.flatten() for weight in weights])
+            filling = weights[0].new_zeros(-sum(piece.shape.numel() for piece in group) % multiple_of)
+            flat = torch.cat([*(weight.flatten() for weight in weights), filling])
             self.register_parameter(f"flat{number}", torch.nn.Parameter(flat))
         self.pieces, self.is_flat = groups, True
 

@@ -13,12 +13,13 @@ def build(folder) -> denoiser.Denoiser:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_model, monkeypatch):
-    """Three steps: the same losses and weights, out of parameters of which none is much larger than asked for."""
+    """Three steps: the same losses and weights, out of a few parameters that seven ranks could share."""
     monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
     plain, flat = build(tiny_model), build(tiny_model)
     start = {name: weight.clone() for name, weight in plain.weights().items()}
-    flat.flatten()
+    flat.flatten(multiple_of=7)
     assert 1 < len(list(flat.parameters())) < 20 < len(list(plain.parameters()))
+    assert not any(parameter.numel() % 7 for parameter in flat.parameters())
     assert all(torch.equal(flat.weights()[name], weight) for name, weight in start.items())
     losses = []
     for one in (plain, flat):
@@ -50,7 +51,7 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
     plain, half = build(tiny_model).to(device), build(tiny_model).to(device)
     half.normalize_in_half()
     if flat:
-        half.flatten()
+        half.flatten(multiple_of=1)
     dtypes = []
     for one in half.unet.modules():
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
@@ -71,13 +72,14 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
         assert half.unet.conv_in.weight.dtype == torch.bfloat16, "cast at once, not layer by layer"
 
 
+@pytest.mark.parametrize("multiple_of", [1, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_parts_of_all_ranks_make_the_weights(world_size, tiny_model, monkeypatch):
+def test_the_parts_of_all_ranks_make_the_weights(world_size, multiple_of, tiny_model, monkeypatch):
     """Whatever the ranks hold of each flat parameter, whose length their number need not divide."""
     monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
     one = build(tiny_model)
     start = {name: weight.flatten() for name, weight in one.weights().items()}
-    one.flatten()
+    one.flatten(multiple_of)
     whole = {name: torch.full_like(weight, torch.nan) for name, weight in start.items()}
     for flat, pieces in zip(one.parameters(), one.pieces, strict=True):
         shards = flat.detach().tensor_split(world_size)

@@ -233,7 +233,9 @@ strategy = choose_strategy(args)
 trainer.launch()
 denoiser = Denoiser(models.load_unet(sys.argv[2], None))
 optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
-boosted = trainer.boost(args, strategy, denoiser, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), torch.ones(1, 77, 32))
+boosted = trainer.boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs)
 (ddp,) = (module for module in boosted.model.modules() if isinstance(module, DistributedDataParallel))
 reduced = []
 
@@ -246,8 +248,7 @@ def hook(state, bucket):
 ddp.register_comm_hook(None, hook)
 for synchronized in (False, True):
     with trainer.contextlib.nullcontext() if synchronized else boosted.no_sync():
-        loss = boosted.model(torch.ones(1, 4, 16, 16), torch.tensor([1]), torch.ones(1, 77, 32)).square().mean()
-        boosted.backward(loss)
+        boosted.backward(boosted.model(*inputs).square().mean())
     print("reductions:", len(reduced))
 """
 
