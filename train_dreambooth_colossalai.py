@@ -31,6 +31,7 @@ from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
 from dreambooth import arguments, models
+from dreambooth.activations import discard_activations
 from dreambooth.boosted import Boosted, ShardAdamW
 from dreambooth.checkpoint import check_settings, find_checkpoint, settings_of
 from dreambooth.class_images import check_class_images, generate_class_images
@@ -257,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.normalize_in_half()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    elif strategy.spares_memory and not args.compile:
+        discard_activations(denoiser.unet)
     if args.compile:
         denoiser.compile_blocks()
     if not (strategy.fetches_weights or args.use_8bit_adam):  # these two go by single parameters

@@ -46,6 +46,11 @@ class Strategy:
         return self.plugin == "gemini" and self.placement != "cuda"
 
     @property
+    def spares_memory(self) -> bool:
+        """Whether it is chosen to need little GPU memory, at the price of time."""
+        return self.plugin == "gemini" or self.placement == "cpu"
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """Dtype of the weights that the forward pass uses."""
         return DTYPES[self.precision] if self.shards else torch.float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dreambooth import denoiser, models
+from dreambooth.activations import discard_activations
 from dreambooth.console import RunError
 
 
@@ -70,6 +71,34 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
     assert all(parameter.grad.dtype == torch.float32 for parameter in half.parameters())
     if flat:
         assert half.unet.conv_in.weight.dtype == torch.bfloat16, "cast at once, not layer by layer"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_discarded_activations_are_the_same_again(precision, tiny_model):
+    """Between the passes their memory is free; the gradients are those of a UNet that keeps them, to the bit."""
+    keeping, discarding = build(tiny_model), build(tiny_model)
+    read = []
+    for one in (keeping, discarding):
+        one.normalize_in_half()
+        one.flatten(multiple_of=1)
+        layers = [module for module in one.unet.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+        for layer in layers:
+            layer.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    discard_activations(discarding.unet)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    kept, gradients = [], []
+    for one in (keeping, discarding):
+        read.clear()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = one(*inputs).float().square().mean()
+        kept.append(sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in read}.values()))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in one.parameters()])
+    assert kept[1] < 0.7 * kept[0]
+    assert all(map(torch.equal, *gradients))
+    with torch.no_grad():
+        assert torch.equal(keeping(*inputs), discarding(*inputs))
 
 
 @pytest.mark.parametrize("multiple_of", [1, 64])
