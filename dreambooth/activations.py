@@ -2,8 +2,8 @@
 
 A quarter of what a UNet keeps are results of elementwise functions whose arguments it keeps as well: of SiLU before
 the convolutions of residual blocks, of GELU and of the product in the gated layers of transformer blocks. The memory
-of such a result goes when the layer that reads it is done, and comes back, filled anew, when that layer's backward pass
-begins. The numbers are the same to the bit. It costs the host some ten milliseconds a step, and the GPU a few.
+of such a result goes when the layer that reads it is done, and comes back, filled anew, when the backward pass of that
+layer begins. The numbers are the same to the bit. It costs the host ten to thirty milliseconds a step, the GPU a few.
 """
 
 from collections.abc import Callable
