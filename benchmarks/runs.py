@@ -125,8 +125,8 @@ def base_flags(args: argparse.Namespace) -> Iterator[dict]:
         }
 
 
-def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> dict:
-    """Trains once, loads the trained pipeline, and removes it.
+def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float, *, load: bool) -> dict:
+    """Trains once and removes the trained pipeline, which it has loaded before if `load` is true.
 
     Returns:
         The strategy, and with each step's figures "losses" and "seconds_per_step", and "peak_memory_gib" and
@@ -140,7 +140,9 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float) ->
             return figures | {"skipped": refusal[0].partition(": error: ")[2]}
         if done.returncode:
             return figures | {"failed": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
-        return figures | _read(flags["output_dir"], flags["train_batch_size"] * nproc)
+        if load:
+            StableDiffusionPipeline.from_pretrained(flags["output_dir"])
+        return figures | _read(flags["output_dir"], flags["train_batch_size"] * nproc) | {"loaded": load}
     except subprocess.TimeoutExpired:
         return figures | {"failed": f"not finished after {limit_s:.0f} s"}
     finally:
@@ -177,7 +179,6 @@ def _launch(
 
 
 def _read(output_dir: Path, images_per_step: int) -> dict:
-    StableDiffusionPipeline.from_pretrained(output_dir)
     events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0})
     events.Reload()
     return {
@@ -190,7 +191,8 @@ def _read(output_dir: Path, images_per_step: int) -> dict:
 
 def outcome(row: dict) -> str:
     """Returns what became of a run, in a line; with all that it said if it failed."""
-    found = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), "ran, output loads")
+    ran = "ran, output loads" if row.get("loaded") else "ran"
+    found = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), ran)
     if "bare_failed" in row:
         found += f"; its bare step failed: {row['bare_failed']}"
     return f"{row['plugin']}-{row['placement']}-{row['precision']}: {found}{row.get('log', '')}"

@@ -206,7 +206,7 @@ def main() -> None:
                 plan += [(strategy, gpus, batch, False) for gpus in counts]
         for strategy, gpus, batch, is_baseline in plan:
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
-            rows.append(run_strategy(strategy, gpus, flags | more, args.limit) | {"baseline": is_baseline})
+            rows.append(run_strategy(strategy, gpus, flags | more, args.limit, load=False) | {"baseline": is_baseline})
             if args.bare and "losses" in rows[-1] and not is_baseline:
                 rows[-1] |= run_bare(strategy, gpus, flags | more, args.limit)
             summarize(rows, args.warm_up, operations, rate)

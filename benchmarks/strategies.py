@@ -54,7 +54,7 @@ def main() -> None:
             if args.only and strategy.name not in args.only:
                 continue
             flags["train_batch_size"] = args.train_batch_size
-            rows.append(run_strategy(strategy, args.nproc, flags, args.limit))
+            rows.append(run_strategy(strategy, args.nproc, flags, args.limit, load=True))
             print(outcome(rows[-1]), flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=1))
