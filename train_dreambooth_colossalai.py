@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.normalize_in_half()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    elif strategy.spares_memory and not args.compile:
+    elif strategy.spares_memory and not (args.compile or args.cuda_graphs):
         discard_activations(denoiser.unet)
     if args.compile:
         denoiser.compile_blocks()
