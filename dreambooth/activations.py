@@ -43,7 +43,7 @@ def _discard_input(layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: T
         for memory, size, alias, function, arguments in discarded:
             memory.resize_(size)
             function(*arguments, out=alias)
-        discarded.clear()  # this function lives longer than what the backward pass is through with
+        discarded.clear()  # autograd keeps this function until the loss goes, and with it would keep the memory
 
     output.register_hook(make_again)
 
