@@ -19,7 +19,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -63,6 +63,15 @@ def strategy_named(wanted: str, parser: argparse.ArgumentParser) -> Strategy:
     if first not in by_name:
         parser.error(f"unknown strategy {first!r}; there are {', '.join(by_name)}")
     return replace(by_name[first], switches=tuple(switches))
+
+
+def earlier_rows(path: Path, title: str, parser: argparse.ArgumentParser) -> list[dict]:
+    """Returns the rows of a file that an earlier run on the same hardware has left, without those that failed."""
+    facts = json.loads(path.read_text())
+    if facts["title"] != title:
+        parser.error(f"{path} was measured on {facts['title']}, not on {title}")
+    worked = [row for row in facts["rows"] if not {"failed", "bare_failed"} & row.keys()]
+    return [row | {"switches": tuple(row["switches"])} for row in worked]
 
 
 def matrix_rate() -> float | None:
@@ -190,13 +199,19 @@ def main() -> None:
         action="store_true",
         help="also take the steps alone, without data, logging and checkpoints: what do these cost? (default: off)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows of an earlier run's OUTPUT.json and add those that it lacks (default: off)",
+    )
     parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
 
     device = torch.cuda.get_device_name() if found else platform.processor() or platform.machine()
     title = f"{device}, torch {torch.__version__}, {args.resolution} px"
-    rate, rows = matrix_rate(), []
+    figures = args.output.with_suffix(".json")
+    rate, rows = matrix_rate(), earlier_rows(figures, title, parser) if args.resume else []
     with base_flags(args) as flags:
         operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
         plan = [(BASELINE, 1, batch, True) for batch in args.batches]
@@ -205,15 +220,19 @@ def main() -> None:
                 counts = [1] if strategy.plugin == "traditional" else args.gpus
                 plan += [(strategy, gpus, batch, False) for gpus in counts]
         for strategy, gpus, batch, is_baseline in plan:
+            wanted = asdict(strategy) | {"gpus": gpus, "batch": batch, "baseline": is_baseline}
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
-            rows.append(run_strategy(strategy, gpus, flags | more, args.limit, load=False) | {"baseline": is_baseline})
-            if args.bare and "losses" in rows[-1] and not is_baseline:
-                rows[-1] |= run_bare(strategy, gpus, flags | more, args.limit)
+            row = next((row for row in rows if row | wanted == row), None)
+            if row is None:
+                row = run_strategy(strategy, gpus, flags | more, args.limit, load=False) | {"baseline": is_baseline}
+                rows.append(row)
+            if args.bare and "losses" in row and not is_baseline and "bare_seconds_per_step" not in row:
+                row |= run_bare(strategy, gpus, flags | more, args.limit)
             summarize(rows, args.warm_up, operations, rate)
-            print(f"{gpus} x {batch}: {outcome(rows[-1])}", flush=True)
+            print(f"{gpus} x {batch}: {outcome(row)}", flush=True)
             # Written after each row: a run that is cut short leaves what it has measured.
             facts = {"title": title, "matrix_rate": rate, "operations_per_image": operations, "rows": rows}
-            args.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+            figures.write_text(json.dumps(facts, indent=1))
             args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
     draw(rows, title, args.output.with_suffix(".png"))
     print(table(rows, rate))

@@ -26,3 +26,9 @@ def test_speed(tmp_path):
     assert f"| {cached['median_seconds_per_step'] / bare - 1:+.1%} |" in table
     assert "needs a CUDA GPU" in skipped["skipped"]
     assert Image.open(tmp_path / "speed.png").width > 500
+
+    more = ["--resume", "--strategies", "traditional-cuda-no", "traditional-cuda-no+gradient_checkpointing"]
+    run([*command, *more], env={"CUDA_VISIBLE_DEVICES": ""})
+    *earlier, added = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert earlier == [baseline, cached, skipped], "nothing is measured twice"
+    assert added["switches"] == ["gradient_checkpointing"] and added["speed_up"] != cached["speed_up"]
