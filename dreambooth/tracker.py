@@ -1,6 +1,7 @@
 """How a run is going: shown, logged and watched, without holding up the GPU."""
 
 import argparse
+import gc
 import math
 import os
 import resource
@@ -95,6 +96,10 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         self.request.__enter__()
+        # What is there now, stays: Python's collector would go through all of it in one of the steps, for half a second.
+        gc.collect()
+        gc.freeze()
+        self.restart_clock()
         return self
 
     def __exit__(self, kind: type | None, *exception) -> None:

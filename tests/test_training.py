@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, scalars, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth import models
@@ -251,3 +251,38 @@ def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
 def test_a_cache_of_all_latents_needs_fixed_crops(flags):
     done = train(COLOSSALAI, flags | {"cache_latents": "on"}, check=False)
     assert done.returncode == 2 and "--cache_latents on" in done.error_lines[0] and "not square" in done.error_lines[0]
+
+
+# Runs a trainer, and prints how long each garbage collection took between two steps.
+TIME_COLLECTIONS = """
+import gc, sys, time
+import train_dreambooth_colossalai as trainer
+from dreambooth.milestones import Milestones
+
+collected, started = [], 0
+
+def watch(phase, info):
+    global started
+    if phase == "start":
+        started = time.perf_counter()
+    else:
+        collected.append(time.perf_counter() - started)
+
+def after(milestones, step, **figures):
+    if step == 1:
+        gc.callbacks.append(watch)
+    gc.collect()  # at the latest now
+    return go_on(milestones, step, **figures)
+
+go_on, Milestones.after = Milestones.after, after
+trainer.main(sys.argv[1:])
+print("longest:", max(collected))
+"""
+
+
+def test_no_step_waits_long_for_the_garbage_collector(flags):
+    """A full collection goes through what the steps have made, not through what was there before."""
+    command = [sys.executable, "-c", TIME_COLLECTIONS, *command_line(flags | {"max_train_steps": 4})]
+    done = run(command, env={"PYTHONPATH": str(ROOT)})
+    (longest,) = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("longest:"))
+    assert longest < 0.03
