@@ -96,7 +96,7 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         self.request.__enter__()
-        # What is there now, stays: Python's collector would go through all of it in one of the steps, for half a second.
+        # What is there now, stays: the collector would go through it in one of the steps, for up to half a second.
         gc.collect()
         gc.freeze()
         self.restart_clock()
