@@ -32,7 +32,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradScalerKwargs
 
 from dreambooth import arguments, models
-from dreambooth.checkpoint import Checkpoint, Progress, check_settings, find_checkpoint, settings_of
+from dreambooth.checkpoint import (
+    Checkpoint,
+    Progress,
+    check_settings,
+    data_settings,
+    find_checkpoint,
+    flag_settings,
+    seed_of,
+)
 from dreambooth.class_images import check_class_images, generate_class_images
 from dreambooth.data import build_dataset, build_loader
 from dreambooth.denoiser import Denoiser
@@ -52,7 +60,6 @@ from dreambooth.optimizer import (
 )
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
-from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
@@ -67,6 +74,7 @@ def launch(precision: str) -> tuple[Accelerator, Ranks]:
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[GradScalerKwargs(init_scale=INITIAL_LOSS_SCALE)],
     )
+    accelerator.gradient_accumulation_steps = 1  # `train` divides; accelerate would again, if the environment says so
     return accelerator, Ranks(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -145,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_folder = models.find_model(args)
     accelerator, ranks = launch(precision)
     set_tf32(args.allow_tf32)
-    seed = shared_seed(args.seed)
+    seed = seed_of(args, checkpoint)
+    settings = flag_settings(args, seed)
+    check_settings(checkpoint, settings, args.resume_anyway)
     repo_id = prepare_hub(args)
 
     # The parts of the model; those that are trained come from the checkpoint, if there is one.
@@ -182,11 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
-    settings = settings_of(args, seed=seed, total_batch=schedule.total_batch, images=instance_images + class_images)
-    first_step = 0
-    if checkpoint is not None:
-        check_settings(checkpoint, settings, args.resume_anyway)
-        first_step = checkpoint.step
+    settings_of_data = data_settings(schedule, instance_images + class_images)
+    check_settings(checkpoint, settings_of_data, args.resume_anyway)
+    first_step = 0 if checkpoint is None else checkpoint.step
     steps = build_loader(dataset, schedule, ranks, first_step, args.dataloader_num_workers)
 
     # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
@@ -233,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"traditional process, precision {precision} on {ranks}, {schedule}, seed {seed}")
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=precision == "fp16") as tracker:
         draw = functools.partial(validate, args, training, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
-        milestones = Milestones(args, settings, training, tracker, draw)
+        milestones = Milestones(args, settings | settings_of_data, training, tracker, draw)
         train(args, training, steps, loss_of, milestones, first_step)
 
     if args.dry_run:

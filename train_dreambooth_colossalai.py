@@ -33,7 +33,7 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 from dreambooth import arguments, models
 from dreambooth.activations import discard_activations
 from dreambooth.boosted import Boosted, ShardAdamW
-from dreambooth.checkpoint import check_settings, find_checkpoint, settings_of
+from dreambooth.checkpoint import check_settings, data_settings, find_checkpoint, flag_settings, seed_of
 from dreambooth.class_images import check_class_images, generate_class_images
 from dreambooth.data import build_dataset, build_loader
 from dreambooth.denoiser import Denoiser
@@ -46,7 +46,6 @@ from dreambooth.milestones import Milestones
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
-from dreambooth.randomness import shared_seed
 from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
 from dreambooth.schedule import Schedule, plan
 from dreambooth.strategy import PLACEMENTS, Strategy, choose_strategy
@@ -196,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_folder = models.find_model(args)
     ranks = launch()
     set_tf32(args.allow_tf32)
-    seed = shared_seed(args.seed)
+    seed = seed_of(args, checkpoint)
+    settings = flag_settings(args, seed)
+    check_settings(checkpoint, settings, args.resume_anyway)
     repo_id = prepare_hub(args)
 
     # The parts of the model; those that are trained come from the checkpoint, if there is one.
@@ -233,11 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     schedule = plan(args, ranks.world_size, dataset.images_per_epoch)
-    settings = settings_of(args, seed=seed, total_batch=schedule.total_batch, images=instance_images + class_images)
-    first_step = 0
-    if checkpoint is not None:
-        check_settings(checkpoint, settings, args.resume_anyway)
-        first_step = checkpoint.step
+    settings_of_data = data_settings(schedule, instance_images + class_images)
+    check_settings(checkpoint, settings_of_data, args.resume_anyway)
+    first_step = 0 if checkpoint is None else checkpoint.step
     steps = build_loader(dataset, schedule, ranks, first_step, args.dataloader_num_workers)
 
     # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
@@ -285,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"{strategy} on {ranks}, {schedule}, seed {seed}")
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=strategy.precision == "fp16") as tracker:
         draw = functools.partial(validate, args, boosted, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
-        milestones = Milestones(args, settings, boosted, tracker, draw)
+        milestones = Milestones(args, settings | settings_of_data, boosted, tracker, draw)
         train(boosted, steps, loss_of, milestones, first_step)
 
     if args.dry_run:

@@ -4,7 +4,7 @@
 
 writes a table to speed.md, all figures to speed.json and a bar chart to speed.png. The real trainers run, on a model
 of Stable Diffusion 1.4's shape with random weights at 512 px. Each row is compared with the traditional process on one
-GPU in fp32, without the latent cache, with the same batch, measured in the same run.
+GPU in fp32, without the latent cache, with the same batch, measured in the same run, or in the one that it resumes.
 
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
@@ -65,13 +65,22 @@ def strategy_named(wanted: str, parser: argparse.ArgumentParser) -> Strategy:
     return replace(by_name[first], switches=tuple(switches))
 
 
-def earlier_rows(path: Path, title: str, parser: argparse.ArgumentParser) -> list[dict]:
-    """Returns the rows of a file that an earlier run on the same hardware has left, without those that failed."""
-    facts = json.loads(path.read_text())
-    if facts["title"] != title:
-        parser.error(f"{path} was measured on {facts['title']}, not on {title}")
-    worked = [row for row in facts["rows"] if not {"failed", "bare_failed"} & row.keys()]
-    return [row | {"switches": tuple(row["switches"])} for row in worked]
+def earlier_facts(path: Path, facts: dict, parser: argparse.ArgumentParser) -> dict:
+    """Returns what an earlier run under the same conditions has left in a file, without the rows that failed.
+
+    Without a file these are `facts`, the beginning of new ones.
+    """
+    if not path.exists():
+        return facts
+    try:
+        earlier = json.loads(path.read_text())
+        rows = [row | {"switches": tuple(row["switches"])} for row in earlier["rows"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        parser.error(f"--resume: {path} is not what this command writes")
+    for name in ("title", "settings"):
+        if earlier.get(name) != facts[name]:
+            parser.error(f"--resume: {path} is of {earlier.get(name)}, this run of {facts[name]}")
+    return earlier | {"rows": [row for row in rows if not {"failed", "bare_failed"} & row.keys()]}
 
 
 def matrix_rate() -> float | None:
@@ -207,13 +216,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
+    if args.steps < args.warm_up + 2:
+        parser.error(f"--steps {args.steps} leaves less than two steps after --warm_up {args.warm_up}")
 
     device = torch.cuda.get_device_name() if found else platform.processor() or platform.machine()
-    title = f"{device}, torch {torch.__version__}, {args.resolution} px"
+    facts = {
+        "title": f"{device}, torch {torch.__version__}, {args.resolution} px",
+        "settings": {name: getattr(args, name) for name in ("steps", "warm_up", "learning_rate")}
+        | {"model": Path(args.model or args.shape).name},
+        "matrix_rate": matrix_rate(),
+        "rows": [],
+    }
     figures = args.output.with_suffix(".json")
-    rate, rows = matrix_rate(), earlier_rows(figures, title, parser) if args.resume else []
+    if args.resume:
+        facts = earlier_facts(figures, facts, parser)
+    title, rate, rows = facts["title"], facts["matrix_rate"], facts["rows"]
     with base_flags(args) as flags:
         operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
+        facts["operations_per_image"] = operations
         plan = [(BASELINE, 1, batch, True) for batch in args.batches]
         for batch in args.batches:
             for strategy in strategies:
@@ -231,7 +251,6 @@ def main() -> None:
             summarize(rows, args.warm_up, operations, rate)
             print(f"{gpus} x {batch}: {outcome(row)}", flush=True)
             # Written after each row: a run that is cut short leaves what it has measured.
-            facts = {"title": title, "matrix_rate": rate, "operations_per_image": operations, "rows": rows}
             figures.write_text(json.dumps(facts, indent=1))
             args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
     draw(rows, title, args.output.with_suffix(".png"))

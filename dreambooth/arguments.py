@@ -33,7 +33,9 @@ EFFECT_NEEDS = {
     "validation_prompt": ("num_validation_images", "validation_steps"),
     "dataset_name": ("dataset_config_name", "image_column"),
     "push_to_hub": ("hub_token", "hub_model_id"),
+    "resume_from_checkpoint": ("resume_anyway",),
 }
+PIPELINE = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")  # its folders
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -216,7 +218,7 @@ def _add_training(parser: Parser) -> None:
         type=number(int, 1, highest=MAX_BATCH),
         metavar="N",
         default=4,
-        help="samples per device and step; with prior preservation each is an instance and a class image (default: 4)",
+        help="samples per device at a time, with prior preservation each an instance and a class image (default: 4)",
     )
     group.add_argument(
         "--gradient_accumulation_steps",
@@ -291,7 +293,8 @@ def _add_training(parser: Parser) -> None:
         "--seed",
         type=number(int, 0, highest=MAX_SEED),
         metavar="N",
-        help="every random draw follows from it and the sample's number (default: drawn and printed)",
+        help="every random draw follows from it and the sample's number (default: that of the checkpoint that the run "
+        "goes on from, else drawn and printed)",
     )
     group.add_argument(
         "--local_rank", type=int, metavar="N", help="accepted for old launchers; the environment's LOCAL_RANK decides"
@@ -502,12 +505,14 @@ def _problems(args: argparse.Namespace) -> list[str]:
             problems += _unwritable("--class_data_dir", args.class_data_dir)
     problems += _problems_of_instance_images(args)
     problems += _unwritable("--output_dir", args.output_dir)
-    for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler", "validation"):
+    for part in (*PIPELINE, "validation"):
         if os.path.isfile(os.path.join(args.output_dir, part)):
             problems.append(f"--output_dir {args.output_dir} has a file named {part}, where a folder goes")
     if _same_folder(args.output_dir, args.pretrained_model_name_or_path):
         problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
     logs = os.path.join(args.output_dir, args.logging_dir)
+    if {*Path(os.path.normpath(args.logging_dir)).parts[:1]} & {*PIPELINE}:
+        problems.append(f"--logging_dir {args.logging_dir}: the trained pipeline's folder of that name replaces it")
     if os.path.isdir(args.output_dir):
         problems += _unwritable("--logging_dir", logs)
     if args.external_unet_path and not os.path.isdir(args.external_unet_path):

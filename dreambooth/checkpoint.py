@@ -30,6 +30,8 @@ from dreambooth.denoiser import Denoiser
 from dreambooth.images import Photo
 from dreambooth.models import first_line
 from dreambooth.output import bytes_of, readable, written_whole
+from dreambooth.randomness import shared_seed
+from dreambooth.schedule import Schedule
 
 NAME = re.compile(r"checkpoint-(\d+)")
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
@@ -50,7 +52,8 @@ FREE_FLAGS = {
     "plugin",
     "placement",
     "offload_optim_frac",
-    "num_train_epochs",
+    "num_train_epochs",  # of which, as of the next, the number of steps counts
+    "max_train_steps",
     "train_batch_size",
     "gradient_accumulation_steps",
     "validation_prompt",
@@ -118,21 +121,29 @@ class Checkpoint:
             return {name: file.get_tensor(f"{name}.{parameter}") for name in names if f"{name}.{parameter}" in kept}
 
 
-def settings_of(args: argparse.Namespace, *, seed: int, total_batch: int, images: list[Photo]) -> dict:
-    """Returns what two runs have to share so that one can go on where the other stopped.
+def seed_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+    """Returns the seed of the run: --seed, or that of the run that it goes on with, or one drawn for all ranks."""
+    earlier = None if checkpoint is None else checkpoint.settings.get("seed")
+    return shared_seed(earlier if args.seed is None else args.seed)
+
+
+def flag_settings(args: argparse.Namespace, seed: int) -> dict:
+    """Returns the flags that two runs have to share so that one can go on where the other stopped."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS} | {"seed": seed}
+
+
+def data_settings(schedule: Schedule, images: list[Photo]) -> dict:
+    """Returns what two such runs have to share besides.
 
     Args:
-        args: the flags.
-        seed: of the run, drawn or given.
-        total_batch: samples per step over all ranks; ranks and batch per rank may change, if their product does not.
+        schedule: ranks and batch per rank may change, if their product does not.
         images: of the subject and of the class, whose prompts count too.
     """
     digest = hashlib.sha256()
     for photo in images:
         for content in (photo.read(), photo.prompt.encode()):
             digest.update(hashlib.sha256(content).digest())
-    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    return flags | {"seed": seed, "samples per step": total_batch, "images": digest.hexdigest()[:16]}
+    return {"steps": schedule.steps, "samples per step": schedule.total_batch, "images": digest.hexdigest()[:16]}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
@@ -144,13 +155,15 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None
-    if wanted != "latest":
-        return _read(Path(wanted))
-    folders = list_checkpoints(Path(args.output_dir))
+    folders = list_checkpoints(Path(args.output_dir)) if wanted == "latest" else [Path(wanted)]
     if not folders:
         warn(f"--resume_from_checkpoint latest: {args.output_dir} has no checkpoint, starting from the beginning")
         return None
-    return _read(folders[-1])
+    checkpoint = _read(folders[-1])
+    for library, found in versions().items():
+        if found != checkpoint.versions.get(library):
+            warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")
+    return checkpoint
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -182,27 +195,26 @@ def _read(folder: Path) -> Checkpoint:
         ) from error
 
 
-def check_settings(checkpoint: Checkpoint, settings: dict, resume_anyway: bool) -> None:
-    """Compares the settings of the run that wrote the checkpoint with those of this one.
+def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway: bool) -> None:
+    """Compares settings of this run with those of the run that wrote the checkpoint, if there is one.
 
     Raises:
         UserError: naming each that differs, unless `resume_anyway`, and what is trained is the same.
     """
-    settings = json.loads(json.dumps(settings))
-    differing = [
-        f"{name} was {checkpoint.settings.get(name)!r} and is {settings.get(name)!r}"
-        for name in sorted(settings.keys() | checkpoint.settings.keys())
-        if settings.get(name) != checkpoint.settings.get(name)
-    ]
-    parts_differ = settings.get("train_text_encoder") != checkpoint.settings.get("train_text_encoder")
-    if differing and (parts_differ or not resume_anyway):
+    earlier = settings if checkpoint is None else checkpoint.settings
+    differing = {
+        name: f"{name} was {earlier.get(name)!r} and is {value!r}"
+        for name, value in sorted(json.loads(json.dumps(settings)).items())
+        if value != earlier.get(name)
+    }
+    if not differing:
+        return
+    parts_differ = "train_text_encoder" in differing
+    told = "; ".join(differing.values())
+    if parts_differ or not resume_anyway:
         hint = "a run trains the same parts to its end" if parts_differ else "see --resume_anyway"
-        raise UserError(f"--resume_from_checkpoint {checkpoint.folder}: {'; '.join(differing)}; {hint}")
-    if differing:
-        warn(f"--resume_anyway: the run goes on, but not as it would have: {'; '.join(differing)}")
-    for library, found in versions().items():
-        if found != checkpoint.versions.get(library):
-            warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")
+        raise UserError(f"--resume_from_checkpoint {checkpoint.folder}: {told}; {hint}")
+    warn(f"--resume_anyway: the run goes on, but not as it would have: {told}")
 
 
 def versions() -> dict[str, str]:

@@ -32,12 +32,13 @@ def tell_plan(
         denoiser: what is trained; the shapes of its parameters count.
         pipeline: what the run would save, in fp32.
     """
-    steps = tracker.schedule.steps - first_step
+    steps = max(0, tracker.schedule.steps - first_step)
     say(f"steps: {tracker.schedule}, {steps} of them to do")
-    seconds = tracker.seconds_per_step
-    say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
-    on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
-    say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
+    if steps > 0:
+        seconds = tracker.seconds_per_step
+        say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
+        on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
+        say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
     pipeline_bytes = bytes_of(parts_of(pipeline))
     # Weights and two moments, in fp32 or in a byte each.
     checkpoint = (4 + (2 if args.use_8bit_adam else 8)) * sum(p.numel() for p in denoiser.parameters())

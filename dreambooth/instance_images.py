@@ -39,6 +39,8 @@ def _of_folder(args: argparse.Namespace) -> list[Photo]:
     folder = args.instance_data_dir
     photos = find_images(folder, "--instance_data_dir", images_to_use(args))
     captions = _read_metadata(Path(folder), args.caption_column)
+    if args.caption_column != "text" and not Path(folder, METADATA).exists():
+        warn(f"--caption_column: no effect, {folder} has no {METADATA}")
     return [photo_of(Path(photo.name), _caption_of(Path(photo.name), captions)) for photo in photos]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth.checkpoint import Checkpoint
 from dreambooth.denoiser import Denoiser, Part
@@ -109,8 +109,10 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
-def resume_lr_scheduler(lr_scheduler: LRScheduler, state: dict) -> None:
-    """Puts a new scheduler where another one was, and the learning rate too, which torch leaves as it is."""
-    lr_scheduler.load_state_dict(state)
-    for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+def resume_lr_scheduler(lr_scheduler: LambdaLR, state: dict) -> None:
+    """Puts a new scheduler where another one was, with its own learning rates and their course."""
+    rates, factors = lr_scheduler.base_lrs, lr_scheduler.lr_lambdas
+    now = [rate * factor(state["last_epoch"]) for rate, factor in zip(rates, factors, strict=True)]
+    lr_scheduler.load_state_dict(state | {"base_lrs": rates, "_last_lr": now})
+    for group, lr in zip(lr_scheduler.optimizer.param_groups, now, strict=True):
         group["lr"] = lr

@@ -143,10 +143,20 @@ def prepare_hub(args: argparse.Namespace) -> str | None:
 
 
 def upload(args: argparse.Namespace, repo_id: str) -> None:
-    """Uploads the trained pipeline, without checkpoints, logs and validation images."""
-    HfApi(token=args.hub_token).upload_folder(
-        repo_id=repo_id,
-        folder_path=args.output_dir,
-        ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "validation/*", ".*"],
-        commit_message="DreamBooth training",
-    )
+    """Uploads the trained pipeline, without checkpoints, logs and validation images.
+
+    Raises:
+        RunError: if the Hub cannot be reached or refuses.
+    """
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            ignore_patterns=["checkpoint-*", f"{os.path.normpath(args.logging_dir)}/*", "validation/*", ".*"],
+            commit_message="DreamBooth training",
+        )
+    except Exception as error:  # whatever the network and the Hub can answer
+        raise RunError(
+            f"--push_to_hub: {first_line(error)}; the pipeline is whole in {args.output_dir}: "
+            f"huggingface-cli upload {repo_id} uploads it"
+        ) from error

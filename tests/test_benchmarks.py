@@ -32,3 +32,13 @@ def test_speed(tmp_path):
     *earlier, added = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert earlier == [baseline, cached, skipped], "nothing is measured twice"
     assert added["switches"] == ["gradient_checkpointing"] and added["speed_up"] != cached["speed_up"]
+    for changed, told in (
+        (["--shape", "tiny-v2"], "'model': 'tiny'"),
+        (["--steps", 5], "'steps': 4"),
+        (["--warm_up", 3], "--steps 4 leaves less than two steps after --warm_up 3"),
+    ):
+        done = run([*command, *more, *changed], env={"CUDA_VISIBLE_DEVICES": ""}, check=False)
+        assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
+    (tmp_path / "speed.json").write_text("{")
+    done = run([*command, *more], env={"CUDA_VISIBLE_DEVICES": ""}, check=False)
+    assert done.returncode == 2 and "is not what this command writes" in done.stderr

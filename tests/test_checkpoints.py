@@ -49,6 +49,32 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, nproc, long_r
 
 
 @BOTH
+def test_a_run_goes_on_with_the_seed_that_was_drawn_for_it(script, long_run, tmp_path):
+    """Its command has none, and is repeated as it is; also by torchrun, which starts all processes anew."""
+    whole, resumed = long_run["output_dir"], tmp_path / "resumed"
+    long_run |= {"seed": None, "resume_from_checkpoint": "latest"}
+    train(script, long_run)
+    stop_after(3, whole, resumed)
+    train(script, long_run | {"output_dir": resumed})
+    assert_same(whole, resumed)
+    other = train(script, long_run | {"output_dir": tmp_path / "other"})
+    assert "starting from the beginning" in other.stderr
+    assert scalars(tmp_path / "other", "loss") != scalars(whole, "loss"), "drawn, not always the same"
+
+
+@BOTH
+def test_what_resume_anyway_changes_acts(script, long_run, tmp_path):
+    """The learning rate and its course are those of the new flags, from the first step on."""
+    whole, resumed, wanted = long_run["output_dir"], tmp_path / "resumed", tmp_path / "wanted"
+    train(script, long_run)
+    stop_after(3, whole, resumed)
+    changed = long_run | {"learning_rate": 1e-3, "max_train_steps": 10}
+    train(script, changed | {"output_dir": resumed, "resume_from_checkpoint": "latest", "resume_anyway": True})
+    train(script, changed | {"output_dir": wanted})
+    assert scalars(resumed, "lr", first=4) == scalars(wanted, "lr")[3:]
+
+
+@BOTH
 def test_a_run_goes_on_with_other_ranks_and_the_other_trainer(script, long_run, tmp_path):
     """Two processes of batch 1 go on where one of batch 2 stopped, in the other script."""
     whole, resumed = long_run["output_dir"], tmp_path / "resumed"
@@ -85,7 +111,7 @@ def test_settings_that_change_the_run_are_refused_by_name(script, long_run, tmp_
         ("learning_rate", 1e-3, "learning_rate was 0.0001 and is 0.001"),
         ("seed", 2, "seed was 1 and is 2"),
         ("train_batch_size", 3, "samples per step was 2 and is 3"),
-        ("max_train_steps", 9, "max_train_steps was 8 and is 9"),
+        ("max_train_steps", 9, "steps was 8 and is 9"),
     ):
         changed = long_run | {flag: value, "resume_from_checkpoint": "latest"}
         done = train(script, changed, check=False)
@@ -93,6 +119,11 @@ def test_settings_that_change_the_run_are_refused_by_name(script, long_run, tmp_
         assert "see --resume_anyway" in done.error_lines[0] and done.error_lines[0].count(" was ") == 1
     train(script, changed | {"resume_anyway": True})
     assert (long_run["output_dir"] / "checkpoint-6").is_dir()
+    # Before anything is generated, where that can be.
+    changed = long_run | {"num_class_images": 9, "resume_from_checkpoint": "latest"}
+    done = train(script, changed, check=False)
+    assert done.returncode == 2 and "num_class_images was 7 and is 9" in done.error_lines[0]
+    assert len(list(long_run["class_data_dir"].iterdir())) == 7
 
 
 def test_only_whole_checkpoints_are_taken(long_run):

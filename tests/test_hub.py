@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
         self.fetched: list[str] = []
         self.uploaded: dict[str, bytes] = {}
         self.tokens: set[str] = set()
+        self.takes_commits = True
 
     @property
     def url(self) -> str:
@@ -65,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/models/someone/out/preupload"):
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self.answer(json.dumps({"files": files}).encode())
-        elif self.path.startswith("/api/models/someone/out/commit"):
+        elif self.path.startswith("/api/models/someone/out/commit") and self.server.takes_commits:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -103,7 +104,7 @@ def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, t
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     """All of it, without checkpoints and logs; the token goes to the Hub and nowhere else."""
-    flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN}
+    flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "logging_dir": "./logs/"}
     done = train(script, flags, env=hub_env)
     assert hub.tokens == {f"Bearer {TOKEN}"}
     for name, content in hub.uploaded.items():
@@ -113,6 +114,16 @@ def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     StableDiffusionPipeline.from_pretrained(tmp_path / "pushed")
     assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN.encode() in path.read_bytes() for path in flags["output_dir"].rglob("*") if path.is_file())
+
+
+def test_an_upload_that_fails_is_one_line(hub, hub_env, flags):
+    """The pipeline is there."""
+    hub.takes_commits = False
+    flags |= {"max_train_steps": 1, "push_to_hub": True, "hub_token": TOKEN}
+    done = train(COLOSSALAI, flags, env=hub_env, check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert f"the pipeline is whole in {flags['output_dir']}" in done.error_lines[0]
+    StableDiffusionPipeline.from_pretrained(flags["output_dir"])
 
 
 def test_a_model_that_is_not_there_is_one_line(hub, hub_env, flags):

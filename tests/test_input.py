@@ -180,6 +180,8 @@ def test_warnings(flags, tiny_model):
         "lr_warmup_steps": 5,
         "num_train_epochs": 4,
         "max_train_steps": 1,
+        "resume_anyway": True,
+        "caption_column": "caption",
     }
     done = train(COLOSSALAI, flags, nproc=2, torchrun=True)
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
@@ -190,6 +192,8 @@ def test_warnings(flags, tiny_model):
         "--local_rank 3: no effect",
         "--lr_warmup_steps: no effect",
         "--num_train_epochs: no effect",
+        "--resume_anyway: no effect without --resume_from_checkpoint",
+        "--caption_column: no effect",
         "is longer than the 75 tokens that fit",
         "no CUDA GPU was found",
     ):

@@ -389,6 +389,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(script, short, prior):
     np.testing.assert_allclose(told, found, atol=0.2)
     assert all_told == pytest.approx(2 * told[0] + told[1], abs=0.3)
 
+    done = train(script, flags | {"dry_run": True, "resume_from_checkpoint": "latest"}, nproc=2)
+    assert "8 steps of 4 samples (2 ranks x 2), 0 of them to do" in done.stdout and "nan" not in done.stdout
+
 
 @BOTH
 def test_a_command_of_diffusers_runs(script, short, prior, tmp_path):
