@@ -14,6 +14,7 @@ from dreambooth.console import UserError, quiet_libraries, run
 
 quiet_libraries()  # before the imports that warn
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,8 +129,10 @@ def generate(model: str, args, device: str, dtype: str) -> list[list[Image.Image
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
-    if not output.suffix or Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--output {output}: the name has to end as an image's does, such as .png")
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[output.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:
+        raise UserError(f"--output {output}: the name has to end as a colour image's does, such as .png") from error
     if args.model == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
         raise UserError(f"there is no folder {OUTPUT_DIR}: train a model first, or name one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -225,7 +225,8 @@ def test_hub_that_cannot_be_reached_is_known_before_training(flags):
     "words, expected",
     [
         (["nowhere", "--prompt", "a dog"], "cannot load a pipeline from nowhere"),
-        (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end as an image's does"),
+        (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end as a colour image"),
+        (["nowhere", "--prompt", "a dog", "--output", "dog.xbm"], "--output dog.xbm: the name has to end as a"),
         (["nowhere", "--prompt", "a dog", "--device", "cuda"], "--device cuda: no CUDA GPU was found"),
         (["nowhere", "--prompt", "a dog", "--num_images", "0"], "'0' is not a whole number of at least 1"),
     ],
