@@ -14,11 +14,13 @@ from dreambooth.console import quiet_libraries
 quiet_libraries()  # before the imports that warn
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,6 +83,14 @@ def earlier_facts(path: Path, facts: dict, parser: argparse.ArgumentParser) -> d
         if earlier.get(name) != facts[name]:
             parser.error(f"--resume: {path} is of {earlier.get(name)}, this run of {facts[name]}")
     return earlier | {"rows": [row for row in rows if not {"failed", "bare_failed"} & row.keys()]}
+
+
+def plan(strategies: list[Strategy], gpus: list[int], batches: list[int]) -> Iterator[tuple[Strategy, int, int, bool]]:
+    """Yields the strategy, GPUs and batch of each row, and whether others are compared with it; those come first."""
+    yield from ((BASELINE, 1, batch, True) for batch in batches)
+    for batch, strategy in itertools.product(batches, strategies):
+        for count in [1] if strategy.plugin == "traditional" else gpus:
+            yield strategy, count, batch, False
 
 
 def matrix_rate() -> float | None:
@@ -234,12 +244,7 @@ def main() -> None:
     with base_flags(args) as flags:
         operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
         facts["operations_per_image"] = operations
-        plan = [(BASELINE, 1, batch, True) for batch in args.batches]
-        for batch in args.batches:
-            for strategy in strategies:
-                counts = [1] if strategy.plugin == "traditional" else args.gpus
-                plan += [(strategy, gpus, batch, False) for gpus in counts]
-        for strategy, gpus, batch, is_baseline in plan:
+        for strategy, gpus, batch, is_baseline in plan(strategies, args.gpus, args.batches):
             wanted = asdict(strategy) | {"gpus": gpus, "batch": batch, "baseline": is_baseline}
             more = {"train_batch_size": batch, "cache_latents": "off" if is_baseline else "on"}
             row = next((row for row in rows if row | wanted == row), None)
