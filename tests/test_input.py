@@ -14,6 +14,10 @@ from benchmarks import random_model
 
 # Flags changed from those of a good run, and what the error line has to say.
 BAD_FLAGS = {
+    "logs where the pipeline goes": (
+        {"logging_dir": "./unet/logs"},
+        "--logging_dir ./unet/logs: the trained pipeline's folder of that name replaces it",
+    ),
     "no folder of photos": ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere is not a folder"),
     "prior without class flags": (
         {"with_prior_preservation": True},

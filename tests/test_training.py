@@ -147,6 +147,16 @@ def test_gradients_are_clipped(script, flags, tmp_path):
 
 
 @BOTH
+def test_gradients_are_those_of_the_loss_whatever_accelerate_is_told(script, flags, tmp_path):
+    """Its variable for accumulation would have it divide a gradient that the trainer has divided already."""
+    flags |= {"max_train_steps": 1}
+    train(script, flags)
+    told = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    train(script, flags | {"output_dir": tmp_path / "told"}, env=told)
+    assert scalars(tmp_path / "told", "grad_norm") == scalars(flags["output_dir"], "grad_norm")
+
+
+@BOTH
 def test_v_prediction_is_another_target(script, flags, tmp_path):
     """On the very same weights, a scheduler that says v_prediction gives the loss of another target."""
     model = tmp_path / "v_model"
