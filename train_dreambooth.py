@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator, ranks = launch(precision)
     set_tf32(args.allow_tf32)
     seed = seed_of(args, checkpoint)
-    settings = flag_settings(args, seed)
+    settings = flag_settings(args, seed, precision)
     check_settings(checkpoint, settings, args.resume_anyway)
     repo_id = prepare_hub(args)
 

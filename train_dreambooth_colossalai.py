@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = launch()
     set_tf32(args.allow_tf32)
     seed = seed_of(args, checkpoint)
-    settings = flag_settings(args, seed)
+    settings = flag_settings(args, seed, strategy.precision)
     check_settings(checkpoint, settings, args.resume_anyway)
     repo_id = prepare_hub(args)
 

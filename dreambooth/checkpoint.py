@@ -127,9 +127,15 @@ def seed_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
     return shared_seed(earlier if args.seed is None else args.seed)
 
 
-def flag_settings(args: argparse.Namespace, seed: int) -> dict:
-    """Returns the flags that two runs have to share so that one can go on where the other stopped."""
-    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS} | {"seed": seed}
+def flag_settings(args: argparse.Namespace, seed: int, precision: str) -> dict:
+    """Returns the flags that two runs have to share so that one can go on where the other stopped.
+
+    Args:
+        args: the flags.
+        seed, precision: of the run, whether the flags name them or not.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return flags | {"seed": seed, "mixed_precision": precision}
 
 
 def data_settings(schedule: Schedule, images: list[Photo]) -> dict:

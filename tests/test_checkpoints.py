@@ -112,12 +112,14 @@ def test_settings_that_change_the_run_are_refused_by_name(script, long_run, tmp_
         ("seed", 2, "seed was 1 and is 2"),
         ("train_batch_size", 3, "samples per step was 2 and is 3"),
         ("max_train_steps", 9, "steps was 8 and is 9"),
+        ("mixed_precision", "bf16", "mixed_precision was 'no' and is 'bf16'"),
     ):
         changed = long_run | {flag: value, "resume_from_checkpoint": "latest"}
         done = train(script, changed, check=False)
         assert done.returncode == 2 and len(done.error_lines) == 1 and named in done.error_lines[0]
         assert "see --resume_anyway" in done.error_lines[0] and done.error_lines[0].count(" was ") == 1
     train(script, changed | {"resume_anyway": True})
+    train(script, long_run | {"mixed_precision": "no", "resume_from_checkpoint": "latest"})  # as without the flag
     assert (long_run["output_dir"] / "checkpoint-6").is_dir()
     # Before anything is generated, where that can be.
     changed = long_run | {"num_class_images": 9, "resume_from_checkpoint": "latest"}
