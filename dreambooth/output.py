@@ -158,5 +158,5 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
     except Exception as error:  # whatever the network and the Hub can answer
         raise RunError(
             f"--push_to_hub: {first_line(error)}; the pipeline is whole in {args.output_dir}: "
-            f"huggingface-cli upload {repo_id} uploads it"
+            f"huggingface-cli upload {repo_id} {args.output_dir} . --exclude 'checkpoint-*/*' uploads it"
         ) from error

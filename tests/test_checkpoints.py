@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, nproc, long_r
 
 @BOTH
 def test_a_run_goes_on_with_the_seed_that_was_drawn_for_it(script, long_run, tmp_path):
-    """Its command has none, and is repeated as it is; also by torchrun, which starts all processes anew."""
+    """Its command has none, and is repeated as it is."""
     whole, resumed = long_run["output_dir"], tmp_path / "resumed"
     long_run |= {"seed": None, "resume_from_checkpoint": "latest"}
     train(script, long_run)
