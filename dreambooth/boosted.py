@@ -14,6 +14,7 @@ from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
 from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
@@ -68,6 +69,37 @@ class ShardAdamW(torch.optim.AdamW):
         return found
 
 
+class UnhurriedZeroOptimizer(LowLevelZeroOptimizer):
+    """low_level_zero's optimizer, whose host need not wait for the GPU in a step.
+
+    ColossalAI's waits for the backward pass to end, and then for the norm of the gradients, to decide whether they are
+    to be clipped; meanwhile the host launches nothing, and afterwards the GPU has nothing to do until it has. Here the
+    GPU clips by a norm that the host does not know.
+    """
+
+    def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False) -> None:
+        self.mixed_precision_mixin.pre_backward(loss).backward(inputs=inputs, retain_graph=retain_graph)
+        if self.require_grad_sync:
+            self._reduce_grad(self._partition_grads)
+            for bucket in self.pg_to_bucket_store.values():  # each in its own stream
+                get_accelerator().current_stream().wait_stream(bucket.comm_stream)
+
+    def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
+        """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`; nobody reads what it returns."""
+        squares = torch.stack(torch._foreach_norm(gradients, norm_type, torch.float32)).square().sum()
+        dist.all_reduce(squares, group=dp_pg)
+        self._scaled_norm = squares.sqrt()
+        return 0.0
+
+    def _unscale_and_clip_grads(self, shards: list[torch.Tensor], total_norm: float) -> None:
+        self._current_grad_norm = self._scaled_norm
+        divisor = self.mixed_precision_mixin.get_grad_div_scale()
+        if self._clip_grad_norm > 0:
+            excess = (self._scaled_norm / divisor + 1e-6) / self._clip_grad_norm
+            divisor = (divisor * excess.clamp(min=1)).to(shards[0].device)
+        torch._foreach_div_(shards, divisor)
+
+
 gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact types of this set only
 
 
@@ -86,6 +118,10 @@ class Boosted:
     optimizer: OptimizerWrapper
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        if self.strategy.plugin == "low_level_zero":
+            self.optimizer.__class__ = UnhurriedZeroOptimizer  # as the plugin has no place to name one
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Returns the context of all batches of a step but the last, after which alone ranks share their gradients.
