@@ -32,7 +32,7 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 
 from dreambooth import arguments, models
 from dreambooth.activations import discard_activations
-from dreambooth.boosted import Boosted, ShardAdamW
+from dreambooth.boosted import Boosted
 from dreambooth.checkpoint import check_settings, data_settings, find_checkpoint, flag_settings, seed_of
 from dreambooth.class_images import check_class_images, generate_class_images
 from dreambooth.data import build_dataset, build_loader
@@ -45,6 +45,7 @@ from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
+from dreambooth.plugins import ShardAdamW
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
 from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
 from dreambooth.schedule import Schedule, plan

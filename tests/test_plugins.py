@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dreambooth.boosted import OffloadThroughPinnedMemory, ShardAdamW
+from dreambooth.plugins import OffloadThroughPinnedMemory, ShardAdamW
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
