@@ -65,14 +65,15 @@ def build_parser() -> arguments.Parser:
         metavar="PLUGIN",
         help="how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; "
         "low_level_zero, optimizer state split (ZeRO 1); gemini, gradients split too (ZeRO 2), and the weights with "
-        "--placement cpu or auto (ZeRO 3) (default: torch_ddp for --placement cuda, else gemini)",
+        "--placement cpu (ZeRO 3) (default: torch_ddp for --placement cuda, else gemini)",
     )
     group.add_argument(
         "--placement",
         choices=("cuda", "cpu", "auto"),
         default="cuda",
-        help="where weights and optimizer state stay between uses: on the GPUs, in host memory, or wherever Gemini "
-        "finds room (default: cuda)",
+        help="where weights and optimizer state stay between uses: on the GPUs, or in host memory; with auto they are "
+        "there between steps, and the weights whole on each GPU during one, if they take no more than a fifth of its "
+        "memory (default: cuda)",
     )
     group.add_argument(
         "--offload_optim_frac",
@@ -122,12 +123,13 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
             )
         )
     if strategy.plugin == "gemini":
+        fetches_weights = not denoiser.is_flat
         return Booster(
             plugin=GeminiPlugin(
                 precision=strategy.precision,
-                placement_policy="auto" if strategy.placement == "auto" else "static",
-                # Weights that are not fetched for each operation are whole from a forward pass to its gradients.
-                shard_param_frac=float(strategy.fetches_weights),
+                # Where there is room for whole weights, both policies place all in the same way.
+                placement_policy="auto" if strategy.placement == "auto" and fetches_weights else "static",
+                shard_param_frac=float(fetches_weights),
                 offload_optim_frac=strategy.offload_optim_frac,
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
@@ -136,7 +138,7 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
                 pin_memory=True,
                 enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.
-                min_chunk_size_m=min(32, sum(p.numel() for p in denoiser.parameters()) / 4 / 2**20),
+                min_chunk_size_m=min(32, denoiser.numel() / 4 / 2**20),
             )
         )
     return Booster(
@@ -262,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         discard_activations(denoiser.unet)
     if args.compile:
         denoiser.compile_blocks()
-    if not (strategy.fetches_weights or args.use_8bit_adam):  # these two go by single parameters
+    fetches_weights = strategy.fetches_weights(denoiser.numel(), ranks.gpu_memory())
+    if not (fetches_weights or args.use_8bit_adam):  # these two go by single parameters
         denoiser.flatten(multiple_of=ranks.world_size)
     optimizer = build_optimizer(args, strategy, denoiser, schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, schedule)

@@ -110,6 +110,10 @@ class Denoiser(torch.nn.Module):
             for attribute, parameter in owner.named_parameters(recurse=False)
         ]
 
+    def numel(self) -> int:
+        """Returns the number of its weights."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """Returns the UNet's prediction.
 

@@ -21,6 +21,14 @@ class Ranks:
     def __str__(self) -> str:
         return f"{self.world_size} x {self.device.type}"
 
+    def gpu_memory(self) -> int:
+        """Returns the memory of the smallest GPU of all ranks, in bytes, 0 without GPUs; to be called on every rank."""
+        if self.device.type != "cuda":
+            return 0
+        memory = torch.tensor(torch.cuda.get_device_properties(self.device).total_memory, device=self.device)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        return int(memory)
+
 
 def check_gpus() -> None:
     """Finds a launch of more processes than GPUs on a machine that has some; warns on one that has none.

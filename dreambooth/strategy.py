@@ -40,10 +40,20 @@ class Strategy:
         """Whether low_level_zero keeps the master weights and optimizer state in host memory."""
         return self.plugin == "low_level_zero" and self.placement == "cpu"
 
-    @property
-    def fetches_weights(self) -> bool:
-        """Whether the plugin fetches a weight for each operation, and lets go of it after."""
-        return self.plugin == "gemini" and self.placement != "cuda"
+    def fetches_weights(self, weights: int, gpu_memory: int) -> bool:
+        """Returns whether the plugin fetches a weight for each operation, and lets go of it after.
+
+        That takes the least memory and the most time. Otherwise weights are whole on each GPU from a forward pass to
+        their gradients; with `auto`, if they take no more than a fifth of it, which is what Gemini's own policy leaves
+        to weights as long as it does not know what else is needed.
+
+        Args:
+            weights: their number.
+            gpu_memory: of the smallest GPU, in bytes.
+        """
+        if self.plugin != "gemini" or self.placement == "cuda":
+            return False
+        return self.placement == "cpu" or weights * self.weights_dtype.itemsize > gpu_memory / 5
 
     @property
     def spares_memory(self) -> bool:
@@ -96,6 +106,6 @@ def choose_strategy(args: argparse.Namespace) -> Strategy:
             f"--offload_optim_frac goes with --plugin gemini and --placement cuda or cpu, not with {chosen}"
         )
     if offload is None:
-        offload = 1.0 if args.placement == "cpu" else 0.0
+        offload = 0.0 if args.placement == "cuda" else 1.0
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
     return Strategy(plugin, args.placement, precision, offload)
