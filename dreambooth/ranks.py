@@ -22,7 +22,7 @@ class Ranks:
         return f"{self.world_size} x {self.device.type}"
 
     def gpu_memory(self) -> int:
-        """Returns the memory of the smallest GPU of all ranks, in bytes, 0 without GPUs; to be called on every rank."""
+        """Returns the bytes of the smallest GPU of all ranks, 0 without GPUs; to be called on every rank."""
         if self.device.type != "cuda":
             return 0
         memory = torch.tensor(torch.cuda.get_device_properties(self.device).total_memory, device=self.device)

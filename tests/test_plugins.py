@@ -1,9 +1,10 @@
-"""What works inside the plugins, without them: Gemini's optimizer, and how low_level_zero offloads."""
+"""What works inside the plugins, without them: Gemini's optimizer, what it fetches, how low_level_zero offloads."""
 
 import pytest
 import torch
 
 from dreambooth.plugins import OffloadThroughPinnedMemory, ShardAdamW
+from dreambooth.strategy import Strategy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -36,3 +37,19 @@ def test_what_zero_offloads_goes_through_pinned_memory():
         offloaded = on_gpu.to(torch.float32).to(torch.device("cpu"))
         assert not offloaded.to(torch.float64).is_pinned()
     assert offloaded.is_pinned() and torch.equal(offloaded, on_gpu.cpu())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "placement", "fetches"),
+    [
+        ("gemini", "cpu", [True, True]),
+        ("gemini", "auto", [True, False]),
+        ("gemini", "cuda", [False, False]),
+        ("low_level_zero", "cpu", [False, False]),
+        ("torch_ddp", "cuda", [False, False]),
+    ],
+)
+def test_weights_that_take_more_than_a_fifth_of_a_gpu_are_fetched_with_auto(plugin, placement, fetches):
+    """Of Stable Diffusion's UNet, in half precision, on GPUs of 8 and of 12 GB."""
+    strategy = Strategy(plugin, placement, "bf16")
+    assert [strategy.fetches_weights(860_000_000, memory) for memory in (8_000_000_000, 12_000_000_000)] == fetches
