@@ -71,9 +71,9 @@ def build_parser() -> arguments.Parser:
         "--placement",
         choices=("cuda", "cpu", "auto"),
         default="cuda",
-        help="where weights and optimizer state stay between uses: on the GPUs, or in host memory; with auto they are "
-        "there between steps, and the weights whole on each GPU during one, if they take no more than a fifth of its "
-        "memory (default: cuda)",
+        help="where weights and optimizer state stay between uses: on the GPUs, or in host memory (cpu, auto); with "
+        "auto weights are whole on each GPU during a step, if they take no more than a fifth of its memory "
+        "(default: cuda)",
     )
     group.add_argument(
         "--offload_optim_frac",
