@@ -56,11 +56,11 @@ gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact typ
 
 
 class AheadZeroOptimizer(LowLevelZeroOptimizer):
-    """low_level_zero's optimizer, whose host need not wait for the GPU in a step.
+    """low_level_zero's optimizer of one group of parameters, whose host need not wait for the GPU in a step in bf16.
 
     ColossalAI's waits for the backward pass to end, and then for the norm of the gradients, to decide whether they are
     to be clipped; meanwhile the host launches nothing, and afterwards the GPU has nothing to do until it has. Here the
-    GPU clips by a norm that the host does not know.
+    GPU clips by a norm that the host does not know. In fp16 the host waits to know whether the step is to be skipped.
     """
 
     def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False) -> None:
