@@ -18,6 +18,7 @@ quiet_libraries()  # before the imports that warn
 import argparse
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -123,18 +124,20 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
             )
         )
     if strategy.plugin == "gemini":
-        fetches_weights = not denoiser.is_flat
+        fetches_weights = not denoiser.is_flat  # parts of a flat parameter cannot be fetched one by one
         return Booster(
             plugin=GeminiPlugin(
                 precision=strategy.precision,
-                # Where there is room for whole weights, both policies place all in the same way.
+                # Gemini's own "auto" has no way of keeping weights whole.
                 placement_policy="auto" if strategy.placement == "auto" and fetches_weights else "static",
                 shard_param_frac=float(fetches_weights),
                 offload_optim_frac=strategy.offload_optim_frac,
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
                 initial_scale=INITIAL_LOSS_SCALE,
-                max_norm=args.max_grad_norm,
+                # An infinite limit clips nothing. Without one Gemini would not wait for the norm of gradients that are
+                # on their way between GPUs, and let the backward pass write over their memory.
+                max_norm=args.max_grad_norm or math.inf,
                 pin_memory=True,
                 enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.

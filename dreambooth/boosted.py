@@ -83,7 +83,7 @@ class Boosted:
             self.optimizer.unscale_grad()
         return torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.max_grad_norm or math.inf)
 
-    def _norm_of_sharded_gradients(self) -> float | None:
+    def _norm_of_sharded_gradients(self) -> torch.Tensor | float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
         fp16 = self.strategy.precision == "fp16"
         scaler = self._sharded_grad_scaler if fp16 else None

@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero.gemini import GeminiOptimizer, gemini_optimizer
-from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini import gemini_optimizer
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.overrides import TorchFunctionMode
 
@@ -60,7 +59,8 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
 
     ColossalAI's waits for the backward pass to end, and then for the norm of the gradients, to decide whether they are
     to be clipped; meanwhile the host launches nothing, and afterwards the GPU has nothing to do until it has. Here the
-    GPU clips by a norm that the host does not know. In fp16 the host waits to know whether the step is to be skipped.
+    GPU clips by a norm that the host does not know. In fp16 the host waits to know whether the step is to be skipped,
+    and where it updates the weights itself, for the gradients.
     """
 
     def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False) -> None:
@@ -71,7 +71,7 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
                 get_accelerator().current_stream().wait_stream(bucket.comm_stream)
 
     def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
-        """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`; nobody reads what it returns."""
+        """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`, which ignores what is returned."""
         squares = torch.stack(torch._foreach_norm(gradients, norm_type, torch.float32)).square().sum()
         dist.all_reduce(squares, group=dp_pg)
         self._scaled_norm = squares.sqrt()
@@ -86,24 +86,8 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         torch._foreach_div_(shards, divisor)
 
 
-class AheadChunk(Chunk):
-    """Gemini's chunk, the norm of whose gradients stays on the GPU until all are known.
-
-    ColossalAI's host waits for it, chunk after chunk, in the middle of the backward pass.
-    """
-
-    def set_l2_norm(self) -> None:
-        """Keeps the square of the norm, as ColossalAI's does."""
-        gathered = self.is_gathered
-        valid = self.cuda_global_chunk[: self.utilized_size] if gathered else self.cuda_shard[: self.valid_end]
-        self.l2_norm = torch.linalg.vector_norm(valid, dtype=torch.float32).square()
-
-
 def keep_host_ahead(optimizer: OptimizerWrapper) -> None:
-    """Has a sharding plugin's optimizer be the one above; the plugins have no place to name it."""
+    """Has low_level_zero's optimizer be the one above; its plugin has no place to name it."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
+        assert optimizer.num_param_groups == 1
         optimizer.__class__ = AheadZeroOptimizer
-    elif isinstance(optimizer, GeminiOptimizer):
-        for chunks in optimizer.chunk_manager.chunk_groups.values():
-            for chunk in chunks:
-                chunk.__class__ = AheadChunk

@@ -44,8 +44,8 @@ class Strategy:
         """Returns whether the plugin fetches a weight for each operation, and lets go of it after.
 
         That takes the least memory and the most time. Otherwise weights are whole on each GPU from a forward pass to
-        their gradients; with `auto`, if they take no more than a fifth of it, which is what Gemini's own policy leaves
-        to weights as long as it does not know what else is needed.
+        their gradients; with `auto`, if they take no more than a fifth of the GPU's memory, which is what Gemini's own
+        policy leaves to weights as long as it does not know what else is needed.
 
         Args:
             weights: their number.
