@@ -64,8 +64,8 @@ class Boosted:
         """Takes an optimizer step down the gradient, and clears it.
 
         Returns:
-            The L2 norm of the gradients over all ranks before clipping; None where the plugin does not clip and hence
-            does not know it; not finite where the loss scale of fp16 was too high and the step was skipped.
+            The L2 norm of the gradients over all ranks before clipping; None where a sharding plugin does not clip;
+            not finite where the loss scale of fp16 was too high and the step was skipped.
         """
         if self.strategy.shards:
             with OffloadThroughPinnedMemory() if self.strategy.zero_offloads else contextlib.nullcontext():
