@@ -169,6 +169,22 @@ def test_gemini_with_half_of_the_optimizer_state_offloaded_agrees_with_fp32(refe
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
+def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_model, photos, tmp_path):
+    """The real trainer, told that the GPUs have next to no memory."""
+    script = tmp_path / "on_small_gpus.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from dreambooth.ranks import Ranks\n"
+        "from train_dreambooth_colossalai import main\n"
+        "Ranks.gpu_memory = lambda self: 1\n"
+        "main()\n"
+    )
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | {"mixed_precision": "bf16"}
+    flags |= {"plugin": "gemini", "placement": "auto", "output_dir": tmp_path / "out"}
+    train(script, flags, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
+
+
 @pytest.mark.parametrize("more", [{}, {"compile": True}, TEXT_ENCODER, {"use_8bit_adam": True}], ids=str)
 @each([strategy for strategy in STRATEGIES if strategy.plugin != "gemini"])
 def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_model, photos, tmp_path):
