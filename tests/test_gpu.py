@@ -174,10 +174,11 @@ def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_mode
     script = tmp_path / "on_small_gpus.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dreambooth.ranks import Ranks\n"
-        "from train_dreambooth_colossalai import main\n"
-        "Ranks.gpu_memory = lambda self: 1\n"
-        "main()\n"
+        "from unittest import mock\n"
+        "from train_dreambooth_colossalai import Ranks, main\n"
+        "with mock.patch.object(Ranks, 'gpu_memory', return_value=1) as asked:\n"
+        "    main()\n"
+        "asked.assert_called()\n"
     )
     flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | {"mixed_precision": "bf16"}
     flags |= {"plugin": "gemini", "placement": "auto", "output_dir": tmp_path / "out"}
