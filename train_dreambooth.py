@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 
 from dreambooth import arguments, models
@@ -39,15 +40,18 @@ from dreambooth.checkpoint import (
     data_settings,
     find_checkpoint,
     flag_settings,
+    remove_interim_checkpoints,
     seed_of,
 )
 from dreambooth.class_images import check_class_images, generate_class_images
 from dreambooth.data import build_dataset, build_loader
 from dreambooth.denoiser import Denoiser
 from dreambooth.dry_run import tell_plan
+from dreambooth.environment import Place, find_place
 from dreambooth.images import check_crops
 from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
+from dreambooth.limits import remember_cheaper_flags
 from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import (
@@ -60,15 +64,19 @@ from dreambooth.optimizer import (
 )
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
-from dreambooth.ranks import Ranks, check_gpus, leave
+from dreambooth.ranks import APART, Ranks, check_gpus, join, leave, limit_waits
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
 from dreambooth.validation import validate
 
 
-def launch(precision: str) -> tuple[Accelerator, Ranks]:
-    """Joins the process group of accelerate's or torchrun's environment, if there is one."""
-    check_gpus()
+def launch(place: Place, precision: str) -> tuple[Accelerator, Ranks]:
+    """Joins the process group, if there is to be one, and hands it to accelerate."""
+    if place.world_size > 1:
+        join(place)
+    else:
+        check_gpus(place)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
@@ -145,13 +153,15 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(arguments.build_parser(__doc__), argv)
+    place = find_place()
     precision = choose_precision(args.mixed_precision)
+    remember_cheaper_flags(args)
     instance_images = find_instance_images(args)
     check_crops(args, instance_images)
     check_class_images(args)
     checkpoint = find_checkpoint(args)
     model_folder = models.find_model(args)
-    accelerator, ranks = launch(precision)
+    accelerator, ranks = launch(place, precision)
     set_tf32(args.allow_tf32)
     seed = seed_of(args, checkpoint)
     settings = flag_settings(args, seed, precision)
@@ -243,18 +253,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw = functools.partial(validate, args, training, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
         milestones = Milestones(args, settings | settings_of_data, training, tracker, draw)
         train(args, training, steps, loss_of, milestones, first_step)
+        tracker.finish()
+        if args.dry_run:
+            tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
+            return leave()
 
-    if args.dry_run:
-        tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
-        return leave()
-
-    # Save.
-    weights = training.weights()
-    if ranks.rank == 0:
-        save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
+        # Save; the upload, which may take long, keeps no other rank waiting.
+        limit_waits(APART)
+        weights = training.weights()
+        if ranks.rank == 0:
+            save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
+            remove_interim_checkpoints(Path(args.output_dir))
+        leave()
     if repo_id:
         upload(args, repo_id)
-    leave()
 
 
 if __name__ == "__main__":

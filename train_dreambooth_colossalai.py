@@ -23,10 +23,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import colossalai
 import torch
-import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
@@ -34,21 +31,30 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 from dreambooth import arguments, models
 from dreambooth.activations import discard_activations
 from dreambooth.boosted import Boosted
-from dreambooth.checkpoint import check_settings, data_settings, find_checkpoint, flag_settings, seed_of
+from dreambooth.checkpoint import (
+    check_settings,
+    data_settings,
+    find_checkpoint,
+    flag_settings,
+    remove_interim_checkpoints,
+    seed_of,
+)
 from dreambooth.class_images import check_class_images, generate_class_images
 from dreambooth.data import build_dataset, build_loader
 from dreambooth.denoiser import Denoiser
 from dreambooth.dry_run import tell_plan
+from dreambooth.environment import find_place
 from dreambooth.images import check_crops
 from dreambooth.instance_images import find_instance_images
 from dreambooth.latents import cache_latents
+from dreambooth.limits import remember_cheaper_flags
 from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.plugins import ShardAdamW
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
-from dreambooth.ranks import Ranks, check_gpus, leave, run_alone_without_torchrun
+from dreambooth.ranks import APART, join, leave, limit_waits
 from dreambooth.schedule import Schedule, plan
 from dreambooth.strategy import PLACEMENTS, Strategy, choose_strategy
 from dreambooth.tracker import Tracker
@@ -86,25 +92,13 @@ def build_parser() -> arguments.Parser:
     return parser
 
 
-def launch() -> Ranks:
-    """Joins the process group of torchrun's environment, NCCL on GPUs and gloo on the CPU."""
-    check_gpus()
-    run_alone_without_torchrun()
-    colossalai.launch_from_torch(verbose=False)
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=get_accelerator().get_current_device(),
-    )
-
-
 def build_optimizer(
     args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser, schedule: Schedule
 ) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the denoiser's parameters."""
     if strategy.placement != "cuda":
         # Part of it works on the CPU, of which torchrun gives each process one core.
-        cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
+        cores = len(os.sched_getaffinity(0)) // find_place().local_world_size
         torch.set_num_threads(max(torch.get_num_threads(), cores))
     if strategy.plugin == "gemini":
         return ShardAdamW(denoiser.parameters(), fused=True, **adamw_settings(args, schedule))
@@ -193,13 +187,15 @@ def train(boosted: Boosted, steps: Iterable[list], loss_of: Callable, milestones
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(build_parser(), argv)
+    place = find_place()
     strategy = choose_strategy(args)
+    remember_cheaper_flags(args, sharded=strategy.shards, has_plugins=True)
     instance_images = find_instance_images(args)
     check_crops(args, instance_images)
     check_class_images(args)
     checkpoint = find_checkpoint(args)
     model_folder = models.find_model(args)
-    ranks = launch()
+    ranks = join(place)
     set_tf32(args.allow_tf32)
     seed = seed_of(args, checkpoint)
     settings = flag_settings(args, seed, strategy.precision)
@@ -293,18 +289,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw = functools.partial(validate, args, boosted, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
         milestones = Milestones(args, settings | settings_of_data, boosted, tracker, draw)
         train(boosted, steps, loss_of, milestones, first_step)
+        tracker.finish()
+        if args.dry_run:
+            tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
+            return leave()
 
-    if args.dry_run:
-        tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
-        return leave()
-
-    # Save.
-    weights = boosted.weights()
-    if ranks.rank == 0:
-        save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
+        # Save; the upload, which may take long, keeps no other rank waiting.
+        limit_waits(APART)
+        weights = boosted.weights()
+        if ranks.rank == 0:
+            save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))
+            remove_interim_checkpoints(Path(args.output_dir))
+        leave()
     if repo_id:
         upload(args, repo_id)
-    leave()
 
 
 if __name__ == "__main__":

@@ -430,6 +430,14 @@ def _add_output(parser: Parser) -> None:
         help="steps between two checkpoint-N folders (default: 500)",
     )
     group.add_argument(
+        "--save_minutes",
+        type=number(float, 0, highest=MAX_STEPS),
+        metavar="X",
+        default=5.0,
+        help="minutes after the last checkpoint until an interim one is written, more where that takes long; it goes "
+        "when there is a later one, or the trained pipeline; 0 is off (default: 5)",
+    )
+    group.add_argument(
         "--checkpoints_total_limit",
         type=number(int, 1),
         metavar="N",

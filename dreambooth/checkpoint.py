@@ -13,6 +13,7 @@ its sample (dreambooth/randomness.py). No part depends on the plugin or the numb
 import argparse
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -40,6 +41,7 @@ FREE_FLAGS = {
     "output_dir",
     "logging_dir",
     "save_steps",
+    "save_minutes",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "resume_anyway",
@@ -113,6 +115,7 @@ class Checkpoint:
     grad_scaler: dict
     settings: dict
     versions: dict
+    interim: bool = False  # no flag has asked for it
 
     def optimizer_state(self, parameter: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Returns those of the tensors `names` that AdamW kept of a parameter, on the CPU."""
@@ -182,6 +185,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: (_written_at(path), int(NAME.fullmatch(path.name)[1])))
 
 
+def _state_of(folder: Path) -> dict:
+    """Returns what the state.json of a checkpoint says; of one that is damaged, nothing."""
+    try:
+        return dict(json.loads((folder / "state.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _written_at(folder: Path) -> float:
     """Returns when a checkpoint was written, in seconds; of one that is damaged, when its folder last changed."""
     try:
@@ -228,8 +239,12 @@ def versions() -> dict[str, str]:
     return {library: version(library) for library in LIBRARIES}
 
 
-def save_checkpoint(args: argparse.Namespace, settings: dict, training: Training, step: int) -> None:
+def save_checkpoint(
+    args: argparse.Namespace, settings: dict, training: Training, step: int, *, interim: bool = False
+) -> None:
     """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
+
+    An `interim` one, which no flag asks for, goes when there is a later one.
 
     Raises:
         RunError: if it cannot be written, or the weights are not finite; earlier checkpoints stay as they are.
@@ -254,9 +269,19 @@ def save_checkpoint(args: argparse.Namespace, settings: dict, training: Training
             "grad_scaler": progress.grad_scaler,
             "settings": settings,
             "versions": versions(),
+            "interim": interim,
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
     say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
+    remove_interim_checkpoints(output_dir, before=step)
     if args.checkpoints_total_limit:
         for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)
+
+
+def remove_interim_checkpoints(output_dir: Path, before: float = math.inf) -> None:
+    """Removes the checkpoints before step `before` that no flag has asked for."""
+    for folder in list_checkpoints(output_dir):
+        state = _state_of(folder)
+        if state.get("interim") and state["step"] < before:
+            shutil.rmtree(folder)

@@ -1,19 +1,23 @@
 """What a person sees on the terminal: one line for an error, once, and no noise from libraries."""
 
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 # How long a rank waits for another one to tell an error. torchrun ends it as soon as the other has left.
 OTHERS_SPEAK_FIRST_S = 5
+# How often a log gets a line of progress.
+LOGGED_EVERY_S = 30
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -41,9 +45,13 @@ class Stopped(Exception):
     """The run ends early because it was asked to; the message says how to go on."""
 
 
+class ToldByRank0(Exception):
+    """Ends another rank quietly, because of an error that rank 0 has told; the argument is the exit status."""
+
+
 def is_rank_0() -> bool:
     """Whether this process is the one that prints; known before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "").strip("0") == ""
 
 
 def say(message: str) -> None:
@@ -57,6 +65,50 @@ def warn(message: str) -> None:
     """Prints a warning on rank 0: a flag without an effect, a prompt that is cut."""
     if is_rank_0():
         print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+class _LineByLine:
+    """A stream into a log: what would go over the line before on a terminal becomes a line of its own."""
+
+    def __init__(self):
+        self.last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self.last:  # when a bar is closed, it writes what it has just written
+            sys.stderr.write(f"{line}\n")
+            self.last = line
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(total: int, *, desc: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm:
+    """Returns a progress bar on standard error; where that is no terminal, a line every LOGGED_EVERY_S seconds.
+
+    The environment's TQDM_MININTERVAL sets other seconds.
+    """
+    bar = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": not shown}
+    if sys.stderr.isatty():
+        return tqdm(**bar)
+    every = float(os.environ.get("TQDM_MININTERVAL", LOGGED_EVERY_S))
+    return tqdm(**bar, file=_LineByLine(), mininterval=every, maxinterval=math.inf, miniters=1, ncols=0)
+
+
+@contextlib.contextmanager
+def doing(what: str, *, takes_less: str | None = None) -> Iterator[None]:
+    """Names what is done within it, for the message of an error that ends it.
+
+    Args:
+        what: in the words that follow "while".
+        takes_less: flags that help where memory runs out in it; those of training by default.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.__dict__.setdefault("doing", what)
+        error.__dict__.setdefault("takes_less", takes_less)
+        raise
 
 
 def run(main: Callable[[], None], program: str) -> None:
@@ -83,11 +135,17 @@ def run(main: Callable[[], None], program: str) -> None:
     except UserError as error:
         status = error.status
         _tell(program, str(error))
+    except ToldByRank0 as told:
+        (status,) = told.args
     except Exception as error:
+        from dreambooth.limits import explain  # not at the top: warnings are silenced before torch is imported
+
         status = 1
-        if _misses_a_rank(error):
+        if told := explain(error):
+            _tell(program, one_line(told))
+        elif _misses_a_rank(error):
             time.sleep(OTHERS_SPEAK_FIRST_S)
-            print(f"{program}: rank {os.environ['RANK']} ends, because another rank has", file=sys.stderr)
+            print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename:
             _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
         else:
@@ -114,7 +172,7 @@ def _tell(program: str, line: str) -> None:
 
 def _misses_a_rank(error: Exception) -> bool:
     """Whether a collective failed, which it does when another rank has ended."""
-    import torch.distributed as dist  # not at the top: warnings are silenced before torch is imported
+    import torch.distributed as dist  # as above
 
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 

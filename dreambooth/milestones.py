@@ -1,19 +1,21 @@
 """What happens after a step besides the next one: figures, checkpoints, validation images, an early end."""
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
 
 from dreambooth.checkpoint import Training, save_checkpoint
-from dreambooth.ranks import stop_early
+from dreambooth.console import RunError, warn
+from dreambooth.ranks import IN_A_STEP, apart, limit_waits, stop_early
 from dreambooth.tracker import Tracker
 
 DRY_RUN_STEPS = 2  # the first one warms up
 
 
 class Milestones:
-    """Keeps to the flags' intervals; to be told of every step, on every rank.
+    """Does what is due after a step; to be called after every step, on every rank.
 
     Args:
         args: the flags.
@@ -49,19 +51,34 @@ class Milestones:
             Stopped: after a checkpoint, if a signal has asked for it.
         """
         args, steps = self.args, self.tracker.schedule.steps
-        stop = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        stop, save = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
         self.steps_seen += 1
+        if self.steps_seen == 1:
+            limit_waits(IN_A_STEP)  # what came before, and the first step, may take as long as they like
         if args.dry_run:
             return stop or self.steps_seen == DRY_RUN_STEPS
-        saves = stop or step % args.save_steps == 0
-        validates = args.validation_prompt and (step % args.validation_steps == 0 or step == steps)
+        asked = step % args.save_steps == 0  # by a flag, so that it is kept
+        saves = asked or stop or (save and step < steps)
+        validates = args.validation_prompt and not stop and (step % args.validation_steps == 0 or step == steps)
         if saves or validates:
             self.tracker.settle()
-            if saves:
-                save_checkpoint(args, self.settings, self.training, step)
-            if validates:
-                self.validate(step=step)
+            with self.tracker.request.unhurried(), apart():
+                if saves:
+                    self._save(step, interim=not (asked or stop))
+                if validates:
+                    self.validate(step=step)
             self.tracker.restart_clock()
         if stop:
             stop_early(self.tracker.request.name, step, steps)
         return False
+
+    def _save(self, step: int, *, interim: bool) -> None:
+        """Writes a checkpoint; an interim one, which no flag asks for, may go when there is a later one."""
+        started = time.monotonic()
+        try:
+            save_checkpoint(self.args, self.settings, self.training, step, interim=interim)
+        except RunError as error:  # on rank 0
+            if not interim:
+                raise
+            warn(f"no interim checkpoint: {error}")
+        self.tracker.saved(time.monotonic() - started)

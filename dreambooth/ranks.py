@@ -1,13 +1,28 @@
-"""Which process of a run this is."""
+"""How the processes of a run find each other, agree, and part."""
 
+import contextlib
+import datetime
+import hashlib
+import json
 import os
-import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from dreambooth.console import Stopped, UserError, warn
+from dreambooth.console import Stopped, ToldByRank0, UserError, warn
+from dreambooth.environment import Place
+
+Found = TypeVar("Found")
+# How long a rank waits for another one in a collective: in a step, where whoever takes that long has hung; and where
+# each works for itself, as while class images are generated, or while one saves.
+IN_A_STEP, APART = datetime.timedelta(minutes=30), datetime.timedelta(hours=24)
+# Network file systems show other machines a new file after up to a minute.
+APPEARS_WITHIN_S = 90
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Ranks:
         return int(memory)
 
 
-def check_gpus() -> None:
+def check_gpus(place: Place) -> None:
     """Finds a launch of more processes than GPUs on a machine that has some; warns on one that has none.
 
     Raises:
@@ -39,7 +54,7 @@ def check_gpus() -> None:
     if not torch.cuda.is_available():
         warn("no CUDA GPU was found: training on the CPU")
         return
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus, processes = torch.cuda.device_count(), place.local_world_size
     if processes > gpus:
         raise UserError(
             f"{processes} processes were started on this machine, which has {gpus} CUDA GPU{'s' * (gpus > 1)}: "
@@ -47,14 +62,112 @@ def check_gpus() -> None:
         )
 
 
-def run_alone_without_torchrun() -> None:
-    """Gives a process that no launcher started the environment of a run of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def join(place: Place) -> Ranks:
+    """Joins the process group, NCCL on GPUs and gloo on the CPU; one that is there already is used.
+
+    A process that is alone has a group of its own, since ColossalAI's plugins want one.
+
+    Raises:
+        UserError: if the group that is there is another one.
+    """
+    check_gpus(place)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if place.world_size > 1:  # accelerate and torch read these too
+        os.environ |= {"LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(place.local_world_size)}
+    if not dist.is_initialized():
+        rendezvous = {} if place.world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=APART, **rendezvous)
+    found = dist.get_rank(), dist.get_world_size()
+    if found != (place.rank, place.world_size):
+        raise UserError(
+            f"this process is rank {found[0]} of {found[1]} in the process group that is there already, "
+            f"and rank {place.rank} of {place.world_size} by its environment"
+        )
+    return Ranks(*found, device)
+
+
+def limit_waits(limit: datetime.timedelta) -> None:
+    """Sets how long a collective that begins from now on waits for a rank."""
+    if dist.is_initialized():
+        _set_pg_timeout(limit)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within it, between steps, each rank works for itself, however long it takes; at the end all meet."""
+    limit_waits(APART)
+    yield
+    meet()
+    limit_waits(IN_A_STEP)
+
+
+def meet() -> None:
+    """Waits for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_rank_0(find: Callable[[], Found]) -> Found:
+    """Returns on all ranks what `find` returns on rank 0, so that none goes by what it alone has found.
+
+    Raises:
+        UserError, RunError: as `find` does, on rank 0; the others end quietly.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return find()
+    answer: list = [None, None]  # what was found, and the exit status where that failed
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except UserError as error:
+            dist.broadcast_object_list([None, error.status], src=0)
+            raise
+    dist.broadcast_object_list(answer, src=0)
+    found, status = answer
+    if status:
+        raise ToldByRank0(status)
+    return found
+
+
+def compare(what: str, value: object) -> None:
+    """Sees to it that all ranks have found the same; to be called on every rank.
+
+    Args:
+        what: names the value in the message.
+        value: anything that JSON can say, or that has a text of its own.
+
+    Raises:
+        UserError: naming the ranks that differ from rank 0.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    digests: list = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    others = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
+    if others:
+        raise UserError(
+            f"rank {', '.join(others)} found other {what} than rank 0: give all processes the same command, and on "
+            "several machines folders of a file system that they share"
+        )
+
+
+def until_found(find: Callable[[], Found]) -> Found:
+    """Returns what `find` returns; on other ranks than 0 it tries again for a while, as a file may be late to appear.
+
+    Raises:
+        UserError: as `find` does at last.
+    """
+    limit = time.monotonic() + APPEARS_WITHIN_S
+    while dist.is_initialized() and dist.get_rank() > 0 and time.monotonic() < limit:
+        try:
+            return find()
+        except UserError:
+            time.sleep(1)
+    return find()
 
 
 def leave() -> None:
@@ -64,6 +177,7 @@ def leave() -> None:
     about to free a tensor of the last all-reduce and waits for Python's lock, which the destructor holds.
     """
     if dist.is_initialized():
+        limit_waits(APART)
         dist.barrier()
         if dist.get_backend() == dist.Backend.NCCL:
             dist.destroy_process_group()

@@ -8,22 +8,25 @@ import resource
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from dreambooth.console import RunError
+from dreambooth.console import RunError, progress
 from dreambooth.data import DreamBoothDataset
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
 from dreambooth.signals import StopRequest
 
 GIB = 2**30
-# So many steps later the host waits for a step's figures: long enough for the GPU to have them by then.
-LAG = 2
+# So many steps later the host waits for a step's figures: long enough for the GPU to have them by then. Where a step
+# takes longer than SLOW_S the host waits at once, which costs little then, so that a run can stop after it.
+LAG, SLOW_S = 2, 4
+# Checkpoints by time take no more than this share of it.
+SHARE_OF_SAVING = 0.05
 # With a loss scale, steps that overflow are skipped; so many in a row are not the scale's fault any more.
 MAX_SKIPPED_IN_A_ROW = 25
 NAMES_SHOWN = 8
@@ -42,6 +45,18 @@ def peak_memory_gib(device: torch.device, cuda_graphs: bool) -> float:
     if device.type == "cpu":
         return peak_host_memory_gib()
     return (torch.cuda.max_memory_reserved if cuda_graphs else torch.cuda.max_memory_allocated)(device) / GIB
+
+
+class Asked(NamedTuple):
+    """What all ranks do after a step, alike.
+
+    Args:
+        stop: end the run, though it is not the last step, because a signal has asked one of the ranks.
+        save: write a checkpoint, because it has been long since the last one.
+    """
+
+    stop: bool
+    save: bool
 
 
 class Tracker:
@@ -75,9 +90,10 @@ class Tracker:
         self.world_size = ranks.world_size
         self.dataset = dataset
         self.skips = skips
-        self.lag = LAG if self.device.type == "cuda" else 0
         self.request = StopRequest()
-        self.stop_since = self.failed_since = math.inf  # steps
+        self.stop_since = self.save_since = self.slow_since = self.failed_since = math.inf  # steps
+        self.save_every_s = 60 * args.save_minutes or math.inf
+        self.save_due_at = math.inf  # on the clock of rank 0
         self.skipped = self.skipped_in_a_row = 0
         self.shown = ranks.rank == 0
         self.seconds_per_step = self.peak_memory_gib = self.peak_host_memory_gib = math.nan  # of the last step shown
@@ -86,9 +102,7 @@ class Tracker:
         self.writer = None
         if self.shown and not args.dry_run:
             self.writer = SummaryWriter(folder, purge_step=first_step + 1)
-        self.progress = tqdm(
-            total=schedule.steps, initial=first_step, desc="training", unit="step", disable=not self.shown
-        )
+        self.progress = progress(schedule.steps, initial=first_step, desc="training", unit="step", shown=self.shown)
         self.pending: deque = deque()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -100,21 +114,37 @@ class Tracker:
         gc.collect()
         gc.freeze()
         self.restart_clock()
+        self.save_due_at = time.monotonic() + self.save_every_s
         return self
 
-    def __exit__(self, kind: type | None, *exception) -> None:
-        try:
-            if kind is None:
-                self.settle()
-        finally:
-            self.request.__exit__()
-            self.progress.close()
-            if self.writer is not None:
-                self.writer.close()
+    def __exit__(self, *exception) -> None:
+        self.request.__exit__()
+        gc.unfreeze()
+        self._close()
+
+    def finish(self) -> None:
+        """Waits for the figures of the last step; what follows, a signal does not interrupt.
+
+        Raises:
+            RunError: if figures are not finite.
+        """
+        self.request.heed()
+        self.settle()
+        self._close()
+
+    def _close(self) -> None:
+        self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one; `settle` has been called."""
         self.last_mark = self._mark()
+
+    def saved(self, seconds: float) -> None:
+        """Tells that a checkpoint has been written, and how long it took."""
+        self.save_since = math.inf
+        self.save_due_at = time.monotonic() + max(self.save_every_s, seconds / SHARE_OF_SAVING)
 
     def _mark(self):
         """Returns the present moment on the device's clock."""
@@ -127,7 +157,7 @@ class Tracker:
     def _seconds(self, earlier, later) -> float:
         return earlier.elapsed_time(later) / 1000 if self.device.type == "cuda" else later - earlier
 
-    def step(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
+    def step(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> Asked:
         """Takes the figures of `step`, counted from 1; to be called on every rank.
 
         Args:
@@ -137,32 +167,42 @@ class Tracker:
             grad_norm: L2 norm of the gradients before clipping; None where it is not known, not finite where the step
                 was skipped.
 
-        Returns:
-            Whether to stop after this step, though it is not the last, because a signal has asked one of the ranks.
-
         Raises:
             RunError: if figures are not finite.
         """
-        figures = torch.stack([loss.detach().float(), self._scalar(self.request)])
+        self.request.get_on()
+        figures = torch.cat([loss.detach().float()[None], self._says()])
         if self.world_size > 1:
             dist.all_reduce(figures)
             figures /= self.world_size
         figures = torch.cat([figures, self._scalar(0 if grad_norm is None else grad_norm)[None]])
         if self.device.type == "cuda":
-            figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
+            figures = torch.empty(len(figures), pin_memory=True).copy_(figures, non_blocking=True)
         self.pending.append((step, figures, lr, grad_norm is not None, self._mark()))
-        self._take(step - self.lag)
-        if self.failed_since <= step - self.lag:
+        # By figures that all ranks have, whichever others this one has already.
+        known = step - LAG if self.device.type == "cuda" else step
+        self._take(known)
+        if self.slow_since <= known:
+            known = step
+            self._take(known)
+        if self.failed_since <= known:
             raise self._failure()
-        stop = self.stop_since <= step - self.lag and step < self.schedule.steps
+        stop = self.stop_since <= known and step < self.schedule.steps
         if stop:
             self.request.heed()
-        return stop
+        return Asked(stop, self.save_since <= known)
 
-    def _scalar(self, value: torch.Tensor | float | StopRequest) -> torch.Tensor:
+    def _says(self) -> torch.Tensor:
+        """Returns what counts for all if one rank says so: stop; on rank 0 also save, and that steps are slow."""
+        on_gpu = self.device.type == "cuda"
+        due, slow = time.monotonic() >= self.save_due_at, self.seconds_per_step > SLOW_S
+        says = torch.tensor([bool(self.request), self.shown and due, self.shown and slow], pin_memory=on_gpu)
+        return says.to(self.device, torch.float32, non_blocking=True)
+
+    def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value.detach().float().to(self.device)
-        return torch.full((), float(bool(value) if isinstance(value, StopRequest) else value), device=self.device)
+        return torch.full((), float(value), device=self.device)
 
     def settle(self) -> None:
         """Waits for the figures of all steps so far; to be called on every rank, before anything is saved.
@@ -195,15 +235,16 @@ class Tracker:
                     return
                 mark.synchronize()
             self.pending.popleft()
-            loss, stop, grad_norm = figures.tolist()
-            self._watch(step, loss, grad_norm, bool(stop))
+            loss, stop, save, slow, grad_norm = figures.tolist()
+            self.stop_since = min(self.stop_since, step if stop else math.inf)
+            self.save_since = min(self.save_since, step if save else math.inf)
+            self.slow_since = min(self.slow_since, step if slow else math.inf)
+            self._watch(step, loss, grad_norm)
             if self.shown:
                 self._show(step, {"loss": loss, "lr": lr} | ({"grad_norm": grad_norm} if has_norm else {}), mark)
             self.last_mark = mark
 
-    def _watch(self, step: int, loss: float, grad_norm: float, stop: bool) -> None:
-        if stop:
-            self.stop_since = min(self.stop_since, step)
+    def _watch(self, step: int, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
             return

@@ -230,7 +230,7 @@ from dreambooth.strategy import choose_strategy
 
 args = arguments.parse(trainer.build_parser(), sys.argv[1:])
 strategy = choose_strategy(args)
-trainer.launch()
+trainer.join(trainer.find_place())
 denoiser = Denoiser(models.load_unet(sys.argv[2], None))
 optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
 lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)

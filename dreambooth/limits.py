@@ -1,0 +1,78 @@
+"""What to say when the machine's memory is not enough, the most common failure of all."""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+# What torch, cuBLAS, cuDNN and NCCL say when a GPU has no more memory, in whatever error.
+OUT_OF_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|_ALLOC_FAILED|Cuda failure 2\b")
+OUT_OF_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory")
+# A DataLoader's worker that wrote beyond the end of /dev/shm, in words of either side.
+OUT_OF_SHARED_MEMORY = re.compile(
+    r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal: Bus error)"
+    r"|unable to (open|write to|mmap|resize|allocate).*(shared memory|/torch_|shm)"
+)
+ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+
+
+_cheaper: list[str] = []
+
+
+def remember_cheaper_flags(args: argparse.Namespace, *, sharded: bool = False, has_plugins: bool = False) -> None:
+    """Keeps what would make this run take less memory, in the order of its cost, until memory runs out.
+
+    Args:
+        args: the flags.
+        sharded: whether the optimizer state is split or in host memory already.
+        has_plugins: whether the script has ColossalAI's plugins.
+    """
+    offered = {
+        "--gradient_checkpointing": not args.gradient_checkpointing,
+        "a smaller --train_batch_size with more --gradient_accumulation_steps": args.train_batch_size > 1,
+        "--use_8bit_adam": not (args.use_8bit_adam or sharded),
+        "--plugin low_level_zero on several GPUs": has_plugins and not sharded,
+        "--placement cpu": has_plugins and args.placement == "cuda",
+        "no --train_text_encoder": args.train_text_encoder,
+        "a lower --resolution": True,
+    }
+    _cheaper[:] = [flag for flag, helps in offered.items() if helps]
+
+
+def explain(error: Exception) -> str | None:
+    """Returns a line about an error that is one of memory: what was done, what there was, what helps; else None."""
+    text, what = str(error), getattr(error, "doing", "setting up the run")
+    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(text):
+        return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
+    if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
+        return f"out of host memory while {what}{_what_helps(error)}"
+    if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
+        return (
+            f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "
+            f"{_shared_memory()}. Start the container with a larger --shm-size, or use --dataloader_num_workers 0"
+        )
+    return None
+
+
+def _on_gpu(text: str) -> str:
+    asked = ASKED_FOR.search(text)
+    more = f", and {asked[1]} more were asked for" if asked else ""
+    try:
+        free, total = (size / GIB for size in torch.cuda.mem_get_info())
+    except RuntimeError:  # there was not even room for CUDA itself
+        return "no room for CUDA; does another process use the GPU?"
+    held = torch.cuda.memory_allocated() / GIB
+    return f"of {total:.1f} GiB this process held {held:.1f} GiB in tensors, {free:.1f} GiB were free{more}"
+
+
+def _what_helps(error: Exception) -> str:
+    flags = getattr(error, "takes_less", None) or ", ".join(_cheaper)
+    return f". What takes less, in the order of its cost: {flags}" if flags else ""
+
+
+def _shared_memory() -> str:
+    folder = Path("/dev/shm")
+    return f"{shutil.disk_usage(folder).total / 2**20:.1f} MiB" if folder.is_dir() else "no room"
