@@ -13,7 +13,7 @@ On one GPU (or, with `accelerate launch --multi_gpu`, on several):
 Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import quiet_libraries, run, say
+from dreambooth.console import doing, quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser = Denoiser(unet)
     del text_encoder
     vae.to(ranks.device, dtype)
-    cache_latents(args, dataset, vae, ranks)
+    with doing("caching latents"):
+        cache_latents(args, dataset, vae, ranks)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     denoiser.train()
@@ -252,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=precision == "fp16") as tracker:
         draw = functools.partial(validate, args, training, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
         milestones = Milestones(args, settings | settings_of_data, training, tracker, draw)
-        train(args, training, steps, loss_of, milestones, first_step)
+        with doing("training"):
+            train(args, training, steps, loss_of, milestones, first_step)
         tracker.finish()
         if args.dry_run:
             tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())

@@ -11,7 +11,7 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import quiet_libraries, run, say
+from dreambooth.console import doing, quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -251,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser = Denoiser(unet)
     del text_encoder
     vae.to(ranks.device, dtype)
-    cache_latents(args, dataset, vae, ranks)
+    with doing("caching latents"):
+        cache_latents(args, dataset, vae, ranks)
 
     # The optimizer, and the plugin around it and what is trained.
     denoiser.train()
@@ -288,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=strategy.precision == "fp16") as tracker:
         draw = functools.partial(validate, args, boosted, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
         milestones = Milestones(args, settings | settings_of_data, boosted, tracker, draw)
-        train(boosted, steps, loss_of, milestones, first_step)
+        with doing("training"):
+            train(boosted, steps, loss_of, milestones, first_step)
         tracker.finish()
         if args.dry_run:
             tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())

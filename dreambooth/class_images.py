@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth.console import is_rank_0, say
+from dreambooth.console import doing, is_rank_0, say
 from dreambooth.images import Photo, check_crops, find_images, images_to_use, list_images, photo_of, save_whole
 from dreambooth.ranks import Ranks
 
@@ -86,7 +86,7 @@ def generate_class_images(
     started = time.monotonic()
     if share:
         pipeline = load().to(ranks.device)
-        with one_cpu_thread():
+        with one_cpu_thread(), doing("generating class images", takes_less="a smaller --sample_batch_size"):
             _generate(pipeline, args.class_prompt, share, folder, seed)
         del pipeline
         if ranks.device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import multiprocessing.queues
 import os
 import signal
 from collections.abc import Iterator
@@ -187,10 +188,15 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
     return batch | {"rows": torch.tensor(latents_first).argsort()}
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """In a worker process: a signal to the whole process group is the trainer's to answer."""
+def _leave_all_but_images_to_the_trainer(worker: int) -> None:
+    """In a worker process: signals to the whole process group are the trainer's to answer, and errors its to tell.
+
+    It gets those that images cause. One in sending images, for want of shared memory, ends the worker, which it sees.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))
 
 
 def build_loader(
@@ -209,7 +215,7 @@ def build_loader(
         batch_sampler=schedule.batches(ranks.rank, first_step),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_leave_all_but_images_to_the_trainer,
         pin_memory=on_gpu,
     )
     try:

@@ -30,6 +30,7 @@ SHARE_OF_SAVING = 0.05
 # With a loss scale, steps that overflow are skipped; so many in a row are not the scale's fault any more.
 MAX_SKIPPED_IN_A_ROW = 25
 NAMES_SHOWN = 8
+SHOWN_AT_ONCE = (1, 10, 100)  # steps, in a log that has a line every half minute otherwise
 
 
 def peak_host_memory_gib() -> float:
@@ -288,3 +289,5 @@ class Tracker:
             refresh=False,
         )
         self.progress.update()
+        if self.progress.n - self.progress.initial in SHOWN_AT_ONCE:
+            self.progress.refresh()

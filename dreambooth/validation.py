@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth.checkpoint import Training
 from dreambooth.class_images import one_cpu_thread
-from dreambooth.console import RunError, is_rank_0, say
+from dreambooth.console import RunError, doing, is_rank_0, say
 from dreambooth.grid import captioned_grid
 from dreambooth.images import save_whole
 from dreambooth.models import first_line
@@ -55,7 +55,7 @@ def validate(
     pipeline = load_pipeline(dtype=dtype, **training.denoiser.parts_with(weights)).to(ranks.device)
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    with one_cpu_thread():
+    with one_cpu_thread(), doing("drawing validation images"):
         for number in range(args.num_validation_images):
             generator = torch.Generator().manual_seed((seed + number) % 2**32)
             made = pipeline(args.validation_prompt, num_inference_steps=INFERENCE_STEPS, generator=generator)
