@@ -599,5 +599,13 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
     for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
         if getattr(args, name) != parser.get_default(name) and args.lr_scheduler != scheduler:
             warn(f"--{name}: no effect on --lr_scheduler {args.lr_scheduler}, but on {scheduler}")
+    for name, defaults, flag in (
+        ("GRADIENT_ACCUMULATION_STEPS", ("1", str(args.gradient_accumulation_steps)), "--gradient_accumulation_steps"),
+        ("DYNAMO_BACKEND", ("no",), "--compile"),
+        ("USE_CPU", ("false",), "CUDA_VISIBLE_DEVICES"),
+    ):
+        value = os.environ.get(f"ACCELERATE_{name}", "")
+        if value and value.lower() not in defaults:
+            warn(f"ACCELERATE_{name}={value}: no effect, {flag} decides")
     if args.local_rank is not None and args.local_rank != int(os.environ.get("LOCAL_RANK", "0")):
         warn(f"--local_rank {args.local_rank}: no effect, LOCAL_RANK of the environment decides")

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(text):
         return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
     if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
-        return f"out of host memory while {what}{_what_helps(error)}"
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return f"out of host memory while {what}: this process held {held:.1f} GiB{_what_helps(error)}"
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
             f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "

@@ -1,5 +1,7 @@
 """The one place that knows which arithmetic a run uses."""
 
+import os
+
 import torch
 
 from dreambooth.console import UserError, warn
@@ -13,9 +15,17 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def choose_precision(requested: str | None) -> str:
     """Returns "no", "fp16" or "bf16": what was requested, else bf16 or fp16 on a GPU and "no" on the CPU.
 
+    A half precision that `accelerate launch` was asked for counts where no flag says otherwise. Its "no" does not, as
+    that is what it says when it was not asked.
+
     Raises:
         UserError: if the machine cannot run what was requested.
     """
+    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if requested is None and of_launcher != "no":
+        if of_launcher not in DTYPES:
+            raise UserError(f"accelerate's configuration asks for mixed precision {of_launcher}: use fp16 or bf16")
+        requested = of_launcher
     if not torch.cuda.is_available():
         if requested == "fp16":
             raise UserError("--mixed_precision fp16 needs a CUDA GPU, and none was found: use no or bf16")

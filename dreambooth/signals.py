@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 # Ctrl-C, a closed terminal, the end of a job's time, a scheduler's notice: all that can be caught and ends a process
 # that is in good health.
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGXCPU", "SIGPWR")
+NAMES = (
+    *("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR"),
+    *("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGSTKFLT"),
+)
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # A signal to torchrun reaches its processes more than once within moments; a session that ends sends two kinds.
 REPEATED_S = 2

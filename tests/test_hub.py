@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -23,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.uploaded: dict[str, bytes] = {}
         self.tokens: set[str] = set()
         self.takes_commits = True
+        self.slow_s = 0.0  # to take a commit
 
     @property
     def url(self) -> str:
@@ -59,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
+        time.sleep(self.server.slow_s if "/commit" in self.path else 0)
         self.server.tokens.add(self.headers.get("Authorization", ""))
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":

@@ -1,0 +1,301 @@
+"""What a process has around it: a launcher's environment, signals, other ranks, a log, limits of memory."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, unet_weights
+from test_hub import Hub
+
+from dreambooth.console import UserError, progress
+from dreambooth.environment import Place, find_place
+from dreambooth.signals import SIGNALS, StopRequest
+
+BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Returns a function that sets these variables of a launcher, and no others."""
+    for name in (*VARIABLES, "ACCELERATE_USE_DEEPSPEED", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def put(words: str) -> None:
+        for pair in words.split():
+            monkeypatch.setenv(*pair.split("="))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "words, place",
+    [
+        ("", Place()),
+        ("MASTER_ADDR=host MASTER_PORT=1", Place()),  # left over, and of no meaning alone
+        ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=host MASTER_PORT=1", Place(1, 2, 0, 1)),  # as Kubeflow sets them
+        ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=host MASTER_PORT=1", Place(5, 8, 1, 4)),
+        ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=3 MASTER_ADDR=host MASTER_PORT=1", Place(3, 4, 3, 4)),
+    ],
+)
+def test_the_place_of_a_process(environment, words, place):
+    environment(words)
+    assert find_place() == place
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("WORLD_SIZE=2", "has WORLD_SIZE of a launcher, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ("LOCAL_RANK=3", "has LOCAL_RANK of a launcher, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ("OMPI_COMM_WORLD_SIZE=2", "has OMPI_COMM_WORLD_SIZE of a launcher"),
+        ("RANK=0 WORLD_SIZE=two MASTER_ADDR=h MASTER_PORT=1", "WORLD_SIZE=two, which is not a whole number"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2, of 2 processes, which are counted from 0"),
+        ("ACCELERATE_USE_DEEPSPEED=true", "asks for DeepSpeed, which this project does not use"),
+    ],
+)
+def test_an_environment_that_is_not_whole_is_told(environment, words, expected):
+    environment(words)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        find_place()
+
+
+@BOTH
+def test_both_scripts_read_the_environment_alike(script, flags):
+    """What is left over is refused, and what a platform sets for one process per machine is enough to train."""
+    done = train(script, flags, env={"WORLD_SIZE": "2"}, check=False)
+    assert done.returncode == 2 and "has WORLD_SIZE of a launcher" in done.error_lines[0]
+    whole = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    train(script, flags | {"max_train_steps": 1}, env=whole)
+
+
+@BOTH
+def test_what_accelerate_launch_asks_for_acts_or_is_told(script, flags):
+    asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    done = train(script, flags | {"max_train_steps": 1}, env=asked)
+    assert "precision bf16" in done.stdout and "1 steps of 2 samples" in done.stdout
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: no effect" in done.stderr
+    done = train(script, flags | {"max_train_steps": 1, "mixed_precision": "no"}, env=asked)
+    assert "precision no" in done.stdout
+
+
+TWICE = """
+import importlib, sys
+main = importlib.import_module(sys.argv[1].removesuffix(".py")).main
+for name in ("out", "out", "other"):
+    main([*sys.argv[2:], "--output_dir", name])
+    print(name, "is there")
+"""
+
+
+@BOTH
+def test_one_process_makes_several_runs(script, flags, tmp_path):
+    """As a notebook does: into the same folder again, and into another one."""
+    del flags["output_dir"]
+    command = [sys.executable, "-c", TWICE, script, *command_line(flags | {"max_train_steps": 1})]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout.count("is there") == 3, done.stderr
+    assert unet_weights(tmp_path / "out" / "unet").keys() == unet_weights(tmp_path / "other" / "unet").keys()
+
+
+def test_a_log_has_lines(capfd):
+    """With their ends, and few of them."""
+    with progress(1000, desc="training", unit="step") as bar:
+        for _ in range(1000):
+            bar.update()
+    lines = capfd.readouterr().err
+    assert "\r" not in lines and lines.endswith("\n") and lines.count("\n") == 2
+    assert re.search(r"training: 100% 1000/1000 \[", lines)
+
+
+# Signals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_that_end_a_process_ask_it_to_stop(number):
+    with StopRequest() as request:
+        os.kill(os.getpid(), number)
+        assert request.name == signal.Signals(number).name
+
+
+def test_every_signal_that_ends_a_process_in_good_health_is_among_them():
+    """By trying each one on a process of its own."""
+    of_no_concern = {signal.SIGKILL, signal.SIGPIPE, signal.SIGXFSZ}  # the last two are errors in Python
+    faults = {
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    }
+    of_no_name = {number for number in signal.valid_signals() if number >= signal.SIGRTMIN}
+    for number in signal.valid_signals() - of_no_concern - faults - of_no_name - set(SIGNALS):
+        process = subprocess.Popen(["sleep", "60"])
+        process.send_signal(number)
+        time.sleep(0.05)
+        ended = process.poll() is not None
+        process.kill()
+        process.wait()
+        assert not ended, signal.Signals(number).name
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As that of a closed terminal is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def asked_to_stop(lines: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs lines within a StopRequest named `request`, with a function `send` for signals to the process itself."""
+    code = (
+        "import os, signal, time\n"
+        "from dreambooth import signals\n"
+        "send = lambda name: os.kill(os.getpid(), getattr(signal, name))\n"
+        "signals.PATIENCE_S = 1\n"
+        "with signals.StopRequest() as request:\n"
+    ) + "".join(f"    {line}\n" for line in [*lines.split("; "), "print('alive')"])
+    env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "lines, environment, status",
+    [
+        ("send('SIGINT'); send('SIGINT')", {}, -signal.SIGINT),
+        ("send('SIGTERM'); send('SIGHUP')", {}, 0),  # as at the end of a session
+        ("send('SIGINT'); send('SIGINT')", {"TORCHELASTIC_RUN_ID": "1"}, 0),  # torchrun repeats it
+        ("signals.REPEATED_S = 0.1; send('SIGINT'); time.sleep(0.2); send('SIGTERM')", {}, -signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_ends_the_process_at_once(lines, environment, status):
+    done = asked_to_stop(lines, **environment)
+    assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize(
+    "lines, status",
+    [
+        # A step that takes long is not taken for a rank that is dead: the one before took as long.
+        ("request.get_on(); time.sleep(2); request.get_on(); send('SIGTERM'); time.sleep(4)", 0),
+        ("send('SIGTERM'); time.sleep(4)", 0),  # the first step
+        ("request.get_on(); send('SIGTERM'); request.heed(); time.sleep(4)", 0),
+        ("request.get_on(); send('SIGTERM')\n    with request.unhurried(): time.sleep(4)", 0),
+        ("request.get_on(); send('SIGTERM'); time.sleep(60)", 1),
+    ],
+)
+def test_a_rank_that_does_not_get_on_leaves(lines, status):
+    assert asked_to_stop(lines, WORLD_SIZE="2").returncode == status
+
+
+# Other ranks --------------------------------------------------------------------------------------------------------
+
+# The real trainer; no rank waits for another in a step for more than 6 s.
+SHORT_OF_TIME = f"""
+import datetime, os, runpy, sys, time
+from dreambooth import checkpoint, ranks
+ranks.IN_A_STEP = datetime.timedelta(seconds=6)
+from dreambooth import milestones
+milestones.IN_A_STEP = ranks.IN_A_STEP
+save_file = checkpoint.save_file
+def save_slowly(*args, **settings):
+    time.sleep(12)
+    save_file(*args, **settings)
+checkpoint.save_file = save_slowly
+runpy.run_path({COLOSSALAI!r}, run_name="__main__")
+"""
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_step(tiny_model, flags, tmp_path):
+    """A checkpoint, and the upload."""
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(SHORT_OF_TIME)
+    hub = Hub(tiny_model)
+    hub.slow_s = 12
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    more = {
+        "max_train_steps": 3,
+        "save_steps": 2,
+        "train_batch_size": 1,
+        "push_to_hub": True,
+        "hub_token": "hf_secret",
+    }
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ".", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    train(launcher, flags | more, nproc=2, env=env)
+    hub.shutdown()
+    assert (flags["output_dir"] / "checkpoint-2").is_dir() and "model_index.json" in hub.uploaded
+
+
+HANG = """
+from dreambooth.tracker import Tracker
+step = Tracker.step
+def hang(self, number, **figures):
+    if number == 5 and os.environ["RANK"] == "1":
+        time.sleep(10**5)
+    return step(self, number, **figures)
+Tracker.step = hang
+"""
+
+
+def test_a_rank_that_hangs_in_a_step_is_waited_for_no_longer_than_a_step_may_take(flags, tmp_path):
+    """Without any signal."""
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(
+        SHORT_OF_TIME.replace("    time.sleep(12)\n", "").replace("runpy.run_path", f"{HANG}runpy.run_path")
+    )
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
+    done = train(launcher, flags | {"max_train_steps": 10**5}, nproc=2, env=env, check=False)
+    assert done.returncode == 1 and "rank 0" in done.stderr
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+LITTLE_MEMORY = """
+import resource, sys
+import train_dreambooth
+from dreambooth.console import run
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1000 << 20),) * 2)
+run(lambda: train_dreambooth.main(sys.argv[1:]), "train_dreambooth.py")
+"""
+
+
+def test_too_little_memory_is_one_line(flags):
+    """With what takes less, but for what the run has already."""
+    more = {"train_batch_size": 2048, "gradient_checkpointing": True, "center_crop": True}
+    command = [sys.executable, "-c", LITTLE_MEMORY, *command_line(flags | more)]
+    done = run(command, env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert re.search(r"out of host memory while training: this process held \d+\.\d GiB", done.error_lines[0])
+    assert "a smaller --train_batch_size" in done.error_lines[0]
+    assert "--gradient_checkpointing," not in done.error_lines[0]
+
+
+def test_too_little_shared_memory_is_one_line(flags):
+    """As in a container."""
+    mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    more = {"train_batch_size": 64, "cache_latents": "off", "dataloader_num_workers": 2}
+    words = [sys.executable, COLOSSALAI, *command_line(flags | more)]
+    done = run(["unshare", "-m", "bash", "-c", f'{mount} && exec "$@"', "bash", *words], check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert "/dev/shm has 0.2 MiB. Start the container with a larger --shm-size" in done.error_lines[0]
