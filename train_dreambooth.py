@@ -64,7 +64,7 @@ from dreambooth.optimizer import (
 )
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
-from dreambooth.ranks import APART, Ranks, check_gpus, join, leave, limit_waits
+from dreambooth.ranks import Ranks, check_gpus, join, leave
 from dreambooth.schedule import plan
 from dreambooth.tracker import Tracker
 from dreambooth.validation import validate
@@ -261,7 +261,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return leave()
 
         # Save; the upload, which may take long, keeps no other rank waiting.
-        limit_waits(APART)
         weights = training.weights()
         if ranks.rank == 0:
             save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))

@@ -54,7 +54,7 @@ from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.plugins import ShardAdamW
 from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
-from dreambooth.ranks import APART, join, leave, limit_waits
+from dreambooth.ranks import join, leave
 from dreambooth.schedule import Schedule, plan
 from dreambooth.strategy import PLACEMENTS, Strategy, choose_strategy
 from dreambooth.tracker import Tracker
@@ -297,7 +297,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return leave()
 
         # Save; the upload, which may take long, keeps no other rank waiting.
-        limit_waits(APART)
         weights = boosted.weights()
         if ranks.rank == 0:
             save_pipeline(Path(args.output_dir), load_pipeline(**denoiser.parts_with(weights)))

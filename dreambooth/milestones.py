@@ -8,7 +8,7 @@ import torch
 
 from dreambooth.checkpoint import Training, save_checkpoint
 from dreambooth.console import RunError, warn
-from dreambooth.ranks import IN_A_STEP, apart, limit_waits, stop_early
+from dreambooth.ranks import meet, stop_early
 from dreambooth.tracker import Tracker
 
 DRY_RUN_STEPS = 2  # the first one warms up
@@ -53,8 +53,6 @@ class Milestones:
         args, steps = self.args, self.tracker.schedule.steps
         stop, save = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
         self.steps_seen += 1
-        if self.steps_seen == 1:
-            limit_waits(IN_A_STEP)  # what came before, and the first step, may take as long as they like
         if args.dry_run:
             return stop or self.steps_seen == DRY_RUN_STEPS
         asked = step % args.save_steps == 0  # by a flag, so that it is kept
@@ -62,11 +60,12 @@ class Milestones:
         validates = args.validation_prompt and not stop and (step % args.validation_steps == 0 or step == steps)
         if saves or validates:
             self.tracker.settle()
-            with self.tracker.request.unhurried(), apart():
+            with self.tracker.request.unhurried():
                 if saves:
                     self._save(step, interim=not (asked or stop))
                 if validates:
                     self.validate(step=step)
+                meet()
             self.tracker.restart_clock()
         if stop:
             stop_early(self.tracker.request.name, step, steps)

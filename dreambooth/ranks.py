@@ -1,28 +1,27 @@
 """How the processes of a run find each other, agree, and part."""
 
-import contextlib
 import datetime
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from dreambooth.console import Stopped, ToldByRank0, UserError, warn
 from dreambooth.environment import Place
 
 Found = TypeVar("Found")
-# How long a rank waits for another one in a collective: in a step, where whoever takes that long has hung; and where
-# each works for itself, as while class images are generated, or while one saves.
+# How long a rank waits for another one: in a collective of a step, where whoever takes that long has hung; and where
+# ranks meet that have worked each for itself, as while class images are generated, or while one saves.
 IN_A_STEP, APART = datetime.timedelta(minutes=30), datetime.timedelta(hours=24)
 # Network file systems show other machines a new file after up to a minute.
 APPEARS_WITHIN_S = 90
+_meeting_places: list[dist.ProcessGroup] = []  # the group in which ranks meet and tell each other what they know
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,21 @@ def join(place: Place) -> Ranks:
         os.environ |= {"LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(place.local_world_size)}
     if not dist.is_initialized():
         rendezvous = {} if place.world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=APART, **rendezvous)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=IN_A_STEP, **rendezvous)
     found = dist.get_rank(), dist.get_world_size()
     if found != (place.rank, place.world_size):
         raise UserError(
             f"this process is rank {found[0]} of {found[1]} in the process group that is there already, "
             f"and rank {place.rank} of {place.world_size} by its environment"
         )
+    _meeting_places[:] = _meeting_places or [dist.new_group(backend="gloo", timeout=APART)]
     return Ranks(*found, device)
 
 
-def limit_waits(limit: datetime.timedelta) -> None:
-    """Sets how long a collective that begins from now on waits for a rank."""
-    if dist.is_initialized():
-        _set_pg_timeout(limit)
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Within it, between steps, each rank works for itself, however long it takes; at the end all meet."""
-    limit_waits(APART)
-    yield
-    meet()
-    limit_waits(IN_A_STEP)
-
-
 def meet() -> None:
-    """Waits for the other ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Waits for the other ranks, which may have worked each for itself, however long it takes."""
+    if _meeting_places:
+        dist.barrier(group=_meeting_places[0])
 
 
 def from_rank_0(find: Callable[[], Found]) -> Found:
@@ -116,16 +101,16 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     Raises:
         UserError, RunError: as `find` does, on rank 0; the others end quietly.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _meeting_places:
         return find()
     answer: list = [None, None]  # what was found, and the exit status where that failed
     if dist.get_rank() == 0:
         try:
             answer[0] = find()
         except UserError as error:
-            dist.broadcast_object_list([None, error.status], src=0)
+            dist.broadcast_object_list([None, error.status], src=0, group=_meeting_places[0])
             raise
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=_meeting_places[0])
     found, status = answer
     if status:
         raise ToldByRank0(status)
@@ -142,11 +127,11 @@ def compare(what: str, value: object) -> None:
     Raises:
         UserError: naming the ranks that differ from rank 0.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _meeting_places:
         return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
     digests: list = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    dist.all_gather_object(digests, digest, group=_meeting_places[0])
     others = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
     if others:
         raise UserError(
@@ -176,11 +161,10 @@ def leave() -> None:
     A gloo group is left to the end of the process. Destroyed here it could wait for ever: for its thread, which may be
     about to free a tensor of the last all-reduce and waits for Python's lock, which the destructor holds.
     """
-    if dist.is_initialized():
-        limit_waits(APART)
-        dist.barrier()
-        if dist.get_backend() == dist.Backend.NCCL:
-            dist.destroy_process_group()
+    meet()
+    if _meeting_places and dist.get_backend() == dist.Backend.NCCL:
+        _meeting_places.clear()
+        dist.destroy_process_group()
 
 
 def stop_early(name: str | None, step: int, steps: int) -> None:
