@@ -132,13 +132,27 @@ def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, o
     return run([*launcher, script, *command_line(flags)], env=env | options.pop("env", {}), **options)
 
 
-def start_torchrun(script: str, flags: dict, log: Path, *options: str, on_gpu: bool = False) -> subprocess.Popen:
-    """Starts two processes of a trainer with torchrun and further options of it; the output goes to `log`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
+def start_torchrun(
+    script: str, flags: dict, log: Path, *options: str, on_gpu: bool = False, before: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """Starts two processes of a trainer with torchrun and further options of it; the output goes to `log`.
+
+    `before` are words that go before the command.
+    """
+    command = [
+        *before,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *options,
+    ]
     return subprocess.Popen(
         [*command, script, *command_line(flags)],
         cwd=ROOT,
-        env=os.environ | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+        env=os.environ | {"TQDM_MININTERVAL": "0.1"} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )

@@ -121,11 +121,14 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, uninter
 
 
 @BOTH
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_and_saves(script, number, long_run, uninterrupted, tmp_path, report):
+    """Ctrl-C, a closed terminal, and the end of a job's time, for which no picture is drawn any more."""
     whole, stopped = uninterrupted(script, 1) / "out", tmp_path / "stopped"
     long_run |= {"class_data_dir": whole.parent / "class_images"}
-    run = Running(script, command_line(long_run | {"output_dir": stopped}))
+    draws = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 1}
+    draws = draws if number == signal.SIGTERM else {}
+    run = Running(script, command_line(long_run | draws | {"output_dir": stopped}))
     wait_for(lambda: steps_shown(run) >= 7)
     run.send(number)
     done = run.wait(check=False)
@@ -133,24 +136,46 @@ def test_a_signal_ends_the_step_and_saves(script, number, long_run, uninterrupte
     last = done.stderr.splitlines()[-1]
     step = int(re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}", last)[1])
     assert "--resume_from_checkpoint latest" in last and (stopped / f"checkpoint-{step}").is_dir()
+    if draws:
+        assert not (stopped / "validation" / f"step-{step}.png").exists()
+        assert (stopped / "validation" / f"step-{step - 1}.png").exists()
     train(script, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"})
     assert_same(whole, stopped, f"checkpoint-{STEPS}")
-    report("SIGTERM or Ctrl-C", resumed=1, equal=1)
+    report("SIGTERM, Ctrl-C or a closed terminal", resumed=1, equal=1)
 
 
 def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, uninterrupted, tmp_path, report):
+    """That of a closed terminal, which torchrun hands on also where nohup has it ignored."""
     whole, stopped = uninterrupted(COLOSSALAI, 2) / "out", tmp_path / "stopped"
     long_run |= {"class_data_dir": whole.parent / "class_images"}
-    run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log")
+    run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log", before=("nohup",))
     wait_for((stopped / "checkpoint-5").is_dir)
-    run.terminate()
+    run.send_signal(signal.SIGHUP)
     run.wait(timeout=60)
     log = (tmp_path / "log").read_text()
-    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}", log)[1])
+    step = int(re.search(rf"stopped by SIGHUP after step (\d+) of {STEPS}", log)[1])
     assert json.loads((stopped / f"checkpoint-{step}" / "state.json").read_text())["step"] == step
     train(COLOSSALAI, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"}, nproc=2)
     assert_same(whole, stopped, f"checkpoint-{STEPS}")
     report("SIGTERM or Ctrl-C", resumed=1, equal=1)
+
+
+def test_a_run_without_checkpoints_leaves_one_every_few_minutes(long_run, uninterrupted, tmp_path, report):
+    """Killed, it goes on from there; at its end the pipeline takes the place of what no flag has asked for."""
+    whole, killed = uninterrupted(COLOSSALAI, 1) / "out", tmp_path / "killed"
+    long_run |= {"class_data_dir": whole.parent / "class_images", "output_dir": killed}
+    argv = command_line(long_run | {"save_steps": 500, "save_minutes": 0.001, "resume_from_checkpoint": "latest"})
+    run = Running(COLOSSALAI, argv)
+    wait_for(lambda: list(killed.glob("checkpoint-*")))
+    run.send(signal.SIGKILL)
+    run.wait(check=False)
+    newest = max(killed.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    done = Running(COLOSSALAI, argv).wait()
+    assert f"{newest.name.split('-')[1]}/{STEPS} [" in done.stderr
+    here, there = unet_weights(whole / "unet"), unet_weights(killed / "unet")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert not list(killed.glob("checkpoint-*"))
+    report("killed where no checkpoint was asked for", resumed=1, equal=1)
 
 
 @BOTH
