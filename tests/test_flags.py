@@ -1,0 +1,121 @@
+"""Each flag acts: another value makes another loss, or a test of its own says what it does."""
+
+import json
+import re
+import shutil
+
+import pytest
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, scalars
+
+import train_dreambooth_colossalai
+from benchmarks import random_model
+from dreambooth import arguments
+
+# Another value of each flag that changes the losses of three steps, and the flags beside which it does.
+CHANGES = {
+    "pretrained_model_name_or_path": ("{other_model}", {}),
+    "external_unet_path": ("{other_model}/unet", {}),
+    "tokenizer_name": ("{other_tokenizer}", {}),
+    "train_text_encoder": (True, {}),
+    "instance_data_dir": ("{other_photos}", {}),
+    "instance_prompt": ("a drawing", {}),
+    "resolution": (16, {}),
+    "center_crop": (True, {}),
+    "with_prior_preservation": (False, {}),
+    "class_data_dir": ("{other_class_images}", {}),
+    "class_prompt": ("a drawing", {}),
+    "num_class_images": (1, {}),
+    "prior_loss_weight": (0.5, {}),
+    "train_batch_size": (3, {}),
+    "gradient_accumulation_steps": (2, {}),
+    "max_train_steps": (4, {"lr_scheduler": "linear"}),
+    "snr_gamma": (1, {}),
+    "noise_offset": (0.5, {}),
+    "mixed_precision": ("bf16", {}),
+    "seed": (2, {}),
+    "learning_rate": (2e-3, {}),
+    "scale_lr": (True, {}),
+    "lr_scheduler": ("linear", {}),
+    "lr_warmup_steps": (2, {"lr_scheduler": "constant_with_warmup"}),
+    "lr_num_cycles": (3, {"lr_scheduler": "cosine_with_restarts"}),
+    "lr_power": (3, {"lr_scheduler": "polynomial"}),
+    "max_grad_norm": (1e-3, {"adam_epsilon": 1e-2}),  # with so large an epsilon, AdamW heeds the gradient's length
+    "use_8bit_adam": (True, {}),
+    "adam_beta1": (0.5, {}),
+    "adam_beta2": (0.9, {}),
+    "adam_weight_decay": (10, {}),
+    "adam_epsilon": (1e-2, {}),
+}
+# Where the other flags are seen to act; the tests name them.
+ELSEWHERE = {
+    "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id"],
+    "test_options": [
+        *("dataset_name", "dataset_config_name", "image_column", "caption_column", "cache_latents", "compile"),
+        *("dataloader_num_workers", "dry_run", "validation_prompt", "num_validation_images", "validation_steps"),
+        *("gradient_checkpointing", "num_train_epochs", "test_run"),
+    ],
+    "test_checkpoints": ["save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_anyway"],
+    "test_faults": ["save_minutes", "output_dir"],
+    "test_input": ["local_rank", "plugin", "placement", "offload_optim_frac"],
+    "test_gpu": ["cuda_graphs", "allow_tf32"],
+    "test_training": ["logging_dir", "report_to", "sample_batch_size"],
+}
+
+
+def flags_of_the_parser() -> set[str]:
+    parser = train_dreambooth_colossalai.build_parser()
+    return {action.dest for action in parser._actions} - {"help", *arguments.ALWAYS_SO}
+
+
+def test_every_flag_has_its_place():
+    named = [*CHANGES, *(flag for flags in ELSEWHERE.values() for flag in flags)]
+    assert sorted(named) == sorted(flags_of_the_parser())
+
+
+def test_the_tests_named_use_the_flags():
+    for module, flags in ELSEWHERE.items():
+        text = (ROOT / "tests" / f"{module}.py").read_text()
+        missing = [flag for flag in flags if not re.search(rf"\b{flag}\b", text)]
+        assert not missing, (module, missing)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, photos):
+    """Folders of class images, and of another model, tokenizer (two letters exchanged), photos and class images."""
+    folder = tmp_path_factory.mktemp("others")
+    random_model.build(folder / "model", "tiny", seed=7)
+    tokenizer = folder / "model" / "tokenizer"
+    exchanged = folder / "tokenizer"
+    tokenizer.rename(exchanged)
+    vocabulary = json.loads((exchanged / "vocab.json").read_text())
+    vocabulary["s"], vocabulary["d"] = vocabulary["d"], vocabulary["s"]
+    (exchanged / "vocab.json").write_text(json.dumps(vocabulary))
+    random_model.build(folder / "model", "tiny", seed=7)
+    shutil.copytree(photos, folder / "class_images")
+    drawings = ROOT / "assets" / "instance_images"
+    shutil.copytree(drawings, folder / "other_class_images")
+    return {
+        "other_model": folder / "model",
+        "other_tokenizer": exchanged,
+        "other_photos": drawings,
+        "class_images": folder / "class_images",
+        "other_class_images": folder / "other_class_images",
+    }
+
+
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+def test_another_value_makes_another_loss(script, flags, prior, others, tmp_path):
+    base = flags | prior | {"class_data_dir": others["class_images"], "num_class_images": 5, "max_train_steps": 3}
+    base |= {"learning_rate": 1e-3, "save_minutes": 0}
+    runs = {}
+    for flag, (value, beside) in CHANGES.items():
+        value = value.format(**others) if isinstance(value, str) else value
+        runs[json.dumps(beside)] = base | beside
+        runs[flag] = base | beside | {flag: value}
+    folders = {name: tmp_path / f"run{number}" for number, name in enumerate(runs)}
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps([command_line(run | {"output_dir": folders[name]}) for name, run in runs.items()]))
+    Running("tests/many_runs.py", [script, str(file)]).wait(timeout=600)
+    losses = {name: scalars(folder, "loss")[:3] for name, folder in folders.items()}
+    ignored = [flag for flag, (_, beside) in CHANGES.items() if losses[flag] == losses[json.dumps(beside)]]
+    assert not ignored
