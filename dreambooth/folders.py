@@ -159,6 +159,8 @@ def put_right(output_dir: Path) -> None:
 def _put_right(*hidden: Path) -> None:
     for path in hidden:
         if path.is_symlink() or not (path / MARK).is_file():
+            with contextlib.suppress(OSError):  # a file, or has something in it
+                path.rmdir()  # killed before the mark was there, or after it was gone
             continue
         name, kind = HIDDEN.fullmatch(path.name).groups()
         folder = path.with_name(name)
