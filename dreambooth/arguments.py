@@ -446,7 +446,8 @@ def _add_output(parser: Parser) -> None:
     group.add_argument(
         "--resume_from_checkpoint",
         metavar="latest|FOLDER",
-        help="go on from a checkpoint: the newest in --output_dir, or the one named (default: start anew)",
+        help="go on from a checkpoint: the newest in --output_dir, the one named, or the one of that name in "
+        "--output_dir, such as checkpoint-500 (default: start anew)",
     )
     group.add_argument(
         "--resume_anyway",
@@ -535,12 +536,6 @@ def _problems(args: argparse.Namespace) -> list[str]:
         problems.append("--cuda_graphs leaves each batch's gradients in one place: not with gradient accumulation")
     if args.cuda_graphs and args.gradient_checkpointing:
         problems.append("--cuda_graphs cannot record --gradient_checkpointing: leave one of them out")
-    if args.push_to_hub:
-        # The whole output folder is uploaded.
-        for name in ("instance_data_dir", "class_data_dir"):
-            folder, output = (os.path.realpath(getattr(args, n) or "/") for n in (name, "output_dir"))
-            if os.path.commonpath([folder, output]) == output:
-                problems.append(f"--push_to_hub would upload the images of --{name}, which is inside --output_dir")
     return problems
 
 

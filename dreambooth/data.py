@@ -133,11 +133,6 @@ class DreamBoothDataset(Dataset):
         """2 with prior preservation, else 1."""
         return len(self.parts)
 
-    @property
-    def images_per_epoch(self) -> int:
-        """Size of the larger of the two sets of images."""
-        return max(len(part.photos) for part in self.parts)
-
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
         return [part[n] for part in self.parts]
 

@@ -1,15 +1,15 @@
 """What a run would take, told by a --dry_run."""
 
 import argparse
-import shutil
-from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
 from dreambooth.console import say, warn
 from dreambooth.denoiser import Denoiser
-from dreambooth.output import bytes_of, hub_name, parts_of, readable
+from dreambooth.folders import readable
+from dreambooth.output import bytes_of, hub_name, parts_of
 from dreambooth.ranks import Ranks
+from dreambooth.room import room_of, too_little
 from dreambooth.tracker import Tracker
 
 
@@ -29,7 +29,7 @@ def tell_plan(
         tracker: that has seen the steps; the last one is what others are taken to be like.
         ranks: of the run.
         first_step: steps that an earlier run has done.
-        denoiser: what is trained; the shapes of its parameters count.
+        denoiser: what is trained; the shapes of its weights count.
         pipeline: what the run would save, in fp32.
     """
     steps = max(0, tracker.schedule.steps - first_step)
@@ -39,25 +39,13 @@ def tell_plan(
         say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
         on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
         say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
-    pipeline_bytes = bytes_of(parts_of(pipeline))
-    # Weights and two moments, in fp32 or in a byte each.
-    checkpoint = (4 + (2 if args.use_8bit_adam else 8)) * sum(p.numel() for p in denoiser.parameters())
-    written = tracker.schedule.steps // args.save_steps - first_step // args.save_steps
-    # The oldest goes once the newest is complete.
-    kept = min(written, (args.checkpoints_total_limit or written) + 1)
-    needed = kept * checkpoint + pipeline_bytes
-    say(
-        f"disk: {readable(needed)}, {kept} checkpoint{'' if kept == 1 else 's'} of {readable(checkpoint)} "
-        f"and the pipeline of {readable(pipeline_bytes)}"
-    )
-    existing = Path(args.output_dir).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        warn(f"--output_dir {args.output_dir}: only {readable(free)} are free")
+    size = bytes_of(parts_of(pipeline))
+    room = room_of(args, tracker.schedule, first_step=first_step, weights=denoiser.numel(), pipeline=size)
+    say(f"disk: {room}")
+    if room.free < room.needed:
+        warn(too_little(args, room))
     if args.push_to_hub:
-        say(f"upload: {readable(pipeline_bytes)} to {hub_name(args)}")
+        say(f"upload: {readable(size)} to {hub_name(args)}")
     say("nothing was written")
 
 

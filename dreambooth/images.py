@@ -116,6 +116,12 @@ def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | 
     return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
 
 
+def images_per_epoch(args: argparse.Namespace, instance_images: list[Photo]) -> int:
+    """Returns the size of the larger of the two sets of images, of which those of the class may not be there yet."""
+    class_images = images_to_use(args, args.num_class_images) if args.with_prior_preservation else 0
+    return max(len(instance_images), class_images)
+
+
 def find_images(folder: str, flag: str, limit: int | None = None) -> list[Photo]:
     """Returns the first `limit` images of `folder` (all if None), each decoded once to see that it can be.
 

@@ -434,9 +434,9 @@ FOLDERS = {
     "output is empty": Case({"output_dir": ""}, "--output_dir '' is blank"),
     "output, newline in the name": Case(lambda folder, flags: {"output_dir": folder / "a\nb é"}),
     "logs are a file": Case(log_folder_that_is_a_file, "logs is a file; name a folder"),
-    "upload of the photos": Case(
-        lambda folder, flags: {"output_dir": Path(flags["instance_data_dir"]).parent, "push_to_hub": True},
-        "--push_to_hub would upload the images of --instance_data_dir",
+    "output with another program's part": Case(
+        lambda folder, flags: {"output_dir": entries("unet/mine.png")(folder, flags)["instance_data_dir"]},
+        "has a unet that this program did not write",
     ),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from harness import (
     COLOSSALAI,
     ROOT,
@@ -225,18 +226,40 @@ def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, report):
     report("disk full")
 
 
-def test_a_disk_too_small_is_known_before_anything_is_written(flags, report):
-    """The second checkpoint does not fit beside the first on 4 MiB."""
-    output_dir = flags["output_dir"]
+def run_on_small_disk(output_dir: Path, size: str, script: str) -> subprocess.CompletedProcess:
+    """Runs a shell script that has a file system of `size` in the place of `output_dir`; skips where it cannot."""
     output_dir.mkdir()
-    mount = f"mount -t tmpfs -o size=4m none {output_dir}"
+    mount = f"mount -t tmpfs -o size={size} none {output_dir}"
     if run_in_shell(f"unshare --mount {mount}").returncode:
         pytest.skip("file systems cannot be mounted here")
-    command = shlex.join([sys.executable, COLOSSALAI, *command_line(flags | {"save_steps": 2})])
-    done = run_in_shell(f"unshare --mount bash -c {shlex.quote(f'{mount}; {command}; ls -a {output_dir}')}")
-    error = next(line for line in done.stderr.splitlines() if ": error: " in line)
-    assert "checkpoint-4, which needs 2.3 MiB: only 1." in error and "MiB are free" in error
-    assert done.stdout.split()[-2:] == ["checkpoint-2", "logs"]
+    return run_in_shell(f"unshare --mount bash -c {shlex.quote(f'{mount}; {script}')}")
+
+
+@BOTH
+def test_a_disk_too_small_is_known_before_any_time_is_spent(script, flags, prior, report):
+    """Five checkpoints do not fit on 8 MiB beside the pipeline; no class image has been generated then."""
+    output_dir = flags["output_dir"]
+    command = shlex.join([sys.executable, script, *command_line(flags | prior | {"save_steps": 2})])
+    done = run_on_small_disk(output_dir, "8m", f"{command}; status=$?; ls -A {output_dir}; exit $status")
+    assert done.returncode == 2 and done.stdout.split() == []
+    (error,) = (line for line in done.stderr.splitlines() if ": error: " in line)
+    for words in ("5 checkpoints of 2.3 MiB and the pipeline of ", "8.0 MiB are free", "--checkpoints_total_limit"):
+        assert words in error
+    assert not prior["class_data_dir"].exists()
+    report("disk full")
+
+
+def test_a_disk_that_fills_up_loses_no_trained_pipeline(flags, tmp_path, report):
+    """All of it is taken by somebody else once the run has begun; the pipeline is written elsewhere."""
+    output_dir, elsewhere = flags["output_dir"], tmp_path / "temporary"
+    elsewhere.mkdir()
+    command = shlex.join([sys.executable, TRADITIONAL, *command_line(flags)])
+    fill = f"until [ -d {output_dir}/logs ]; do sleep 0.01; done; cat /dev/zero > {output_dir}/grows"
+    done = run_on_small_disk(output_dir, "16m", f"({fill}) 2>/dev/null & TMPDIR={elsewhere} {command}")
+    error = done.stderr.splitlines()[-1]
+    (saved,) = elsewhere.glob("dreambooth-pipeline-step-10-*")
+    assert done.returncode == 1 and f"the trained pipeline is whole in {saved} instead" in error
+    assert StableDiffusionPipeline.from_pretrained(saved).unet.num_parameters() > 0
     report("disk full")
 
 
@@ -319,11 +342,11 @@ def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_
 
 
 def test_a_rank_that_fails_in_saving(flags, tmp_path, report):
-    """A file is where the next checkpoint would grow."""
+    """Something else has got the name of the next checkpoint."""
     run = start_torchrun(COLOSSALAI, flags | {"max_train_steps": 2000, "save_steps": 20}, tmp_path / "log")
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
-    (flags["output_dir"] / ".checkpoint-60.partial").touch()
-    cause = f"cannot write {flags['output_dir']}/checkpoint-60"
+    (flags["output_dir"] / "checkpoint-60").touch()
+    cause = f"cannot write {flags['output_dir']}/checkpoint-60: checkpoint-60 was not written by this program"
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), cause)
     assert unet_weights(flags["output_dir"] / "checkpoint-40" / "unet")
     report("one rank fails: in saving")

@@ -106,14 +106,17 @@ def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, t
 
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
-    """All of it, without checkpoints and logs; the token goes to the Hub and nowhere else."""
+    """All of it, and nothing else: no checkpoints, logs or files of the user, no path of this machine, no token."""
     flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "logging_dir": "./logs/"}
+    flags["output_dir"].mkdir()
+    (flags["output_dir"] / "notes.txt").write_text("mine")
     done = train(script, flags, env=hub_env)
     assert hub.tokens == {f"Bearer {TOKEN}"}
     for name, content in hub.uploaded.items():
         (tmp_path / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pushed" / name).write_bytes(content)
         assert name.split("/")[0] in {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+        assert str(flags["pretrained_model_name_or_path"]).encode() not in content
     StableDiffusionPipeline.from_pretrained(tmp_path / "pushed")
     assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN.encode() in path.read_bytes() for path in flags["output_dir"].rglob("*") if path.is_file())

@@ -1,0 +1,518 @@
+"""What is in an output folder, whoever put it there and whatever ends a run: it stays, or is replaced as a whole."""
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from harness import COLOSSALAI, TRADITIONAL, train, unet_weights
+from safetensors.torch import load_file
+
+from dreambooth import folders, models, output
+from dreambooth.arguments import build_parser
+from dreambooth.checkpoint import (
+    LIBRARIES,
+    Checkpoint,
+    check_names,
+    check_settings,
+    find_checkpoint,
+    flag_settings,
+    list_checkpoints,
+    remove_checkpoints,
+)
+from dreambooth.console import RunError, UserError
+from dreambooth.room import room_of
+from dreambooth.schedule import Schedule
+
+BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    yield
+    folders.unlock()
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def a_checkpoint(folder: Path, text: str = "", **state) -> Path:
+    state = {"written_at": 1.0, "text": text} | state
+    return write(folder, {"state.json": json.dumps(state), "unet/config.json": text, "optimizer.safetensors": text})
+
+
+def a_pipeline(folder: Path, text: str, *names: str) -> Path:
+    """A small one: each file says which pipeline it is of."""
+    names = ("model_index.json", "unet/config.json", *names)
+    return write(folder, dict.fromkeys(names, text) | {"dreambooth.json": json.dumps({"files": names, "is": text})})
+
+
+def enter(output_dir: Path) -> None:
+    output.prepare_output_dir(argparse.Namespace(output_dir=str(output_dir), dry_run=False))
+
+
+def killed_at_call(number: int, work) -> bool:
+    """Does `work` in a fork that dies, as by SIGKILL, at one of the calls that change a folder; says whether."""
+    pid = os.fork()
+    if pid == 0:
+        calls = 0
+
+        def dying(real):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == number:
+                    os._exit(9)
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in ("rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+# What others wrote ---------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_what_another_program_wrote_is_neither_replaced_nor_removed(script, flags):
+    """Its folders have the names of ours."""
+    names = ("unet", "vae", "text_encoder", "checkpoints", "checkpoint-400")
+    output_dir = write(flags["output_dir"], {f"{name}/mine.safetensors": "mine" for name in names})
+    more = {"max_train_steps": 2, "save_steps": 1, "checkpoints_total_limit": 1}
+    before = files_in(output_dir)
+    done = train(script, flags | more, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1
+    assert "has a unet that this program did not write" in done.error_lines[0]
+    assert files_in(output_dir) == before
+    for name in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(output_dir / name)
+    train(script, flags | more)
+    assert (output_dir / "checkpoint-400" / "mine.safetensors").read_text() == "mine"
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-400"}
+
+
+def test_only_what_the_listing_names_is_the_pipelines(tmp_path):
+    """Of an earlier output each file can have been replaced by something else."""
+    for name, found, in_the_way in (
+        ("model_index.json", lambda path: path.write_text("{}"), "has a model_index.json that this"),
+        ("vae", lambda path: write(path, {"a": ""}), "has a vae that this"),
+        ("scheduler", lambda path: path.symlink_to("/nowhere"), "has a scheduler that this"),
+        ("tokenizer", lambda path: path.mkdir(), None),
+        ("dreambooth.json", lambda path: path.write_text('{"files": ["../mine"]}'), "has a dreambooth.json that this"),
+        ("logs", lambda path: path.mkdir(), None),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        found(folder / name)
+        if in_the_way:
+            with pytest.raises(UserError, match=in_the_way):
+                enter(folder)
+        else:
+            enter(folder)
+    ours = a_pipeline(tmp_path / "ours", "earlier")
+    write(ours, {"unet/notes.txt": "mine"})
+    enter(ours)
+    for name in ("unet", "unet/config.json"):
+        linked = a_pipeline(tmp_path / f"linked {name.replace('/', ' ')}", "earlier")
+        (linked / name).rename(linked / "elsewhere")
+        (linked / name).symlink_to(linked / "elsewhere")
+        with pytest.raises(UserError, match=f"{name} is a link"):
+            enter(linked)
+
+
+def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):
+    for name, make, problem in (
+        ("file", lambda path: path.touch(), "was not written by this program"),
+        ("other", lambda path: write(path, {"trainer_state.json": "{}"}), "was not written by this program"),
+        ("link", lambda path: path.symlink_to(a_checkpoint(tmp_path / "elsewhere")), "checkpoint-4 is a link"),
+        ("with notes", lambda path: write(a_checkpoint(path), {"notes.txt": ""}), "such as notes.txt"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / "checkpoint-4")
+        with pytest.raises(UserError, match=problem):
+            check_names(folder, 0, 4)
+        check_names(folder, 4, 8)
+        check_names(folder, 0, 3)
+        before = files_in(folder)
+        remove_checkpoints([folder / "checkpoint-4"])
+        assert files_in(folder) == before and (folder / "checkpoint-4").exists()
+    ours = a_checkpoint(tmp_path / "ours" / "checkpoint-4")
+    check_names(ours.parent, 0, 4)
+    remove_checkpoints([ours])
+    assert not list(ours.parent.iterdir())
+
+
+def test_only_half_written_folders_of_ours_are_removed(tmp_path):
+    theirs = write(tmp_path, {".cache.partial/a": "", ".checkpoint-3.0123abcd.partial/a": "", ".x.aside/a": ""})
+    before = files_in(theirs)
+    enter(tmp_path)
+    assert files_in(tmp_path) == before
+    with pytest.raises(ZeroDivisionError), folders.written_whole(tmp_path / "checkpoint-3", 0):
+        raise ZeroDivisionError  # leaves it
+    assert len(files_in(tmp_path)) == len(before) + 1
+    enter(tmp_path)
+    assert files_in(tmp_path) == before
+
+
+@BOTH
+def test_a_second_run_replaces_its_own_files_alone(script, flags, tiny_model):
+    """Nothing of them is private to their owner, or names a folder of this machine; what a user adds, stays."""
+    output_dir = flags["output_dir"]
+    flags |= {"max_train_steps": 2, "save_steps": 2, "external_unet_path": tiny_model / "unet"}
+    train(script, flags)
+    listing = json.loads((output_dir / "dreambooth.json").read_text())
+    assert listing["step"] == 2 and listing["settings"]["seed"] == 1 and listing["base_model"] is None
+    parts = [output_dir / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+    written = {str(path.relative_to(output_dir)) for part in parts for path in part.iterdir()}
+    assert {*listing["files"]} == written | {"model_index.json"}
+    mine = {"unet/notes.txt": "mine", "samples/1.txt": "mine", "README.md": "mine"}
+    write(output_dir, mine)
+    first = unet_weights(output_dir / "unet")
+    train(script, flags | {"seed": 2})
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in unet_weights(output_dir / "unet").items())
+    assert {name: (output_dir / name).read_text() for name in mine} == mine
+    assert not list(output_dir.glob(".*")) and not list(output_dir.glob("pipeline*"))
+    for path in output_dir.rglob("*"):
+        everybody = (0o777 if path.is_dir() else 0o666) & ~folders.umask()
+        assert stat.S_IMODE(path.stat().st_mode) == everybody, path
+        if path.suffix == ".json":
+            text = path.read_text()
+            assert "name_or_path" not in text and str(tiny_model) not in text and str(output_dir.parent) not in text
+
+
+# Whatever ends a run -------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_moment_one_checkpoint_of_the_name_is_whole(tmp_path):
+    old = files_in(a_checkpoint(tmp_path / "old", "old"))
+    new = files_in(a_checkpoint(tmp_path / "new", "new"))
+    for number in range(1, 100):
+        output_dir = tmp_path / str(number)
+        folder = a_checkpoint(output_dir / "checkpoint-4", "old")
+
+        def save(folder=folder):
+            with folders.written_whole(folder, 0) as partial:
+                a_checkpoint(partial, "new")
+
+        killed = killed_at_call(number, save)
+        enter(output_dir)
+        folders.unlock()
+        (found,) = output_dir.iterdir()
+        assert found == folder
+        kept = files_in(folder)
+        kept.pop(".dreambooth", None)
+        assert kept == new or (killed and kept == old)
+        assert list_checkpoints(output_dir) == [folder]
+        if not killed:
+            break
+    assert number > 8
+
+
+def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
+    """That of the run, wherever it is, and the earlier one, until the new one is in its place."""
+
+    def of(folder: Path) -> str | None:
+        """Which pipeline is whole in a folder, and no other."""
+        if not (folder / "model_index.json").exists():
+            return None
+        files = output.pipeline_files(folder)
+        (one,) = {
+            json.loads((folder / "dreambooth.json").read_text())["is"],
+            *((folder / n).read_text() for n in files),
+        }
+        return one
+
+    seen = set()
+    for number in range(1, 200):
+        output_dir = a_pipeline(tmp_path / str(number), "earlier", "vae/config.json", "safety_checker/config.json")
+        write(output_dir, {"unet/notes.txt": "mine", "checkpoint-2/state.json": "{}"})
+        staged = a_pipeline(output_dir / "pipeline-step-4", "new", "vae/config.json", "vae/more.json")
+        killed = killed_at_call(number, lambda output_dir=output_dir, s=staged: output._put_in_place(s, output_dir))
+        enter(output_dir)
+        folders.unlock()
+        names = {path.name for path in output_dir.iterdir()}
+        seen.add(of(output_dir))
+        assert not any(name.startswith(".") for name in names)
+        assert (output_dir / "unet" / "notes.txt").read_text() == "mine"
+        if of(output_dir) == "earlier":
+            assert killed and of(staged) == "new" and len(files_in(output_dir)) == 5 + 2 + 5
+        else:
+            assert of(output_dir) == "new" and not files_in(output_dir).keys() & {"safety_checker/config.json"}
+            assert names <= {"model_index.json", "dreambooth.json", "unet", "vae", "checkpoint-2"}
+        if not killed:
+            break
+    assert seen == {"earlier", "new"} and number > 20
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    tokenizer = models.load_tokenizer(tiny_model, None)
+    return models.load_pipeline(tiny_model, tokenizer=tokenizer)
+
+
+def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(pipeline, tiny_model, tmp_path):
+    """Something has come in its way during the run: a file, then a link. No later run removes it."""
+    output_dir = tmp_path / "out"
+
+    def save() -> None:
+        output.save_pipeline(output_dir, pipeline, step=4, base=str(tiny_model), settings={})
+
+    output_dir.mkdir()
+    save()
+    listing = json.loads((output_dir / "dreambooth.json").read_text())
+    listing["files"].remove("vae/config.json")  # as if it were a user's
+    (output_dir / "dreambooth.json").write_text(json.dumps(listing))
+    earlier, staged = files_in(output_dir), output_dir / "pipeline-step-4"
+    with pytest.raises(RunError, match=rf"vae/config.json is there.*; it is whole in {staged}$"):
+        save()
+    assert {name: body for name, body in files_in(output_dir).items() if "pipeline-step-" not in name} == earlier
+    StableDiffusionPipeline.from_pretrained(output_dir)
+    (output_dir / "vae").rename(tmp_path / "vae")
+    (output_dir / "vae").symlink_to(tmp_path / "vae")
+    with pytest.raises(RunError, match=rf"vae is a link; it is whole in {staged}-2$"):
+        save()
+    assert len(list((tmp_path / "vae").iterdir())) == 2
+    (output_dir / "vae").unlink()
+    enter(output_dir)
+    for kept in (staged, output_dir / "pipeline-step-4-2"):
+        StableDiffusionPipeline.from_pretrained(kept)
+
+
+def test_where_nothing_can_be_written_both_reasons_are_told(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    with pytest.raises(RunError, match=r"cannot write /proc/out/pipeline-step-4.*; cannot write /proc/nowhere/"):
+        output.save_pipeline(Path("/proc/out"), pipeline, step=4, base="", settings={})
+
+
+def test_the_index_names_a_model_of_the_hub(pipeline, tmp_path):
+    output.save_pipeline(tmp_path, pipeline, step=4, base="someone/tiny", settings={})
+    named = {name for name, body in files_in(tmp_path).items() if b"_name_or_path" in body}
+    assert named == {"model_index.json"}
+    assert json.loads((tmp_path / "model_index.json").read_text())["_name_or_path"] == "someone/tiny"
+    assert json.loads((tmp_path / "dreambooth.json").read_text())["base_model"] == "someone/tiny"
+
+
+# The lock ------------------------------------------------------------------------------------------------------------
+
+
+def is_free(folder: Path) -> bool:
+    """Whether another process could lock a folder."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+
+
+def test_a_lock_ends_with_the_process_whatever_its_workers_do(tmp_path):
+    receiver, sender = os.pipe()
+    run = os.fork()
+    if run == 0:
+        folders.lock(tmp_path)
+        folders.lock(tmp_path)
+        worker = os.fork()
+        if worker == 0:
+            os.write(sender, f"{os.getpid()}".encode())
+            time.sleep(60)
+            os._exit(0)
+        os.waitpid(worker, 0)
+        os._exit(0)
+    worker = int(os.read(receiver, 10))
+    assert not is_free(tmp_path)
+    with pytest.raises(UserError, match="another run writes into it"):
+        folders.lock(tmp_path)
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    free = is_free(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert free
+    folders.lock(tmp_path)
+    assert not is_free(tmp_path)
+    folders.unlock()
+    assert is_free(tmp_path)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    folders.lock(tmp_path)
+    folders.lock(tmp_path)
+    assert capsys.readouterr().err.count("its file system has no locks (Operation not supported)") == 1
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_run_may_go_on_for_longer(script, flags, photos, tmp_path, monkeypatch):
+    """By the name of its checkpoint, with the same photos by another path; to the bit as if it had been so long."""
+    flags |= {"save_steps": 2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    train(script, flags | {"max_train_steps": 4, "output_dir": whole})
+    (tmp_path / "photos").symlink_to(photos)
+    train(script, flags | {"max_train_steps": 2, "output_dir": longer})
+    more = {"resume_from_checkpoint": "checkpoint-2", "instance_data_dir": tmp_path / "photos", "max_train_steps": 4}
+    done = train(script, flags | more | {"output_dir": longer})
+    assert "not as it would have" not in done.stderr
+    for one, other in (
+        (unet_weights(whole / "unet"), unet_weights(longer / "unet")),
+        tuple(load_file(folder / "checkpoint-4" / "optimizer.safetensors") for folder in (whole, longer)),
+    ):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    UNet2DConditionModel.from_pretrained(longer / "checkpoint-2" / "unet")
+    done = train(script, flags | more | {"max_train_steps": 1, "output_dir": longer}, check=False)
+    assert done.returncode == 2 and "nothing is left to train, it has 2 steps and the run 1" in done.error_lines[0]
+
+
+def settings_of(*words: str, steps: int = 8) -> dict:
+    required = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
+    args = build_parser("").parse_args([*required, *words])
+    return flag_settings(args, Schedule(2, 1, steps), seed=1, precision="no")
+
+
+def a_read_checkpoint(settings: dict) -> Checkpoint:
+    settings = json.loads(json.dumps(settings))
+    return Checkpoint(Path("checkpoint-4"), 0.0, 4, 4, {}, {}, settings, dict.fromkeys(LIBRARIES, "1"))
+
+
+PRIOR = ("--with_prior_preservation", "--class_data_dir", "c", "--class_prompt", "a dog")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--gradient_checkpointing"],
+        ["--output_dir", "x", "--logging_dir", "y", "--instance_data_dir", "./d"],
+        ["--pretrained_model_name_or_path", "./m", "--revision", "main", "--external_unet_path", "u"],
+        ["--num_class_images", "7"],  # of which there are none
+        ["--save_steps", "3", "--compile", "--cache_latents", "off", "--dataloader_num_workers", "1"],
+    ],
+)
+def test_what_changes_no_number_is_free(words):
+    check_settings(a_read_checkpoint(settings_of()), settings_of(*words), resume_anyway=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate was 5e-06 and is 0.001"),
+        (["--noise_offset", "0.1"], "noise_offset was 0.0 and is 0.1"),
+        ([*PRIOR, "--num_class_images", "7"], "num_class_images was 100 and is 7"),
+        (["--adam_beta2", "0.9"], "adam_beta2 was 0.999 and is 0.9"),
+    ],
+)
+def test_what_changes_numbers_is_named(words, named):
+    earlier = settings_of(*(PRIOR if "num_class" in named else ()))
+    with pytest.raises(UserError, match=named):
+        check_settings(a_read_checkpoint(earlier), settings_of(*words), resume_anyway=False)
+    # Before there was the flag it was as its default is.
+    earlier.pop(named.split()[0])
+    with pytest.raises(UserError, match=named):
+        check_settings(a_read_checkpoint(earlier), settings_of(*words), resume_anyway=False)
+    check_settings(a_read_checkpoint(earlier), settings_of(*(PRIOR if "num_class" in named else ())), False)
+
+
+def test_tf32_counts_on_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="allow_tf32 was False and is True"):
+        check_settings(a_read_checkpoint(settings_of()), settings_of("--allow_tf32"), resume_anyway=False)
+
+
+def test_other_numbers_of_steps():
+    for course, steps, refused in (
+        ("constant", 12, None),
+        ("constant_with_warmup", 6, None),
+        ("constant", 3, "nothing is left to train"),
+        ("cosine", 12, "steps was 8 and is 12"),
+        ("cosine", 3, "nothing is left to train"),
+    ):
+        checkpoint = a_read_checkpoint(settings_of("--lr_scheduler", course))
+        settings = settings_of("--lr_scheduler", course, steps=steps)
+        if refused is None:
+            check_settings(checkpoint, settings, resume_anyway=False)
+            continue
+        with pytest.raises(UserError, match=refused):
+            check_settings(checkpoint, settings, resume_anyway=False)
+
+
+def test_checkpoints_by_their_names(tmp_path, monkeypatch):
+    """A path comes before a name in the output folder; another program's is told apart."""
+    monkeypatch.chdir(tmp_path)
+
+    def find(wanted: str) -> Checkpoint | None:
+        return find_checkpoint(argparse.Namespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path / "out")))
+
+    for folder in ("out/checkpoint-400", "out/checkpoint-9", "elsewhere/checkpoint-4"):
+        write(tmp_path / folder, {"optimizer.bin": "", "random_states_0.pkl": "", "unet/config.json": "{}"})
+    assert find("latest") is None
+    for wanted, named in (
+        ("checkpoint-9", "out/checkpoint-9/unet"),
+        ("elsewhere/checkpoint-4", "elsewhere/checkpoint-4/unet"),
+    ):
+        with pytest.raises(UserError, match=f"optimizer.bin: --external_unet_path .*{named} starts a run"):
+            find(wanted)
+    with pytest.raises(UserError, match="checkpoint-5 is not a whole checkpoint: there is no such folder"):
+        find("checkpoint-5")
+    a_checkpoint(tmp_path / "checkpoint-9")
+    with pytest.raises(UserError, match="resume_from_checkpoint: checkpoint-9 is not a whole checkpoint"):
+        find("checkpoint-9")
+
+
+# Room ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("existing", "flags", "first_step", "needed"),
+    [
+        # In thousands of bytes: a checkpoint takes 12, the pipeline 20.
+        ({}, {}, 0, 4 * 12 + 20),
+        ({}, {"checkpoints_total_limit": 2}, 0, 2 * 12 + 20),
+        ({}, {"checkpoints_total_limit": 9, "save_steps": 9}, 0, 20),
+        ({2: 12, 4: 12}, {}, 2, 2 * 12 + 20),  # one of three is there
+        ({2: 50, 4: 50}, {"checkpoints_total_limit": 2}, 4, 12),  # the first one comes before larger ones go
+        ({2: 12}, {"checkpoints_total_limit": 1, "save_steps": 8}, 2, 20),
+        ({}, {"use_8bit_adam": True}, 0, 4 * 6 + 20),
+        ({}, {"save_steps": 1, "steps": 10**9}, 0, 100_000 * 12 + 20),
+    ],
+)
+def test_the_most_that_is_there_at_a_time(existing, flags, first_step, needed, tmp_path):
+    for step, size in existing.items():
+        folder = a_checkpoint(tmp_path / f"checkpoint-{step}", written_at=step)
+        missing = 1000 * size - sum(map(len, files_in(folder).values()))
+        (folder / "optimizer.safetensors").write_bytes(bytes(missing))
+    defaults = {"save_steps": 2, "checkpoints_total_limit": None, "use_8bit_adam": False, "steps": 8}
+    args = argparse.Namespace(output_dir=str(tmp_path), **(defaults | flags))
+    room = room_of(args, Schedule(1, 1, args.steps), first_step=first_step, weights=1000, pipeline=20_000)
+    assert room.needed == 1000 * needed
