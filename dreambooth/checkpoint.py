@@ -34,7 +34,7 @@ from dreambooth.images import Photo
 from dreambooth.models import first_line
 from dreambooth.output import bytes_of, leave_out_paths
 from dreambooth.randomness import shared_seed
-from dreambooth.ranks import from_rank_0
+from dreambooth.ranks import compare, from_rank_0, until_found
 from dreambooth.schedule import Schedule
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -169,7 +169,8 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     folder = from_rank_0(lambda: _folder_to_resume(args.resume_from_checkpoint, Path(args.output_dir)))
     if folder is None:
         return None
-    checkpoint = _read(folder)
+    checkpoint = until_found(lambda: _read(folder))
+    compare("checkpoint", lambda: [checkpoint.step, checkpoint.written_at, checkpoint.settings])
     for library, found in versions().items():
         if found != checkpoint.versions.get(library):
             warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")

@@ -74,6 +74,15 @@ def unlock() -> None:
         os.close(_locks.popitem()[1])
 
 
+@contextlib.contextmanager
+def unlocked_at_the_end() -> Iterator[None]:
+    """Lets go of what was locked within it, however it ends: the process may live on, in a notebook."""
+    try:
+        yield
+    finally:
+        unlock()
+
+
 # Worker processes may outlive the run by some seconds. What they inherit is closed, and the lock stays the parent's.
 os.register_at_fork(after_in_child=unlock)
 

@@ -1,14 +1,15 @@
 """What happens after a step besides the next one: figures, checkpoints, validation images, an early end."""
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
 import torch
 
 from dreambooth.checkpoint import Training, save_checkpoint
-from dreambooth.console import RunError, warn
-from dreambooth.ranks import meet, stop_early
+from dreambooth.ranks import from_rank_0, meet, stop_early
+from dreambooth.room import has_room_to_spare
 from dreambooth.tracker import Tracker
 
 DRY_RUN_STEPS = 2  # the first one warms up
@@ -23,6 +24,7 @@ class Milestones:
         training: what checkpoints are made of.
         tracker: that shows the figures, and knows when to stop.
         validate: draws the validation images after `step`, its one argument.
+        pipeline_size: what has to stay free on the disk at the end, in bytes.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class Milestones:
         training: Training,
         tracker: Tracker,
         validate: Callable[..., None],
+        pipeline_size: int,
     ):
         self.args = args
         self.settings = settings
         self.training = training
         self.tracker = tracker
         self.validate = validate
+        self.pipeline_size = pipeline_size
         self.steps_seen = 0
 
     def after(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
@@ -72,12 +76,10 @@ class Milestones:
         return False
 
     def _save(self, step: int, *, interim: bool) -> None:
-        """Writes a checkpoint; an interim one, which no flag asks for, may go when there is a later one."""
+        """Writes a checkpoint; an interim one, which no flag asks for, only where the disk has room to spare."""
         started = time.monotonic()
-        try:
+        sizes = {"weights": self.training.denoiser.numel(), "pipeline": self.pipeline_size}
+        has_room = functools.partial(has_room_to_spare, self.args, self.tracker.schedule, step=step, **sizes)
+        if not interim or from_rank_0(has_room):
             save_checkpoint(self.args, self.settings, self.training, step, interim=interim)
-        except RunError as error:  # on rank 0
-            if not interim:
-                raise
-            warn(f"no interim checkpoint: {error}")
         self.tracker.saved(time.monotonic() - started)

@@ -117,19 +117,19 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     return found
 
 
-def compare(what: str, value: object) -> None:
+def compare(what: str, find: Callable[[], object]) -> None:
     """Sees to it that all ranks have found the same; to be called on every rank.
 
     Args:
         what: names the value in the message.
-        value: anything that JSON can say, or that has a text of its own.
+        find: returns anything that JSON can say, or that has a text of its own; not called where there is one rank.
 
     Raises:
         UserError: naming the ranks that differ from rank 0.
     """
-    if not _meeting_places:
+    if not _meeting_places or dist.get_world_size() == 1:
         return
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(find(), sort_keys=True, default=str).encode()).hexdigest()
     digests: list = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest, group=_meeting_places[0])
     others = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]

@@ -83,7 +83,7 @@ def check_room(
     unet: torch.nn.Module,
     text_encoder: torch.nn.Module,
     vae: torch.nn.Module,
-) -> None:
+) -> int:
     """Finds what would keep a run from writing its checkpoints and its pipeline; on rank 0.
 
     Args:
@@ -92,20 +92,38 @@ def check_room(
         first_step: steps that an earlier run has done.
         unet, text_encoder, vae: of the pipeline, in fp32.
 
+    Returns:
+        The bytes of the pipeline.
+
     Raises:
         UserError: if something of another program's is where a checkpoint goes, or the disk has too little room.
     """
+    pipeline = bytes_of([unet, text_encoder, vae])
     if not is_rank_0():
-        return
+        return pipeline
     check_names(Path(args.output_dir), first_step, schedule.steps)
     if args.dry_run:
-        return  # it tells
+        return pipeline  # it tells
     trained = [unet, text_encoder] if args.train_text_encoder else [unet]
     weights = sum(parameter.numel() for part in trained for parameter in part.parameters())
-    pipeline = bytes_of([unet, text_encoder, vae])
     room = room_of(args, schedule, first_step=first_step, weights=weights, pipeline=pipeline)
     if room.free < room.needed:
         raise UserError(too_little(args, room))
+    return pipeline
+
+
+def has_room_to_spare(args: argparse.Namespace, schedule: Schedule, *, step: int, weights: int, pipeline: int) -> bool:
+    """Returns whether a checkpoint that no flag asks for leaves room for all that is still to be written.
+
+    Args:
+        args: the flags.
+        schedule: of the run.
+        step: optimizer steps done.
+        weights: how many are trained.
+        pipeline: its bytes.
+    """
+    room = room_of(args, schedule, first_step=step, weights=weights, pipeline=pipeline)
+    return room.free >= room.needed + room.checkpoint
 
 
 def too_little(args: argparse.Namespace, room: Room) -> str:
