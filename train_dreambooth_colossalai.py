@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # What is frozen is not in a checkpoint, and each rank has it from its own disk.
     frozen = {"frozen parts": models.fingerprint(vae, *([] if args.train_text_encoder else [text_encoder]))}
-    compare("model", functools.partial(models.fingerprint, unet, text_encoder, vae))
+    compare("model weights", functools.partial(models.fingerprint, unet, text_encoder, vae))
     check_settings(checkpoint, frozen, args.resume_anyway)
     pipeline_size = check_room(args, schedule, first_step=first_step, unet=unet, text_encoder=text_encoder, vae=vae)
     prepare_output_dir(args)

@@ -170,7 +170,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     if folder is None:
         return None
     checkpoint = until_found(lambda: _read(folder))
-    compare("checkpoint", lambda: [checkpoint.step, checkpoint.written_at, checkpoint.settings])
+    compare("contents of the checkpoint", lambda: [checkpoint.step, checkpoint.written_at, checkpoint.settings])
     for library, found in versions().items():
         if found != checkpoint.versions.get(library):
             warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")

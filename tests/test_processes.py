@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, unet_weights
 from test_hub import Hub
 
+from benchmarks import random_model
 from dreambooth.console import UserError, progress
 from dreambooth.environment import Place, find_place
 from dreambooth.signals import SIGNALS, StopRequest
@@ -262,6 +264,53 @@ def test_a_rank_that_hangs_in_a_step_is_waited_for_no_longer_than_a_step_may_tak
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
     done = train(launcher, flags | {"max_train_steps": 10**5}, nproc=2, env=env, check=False)
     assert done.returncode == 1 and "rank 0" in done.stderr
+
+
+# Two ranks, of which the second may be told something else: "one|other" is one on rank 0 and other on rank 1. Its
+# listing of checkpoints is stale, as network file systems have it.
+APART = """
+import os, sys
+from dreambooth import checkpoint
+rank = int(os.environ["RANK"])
+listed = checkpoint.list_checkpoints
+checkpoint.list_checkpoints = lambda folder: listed(folder)[: -1 if rank else None]
+sys.argv[1:] = [word.split("|")[rank if "|" in word else 0] for word in sys.argv[1:]]
+exec(compile(open("{script}").read(), "{script}", "exec"))
+"""
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Returns a function that runs a script on two ranks so."""
+
+    def run_apart(script: str, flags: dict, **options):
+        launcher = tmp_path / f"apart_{script}"
+        launcher.write_text(APART.format(script=script))
+        return train(str(launcher), flags, nproc=2, **options)
+
+    return run_apart
+
+
+@BOTH
+def test_ranks_that_find_different_things_do_not_train(script, flags, prior, tiny_model, photos, apart, tmp_path):
+    """Other flags, another model, other images; a list of checkpoints that is late does not matter."""
+    random_model.build(tmp_path / "model", "tiny", seed=7)
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "3.png").write_bytes((photos / "2.png").read_bytes())
+    flags |= {"max_train_steps": 4, "save_steps": 2, "train_batch_size": 1}
+    for changed, expected in (
+        ({"learning_rate": "1e-4|1e-3"}, "rank 1 found other settings than rank 0"),
+        (
+            {"pretrained_model_name_or_path": f"{tiny_model}|{tmp_path / 'model'}"},
+            "rank 1 found other model weights than rank 0",
+        ),
+        ({"instance_data_dir": f"{photos}|{tmp_path / 'photos'}"}, "rank 1 found other images than rank 0"),
+    ):
+        done = apart(script, flags | changed, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1 and expected in done.error_lines[0], done.stderr
+    apart(script, flags)
+    done = apart(script, flags | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
+    assert "4/6 [" in done.stderr
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
