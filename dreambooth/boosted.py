@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreambooth.checkpoint import Checkpoint, Progress
 from dreambooth.denoiser import Denoiser, Part
 from dreambooth.optimizer import adam_step, optimizer_state, resume_lr_scheduler, resume_optimizer, state_names
-from dreambooth.plugins import grad_scaler, in_host_memory, take_over, unlike
+from dreambooth.plugins import grad_scaler, in_host_memory, other_colossalai, take_over
 from dreambooth.strategy import Strategy
 
 # What ColossalAI's loss scaler counts, besides the scale.
@@ -165,7 +165,7 @@ class Boosted:
         dist.all_reduce(found)
         for name, elements in zip(names, found.tolist(), strict=True):
             if elements != self.denoiser.shapes[name].numel():
-                raise unlike("colossalai", f"has split the weights among ranks in an unknown way, as {name} shows")
+                raise other_colossalai(f"has split the weights among ranks in an unknown way, as {name} shows")
 
     @torch.no_grad()
     def _gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from dreambooth.console import RunError, warn
 
 
-def unlike(library: str, found: str) -> RunError:
-    """Returns the error of a library that does not do what this package builds on; `found` says what it did."""
+def other_colossalai(found: str) -> RunError:
+    """Returns the error of a ColossalAI that does not do what is expected here; `found` says what it did."""
     return RunError(
-        f"{library} {version(library)} {found}: this trainer builds on what another version does inside; "
+        f"ColossalAI {version('colossalai')} {found}: this trainer builds on what another version does inside; "
         "install that of requirements.txt"
     )
 
@@ -67,12 +67,9 @@ class ShardAdamW(torch.optim.AdamW):
     def step(self, closure=None, div_scale: float | None = None):
         """Divides by `div_scale`, if it is above 0, and takes a step."""
         if div_scale is None:
-            raise unlike("colossalai", "did not say by what the gradients are to be divided")
-        self.div_scale, self.has_divided = div_scale, False
-        result = super().step(closure)
-        if not self.has_divided:
-            raise unlike("torch", "did not have the gradients divided, by which they are clipped")
-        return result
+            raise other_colossalai("did not say by what the gradients are to be divided")
+        self.div_scale = div_scale
+        return super().step(closure)
 
     def _init_group(self, group: dict, params: list, grads: list, *others):
         """Gathers a group's tensors, as torch's optimizers do; the gradients in fp32."""
@@ -80,7 +77,6 @@ class ShardAdamW(torch.optim.AdamW):
         grads[:] = [in_host_memory(grad, torch.float32) if grad.is_cpu else grad.float() for grad in grads]
         if self.div_scale > 0:
             torch._foreach_div_(grads, self.div_scale)
-        self.has_divided = True
         return found
 
 
@@ -101,7 +97,7 @@ class HeldGradScaler(DynamicGradScaler):
 
     def end_step(self) -> None:
         if self.overflow is None:
-            raise unlike("colossalai", "did not say whether the gradients overflowed")
+            raise other_colossalai("did not say whether the gradients overflowed")
         super().update(self.overflow)
         self.overflow = None
 
@@ -135,9 +131,12 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         if scaler and scaler.overflow:  # the step was skipped
             return
         if not self._has_clipped:
-            raise unlike("colossalai", "did not have the gradients clipped")
+            raise other_colossalai("did not have the gradients clipped")
         if self._cpu_offload and not offload.copies:
-            warn_once("another ColossalAI than that of requirements.txt: --placement cpu takes longer than it need")
+            warn_once(
+                f"ColossalAI {version('colossalai')} does not move gradients as that of requirements.txt does: "
+                "--placement cpu takes longer than it need"
+            )
 
     def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
         """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`, which ignores what is returned."""
@@ -148,7 +147,7 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
 
     def _unscale_and_clip_grads(self, shards: list[torch.Tensor], total_norm: float) -> None:
         if self._scaled_norm is None:
-            raise unlike("colossalai", "did not have the norm of the gradients computed")
+            raise other_colossalai("did not have the norm of the gradients computed")
         self._current_grad_norm = self._scaled_norm
         divisor = self.mixed_precision_mixin.get_grad_div_scale()
         if self._clip_grad_norm > 0:
