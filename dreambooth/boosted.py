@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
 from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from colossalai.zero import GeminiDDP
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreambooth.checkpoint import Checkpoint, Progress
 from dreambooth.denoiser import Denoiser, Part
 from dreambooth.optimizer import adam_step, optimizer_state, resume_lr_scheduler, resume_optimizer, state_names
-from dreambooth.plugins import OffloadThroughPinnedMemory, in_host_memory, keep_host_ahead
+from dreambooth.plugins import grad_scaler, in_host_memory, other_colossalai, take_over
 from dreambooth.strategy import Strategy
 
 # What ColossalAI's loss scaler counts, besides the scale.
@@ -42,7 +41,8 @@ class Boosted:
     max_grad_norm: float
 
     def __post_init__(self) -> None:
-        keep_host_ahead(self.optimizer)
+        if self.strategy.shards:
+            take_over(self.optimizer)
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Returns the context of all batches of a step but the last, after which alone ranks share their gradients.
@@ -68,8 +68,7 @@ class Boosted:
             not finite where the loss scale of fp16 was too high and the step was skipped.
         """
         if self.strategy.shards:
-            with OffloadThroughPinnedMemory() if self.strategy.zero_offloads else contextlib.nullcontext():
-                self.optimizer.step()
+            self.optimizer.step()
             norm = self._norm_of_sharded_gradients()
         else:
             norm = self._clip()
@@ -85,14 +84,14 @@ class Boosted:
 
     def _norm_of_sharded_gradients(self) -> torch.Tensor | float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
-        fp16 = self.strategy.precision == "fp16"
-        scaler = self._sharded_grad_scaler if fp16 else None
-        if fp16 and scaler._growth_step == 0 and scaler._hysteresis_step > 0:  # as only an overflow leaves them
-            return math.nan
         norm = self.optimizer.get_grad_norm()
-        if not self.max_grad_norm or norm is None:
-            return None
-        return norm / scaler.scale.item() if fp16 else norm
+        if scaler := grad_scaler(self.optimizer):
+            overflow, scale = scaler.overflow, scaler.scale.item()
+            scaler.end_step()
+            if overflow:
+                return math.nan
+            norm = norm / scale
+        return norm if self.max_grad_norm else None
 
     def _parts(self) -> Iterator[Part]:
         """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
@@ -111,21 +110,19 @@ class Boosted:
         return shard, dist.get_rank() * shard.numel(), shard
 
     def _shard_in_gemini(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-        """Returns the same; without a key where the rank holds nothing."""
-        master, fake = self._gemini_optimizer_has[id(parameter)]
-        chunk = self.model.chunk_manager.get_chunk(master)
-        assert not chunk.is_gathered, "each rank holds a shard"
-        place = chunk.tensors_info[master]
-        first = max(place.offset, chunk.shard_begin)
-        last = max(first, min(place.end, chunk.shard_end))
-        return chunk.payload[first - chunk.shard_begin : last - chunk.shard_begin], first - place.offset, fake
+        """Returns the same; nothing, and no key, where the rank holds none of it."""
+        number = self._gemini_numbers[id(parameter)]
+        if number not in self.optimizer.id_to_fake_params:
+            return torch.empty(0), 0, None
+        fake = self.optimizer.id_to_fake_params[number]  # what stands for it in AdamW
+        begin, first, size = self.optimizer.get_offsets(number)
+        masters = self.optimizer.param_to_chunk16[fake].paired_chunk.payload
+        return masters[begin : begin + size], first, fake
 
     @functools.cached_property
-    def _gemini_optimizer_has(self) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
-        """By the id of a parameter, the master that Gemini keeps of it and what stands for it in AdamW."""
-        masters = dict(zip(map(id, self.model.fp16_params), self.model.fp32_params, strict=True))
-        fakes, parameters = self.optimizer.id_to_fake_params, self.optimizer.id_to_real_params
-        return {id(one): (masters[id(one)], fakes.get(number)) for number, one in parameters.items()}
+    def _gemini_numbers(self) -> dict[int, int]:
+        """The number by which Gemini's optimizer knows a parameter, by the parameter's id."""
+        return {id(parameter): number for number, parameter in self.optimizer.id_to_real_params.items()}
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -147,10 +144,28 @@ class Boosted:
 
         Args:
             weights: fp32 tensors by their names.
+
+        Raises:
+            RunError: on all ranks, if those that the plugin has made lie elsewhere than is known here.
         """
-        if self.strategy.shards:
-            for part in self._parts():
-                part.of(part.tensor).copy_(weights[part.name].flatten()[part.first : part.last])
+        if not self.strategy.shards:
+            return
+        device = get_accelerator().get_current_device()
+        names, found = [], []
+        for part in self._parts():
+            own, exact = (
+                part.of(part.tensor),
+                weights[part.name].flatten()[part.first : part.last].to(part.tensor.device),
+            )
+            rounded = exact.to(self.strategy.weights_dtype).float()
+            names.append(part.name)
+            found.append(own.isclose(rounded, rtol=0, atol=0, equal_nan=True).sum().to(device))
+            own.copy_(exact)
+        found = torch.stack(found)
+        dist.all_reduce(found)
+        for name, elements in zip(names, found.tolist(), strict=True):
+            if elements != self.denoiser.shapes[name].numel():
+                raise other_colossalai(f"has split the weights among ranks in an unknown way, as {name} shows")
 
     @torch.no_grad()
     def _gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -209,18 +224,13 @@ class Boosted:
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         self._load_grad_scaler_state(checkpoint.grad_scaler)
 
-    @property
-    def _sharded_grad_scaler(self) -> DynamicGradScaler:
-        gemini = isinstance(self.model, GeminiDDP)
-        return (self.optimizer.mix_precision_mixin if gemini else self.optimizer.mixed_precision_mixin).grad_scaler
-
     def _grad_scaler_state(self) -> dict:
         """Returns the state of fp16's loss scale; ColossalAI's own `state_dict` leaves the counters out."""
         if self.strategy.precision != "fp16":
             return {}
         if not self.strategy.shards:
             return self.optimizer.scaler.state_dict()
-        scaler = self._sharded_grad_scaler
+        scaler = grad_scaler(self.optimizer)
         return {"scale": scaler.scale.item()} | {name: getattr(scaler, name) for name in SCALER_COUNTERS}
 
     def _load_grad_scaler_state(self, state: dict) -> None:
@@ -229,7 +239,7 @@ class Boosted:
         if not self.strategy.shards:
             self.optimizer.scaler.load_state_dict(state)
             return
-        scaler = self._sharded_grad_scaler
+        scaler = grad_scaler(self.optimizer)
         scaler.scale.fill_(state["scale"])
         for name in SCALER_COUNTERS:
             setattr(scaler, name, state[name])

@@ -28,7 +28,9 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Ten
     """
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     latents = posterior.mean.float() + posterior.std.float() * posterior_noise
-    return latents * vae.config.scaling_factor
+    # The VAE's attention may leave the channels last in memory. The UNet would go on so, up to the gradients of its
+    # weights, of which Gemini takes only those that lie as the weights do.
+    return (latents * vae.config.scaling_factor).contiguous()
 
 
 def latents_of(batch: dict[str, Tensor], vae: AutoencoderKL) -> Tensor:

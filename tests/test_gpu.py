@@ -85,6 +85,7 @@ def run_flags(model, photos) -> dict:
         "resolution": 32,
         "train_batch_size": 4 // NPROC,
         "max_train_steps": 10,
+        "save_steps": 10,
         "learning_rate": 1e-3,
         "seed": 1,
         "mixed_precision": "no",
@@ -117,11 +118,18 @@ def test_ten_steps_agree_with_fp32(strategy, reference, tiny_model, photos, tmp_
     assert np.isfinite(pipeline("a photo of sks dog", num_inference_steps=2, output_type="np").images).all()
 
 
-def assert_agree(output_dir, reference, model, *, tolerance: float) -> None:
-    """Losses, gradient norms, and the way that the weights went."""
+def assert_agree(output_dir, reference, model, *, tolerance: float, in_8_bits: bool = False) -> None:
+    """Losses, gradient norms, what AdamW keeps of the gradients, and the way that the weights went.
+
+    A factor in its gradients changes no step of AdamW's, but the mean that it keeps of them; not where it keeps that
+    in 8 bits.
+    """
     np.testing.assert_allclose(scalars(output_dir, "loss"), scalars(reference, "loss"), rtol=tolerance, err_msg="loss")
     np.testing.assert_allclose(
-        scalars(output_dir, "grad_norm"), scalars(reference, "grad_norm"), rtol=5 * tolerance, err_msg="norm"
+        scalars(output_dir, "grad_norm"),
+        scalars(reference, "grad_norm"),
+        rtol=min(5 * tolerance, 0.05),
+        err_msg="norm",
     )
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         start, moved, wanted = (
@@ -130,6 +138,11 @@ def assert_agree(output_dir, reference, model, *, tolerance: float) -> None:
         if not torch.equal(wanted, start):
             assert torch.cosine_similarity(moved - start, wanted - start, dim=0) > 0.9
             np.testing.assert_allclose((moved - start).norm(), (wanted - start).norm(), rtol=0.1)
+            if not in_8_bits:
+                mean, due = (
+                    moments(folder / "checkpoint-10", f"exp_avg.{part}") for folder in (output_dir, reference)
+                )
+                assert (mean - due).norm() < 0.1 * due.norm()
 
 
 # At the rate of the others a random text encoder runs away, and takes roundings for a reason to turn.
@@ -195,7 +208,8 @@ def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_mode
     reference = reference_of(same)
     flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | strategy_flags(strategy) | more
     train(strategy.script, flags | {"cuda_graphs": True, "output_dir": tmp_path / "out"}, nproc=NPROC, on_gpu=True)
-    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=1e-3 if strategy.precision == "no" else 3e-2)
+    tolerance = 1e-3 if strategy.precision == "no" else 3e-2
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=tolerance, in_8_bits="use_8bit_adam" in more)
 
 
 @pytest.mark.parametrize("flag", ["compile", "cuda_graphs"])
