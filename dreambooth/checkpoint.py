@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dreambooth.arguments import ALWAYS_SO
 from dreambooth.console import UserError, is_rank_0, say, warn
 from dreambooth.denoiser import Denoiser
 from dreambooth.images import Photo
@@ -64,9 +65,10 @@ FREE_FLAGS = {
     "cuda_graphs",
     "allow_tf32",
     "dataloader_num_workers",
-    "enable_xformers_memory_efficient_attention",
-    "set_grads_to_none",
     "report_to",
+    "validation_scheduler",
+    "tokenizer_max_length",
+    *ALWAYS_SO,
 }
 
 
