@@ -169,9 +169,8 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
         UserError: if the model cannot be loaded.
         RunError: if an image is not finite.
     """
-    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant).to(
-        device
-    )
+    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant)
+    pipeline.to(device)
     warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
     total = len(args.prompt) * args.num_images
     pipeline.set_progress_bar_config(disable=total > 1)
@@ -193,8 +192,8 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
                         f"{model.name}: image {number + 1} of the prompt {prompt!r} has pixels that are not finite in "
                         f"{dtype}: {HINTS[dtype]}"
                     ) from error
-                yield picture
                 progress.update()
+                yield picture
 
 
 def sheet(args, models: list[Model], photos: list) -> Image.Image:

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from dreambooth.console import UserError, warn
 from dreambooth.precision import all_finite
@@ -113,6 +114,7 @@ def _load_weights(
     """
     kind, weights = KINDS[part], choose(part, os.listdir(folder), variant)
     files = weight_files(folder, weights)
+    disable_progress_bar()  # of transformers' shards, on every rank
     if weights.in_shards and not issubclass(kind, PreTrainedModel):
         # diffusers 0.29 would leave shards to accelerate, whose newer releases fail over them.
         module = _fill(_without_weights(part, folder), files, folder).to(dtype).eval()
@@ -123,6 +125,8 @@ def _load_weights(
         if info["missing_keys"]:
             raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # an index that is wrong
+            raise UserError(f"{folder} has no weights for {name}")
         if not all_finite(parameter):
             raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
     return module
