@@ -165,6 +165,7 @@ def test_the_class_folder_is_of_one_model_and_one_prompt(tmp_path):
     folders = [folder("one/model"), folder("two/model"), folder("owner/model"), folder("one/model", "a cat")]
     assert len(set(folders)) == 4
     assert folder("one/model/") == folder("./one/model") == folder(str(tmp_path / "one/model//")) == folders[0]
+    assert folder("owner/model/") == folders[2], "what is no folder has its name too"
     for one in [*folders, folder("one/model", "a cat/dog")]:
         assert one.startswith("class_images/model-") and len(Path(one).parts) == 3
 

@@ -161,6 +161,11 @@ CHOICES = {
     "pickle": ([f"{STEM}.bin"], None, "pickle file"),
     "pickle of a variant": ([f"{STEM}.fp16.bin", "config.json"], "fp16", "pickle file"),
     "none": (["config.json", "other.safetensors"], None, f"it has no {STEM}.safetensors"),
+    "shards of a variant without an index": (
+        [f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.fp16-00002-of-00002.safetensors"],
+        None,
+        f"it has no {STEM}.safetensors",
+    ),
     "shards without an index": ([f"{STEM}-00001-of-00002.safetensors"], None, f"it has no {STEM}.safetensors"),
 }
 
