@@ -131,7 +131,7 @@ def test_the_comparison_is_of_what_was_trained(launcher, tmp_path):
     assert value(training, "--output_dir") == "cat" and value(comparison, "--output") == "sheet.png"
     assert comparison[:4] == ["python", "threads all", str(ROOT / "inference.py"), "cat"]
     assert "a zwx cat in the snow" in comparison and "a cat on the grass" in comparison
-    assert comparison[6:9] == ["--revision", "v2", "--variant=fp16"]
+    assert comparison[6:8] == ["--revision=v2", "--variant=fp16"]
 
 
 @pytest.mark.parametrize("words", [["--dry_run"], ["--help"], ["-h"]])
