@@ -7,8 +7,7 @@
 #
 # PLUGIN and PLACEMENT choose the strategy; the other settings are in dreambooth/launch.sh.
 set -euo pipefail
-cd "$(dirname "$0")"
-source dreambooth/launch.sh
+source "$(dirname "$(readlink -f "$0")")/dreambooth/launch.sh"
 
 train_and_compare train_dreambooth_colossalai.py \
   ${PLUGIN:+--plugin "$PLUGIN"} \

@@ -8,7 +8,6 @@
 #
 # The settings are in dreambooth/launch.sh.
 set -euo pipefail
-cd "$(dirname "$0")"
-source dreambooth/launch.sh
+source "$(dirname "$(readlink -f "$0")")/dreambooth/launch.sh"
 
 train_and_compare train_dreambooth.py "$@"

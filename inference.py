@@ -16,21 +16,46 @@ quiet_libraries()  # before the imports that warn
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from dreambooth.arguments import OUTPUT_DIR, Parser, number
+from dreambooth.arguments import OUTPUT_DIR, Parser, number, unwritable
+from dreambooth.console import RunError, say
 from dreambooth.grid import captioned_grid
-from dreambooth.images import find_images, load_image
-from dreambooth.models import first_line, warn_of_cut_prompts
+from dreambooth.images import find_images, load_image, pictures_of
+from dreambooth.model_folder import find_folder
+from dreambooth.models import first_line, load_pipeline, warn_of_cut_prompts
 from dreambooth.precision import DTYPES
 from dreambooth.randomness import MAX_SEED
+
+# What may help where images are not finite.
+HINTS = {
+    "fp16": "try --dtype bf16 or fp32",
+    "bf16": "try --dtype fp32",
+    "fp32": "no --dtype helps, its weights or its noise schedule make them so",
+}
+
+
+@dataclass
+class Model:
+    """A model, and the images that it has drawn.
+
+    Args:
+        name: by which the flags call it.
+        folder: where it is.
+        variant: of its weights, None for the plain ones.
+        pictures: those of the first prompt, then those of the next.
+    """
+
+    name: str
+    folder: Path
+    variant: str | None
+    pictures: list[Image.Image] = field(default_factory=list)
 
 
 def build_parser() -> Parser:
@@ -56,6 +81,16 @@ def build_parser() -> Parser:
         type=Path,
         metavar="FOLDER",
         help="photos of the subject: a row of them below (default: none)",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit on the Hub of the --compare_with model, else of MODEL (default: its main branch)",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weights to load, such as fp16, of the --compare_with model, else of MODEL (default: the plain ones)",
     )
     parser.add_argument("--output", default="image.png", metavar="FILE", help="image to write (default: image.png)")
     parser.add_argument(
@@ -83,56 +118,129 @@ def build_parser() -> Parser:
     return parser
 
 
-def load(model: str, device: str, dtype: str) -> StableDiffusionPipeline:
-    """Loads a pipeline without a safety checker.
+def format_of(path: Path) -> str:
+    """Returns Pillow's name of the format that a file's name ends with."""
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+def partial_of(path: Path) -> Path:
+    """Returns the name of a file while it is being written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_output(path: Path) -> None:
+    """Finds what would keep the images from being written.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if the name is not that of an image, or is taken, or nothing can be written there.
     """
-    torch_dtype = DTYPES["no" if dtype == "fp32" else dtype]
-    disable_progress_bar()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            model,
-            torch_dtype=torch_dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a pipeline from {model}: {first_line(error)}") from error
-    return pipeline.to(device)
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), format_of(path))
+    except (KeyError, OSError, ValueError) as error:
+        raise UserError(f"--output {path}: the name has to end as a colour image's does, such as .png") from error
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file")
+    problems = unwritable("--output", str(path.parent))
+    if problems:
+        raise UserError(problems[0])
+    try:
+        partial_of(path).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be made: {error.strerror}") from error
 
 
-def generate(model: str, args, device: str, dtype: str) -> list[list[Image.Image]]:
-    """Returns the images of each prompt, one at a time, each from a seed of its own."""
-    pipeline = load(model, device, dtype)
+def find_models(args) -> list[Model]:
+    """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet."""
+    chosen = {"revision": args.revision, "variant": args.variant}
+    if not args.compare_with:
+        return [Model(args.model, find_folder(args.model, "MODEL", **chosen), args.variant)]
+    return [
+        Model(args.model, find_folder(args.model, "MODEL"), None),
+        Model(args.compare_with, find_folder(args.compare_with, "--compare_with", **chosen), args.variant),
+    ]
+
+
+def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
+    """Yields the images of each prompt, one at a time, each from a seed of its own.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+        RunError: if an image is not finite.
+    """
+    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant)
+    pipeline.to(device)
     warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
     total = len(args.prompt) * args.num_images
-    with tqdm(total=total, desc=model, unit="image", disable=total == 1) as progress:
-        pipeline.set_progress_bar_config(disable=total > 1)
+    pipeline.set_progress_bar_config(disable=total > 1)
+    with tqdm(total=total, desc=model.name, unit="image", disable=total == 1) as progress:
+        for prompt in args.prompt:
+            for number in range(args.num_images):
+                made = pipeline(
+                    prompt,
+                    negative_prompt=args.negative_prompt,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    generator=torch.Generator().manual_seed((args.seed + number) % (MAX_SEED + 1)),
+                    output_type="np",
+                ).images
+                try:
+                    (picture,) = pictures_of(made)
+                except ValueError as error:
+                    raise RunError(
+                        f"{model.name}: image {number + 1} of the prompt {prompt!r} has pixels that are not finite in "
+                        f"{dtype}: {HINTS[dtype]}"
+                    ) from error
+                progress.update()
+                yield picture
 
-        def image(prompt: str, seed: int) -> Image.Image:
-            made = pipeline(
-                prompt,
-                negative_prompt=args.negative_prompt,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                generator=torch.Generator().manual_seed(seed % (MAX_SEED + 1)),
-            ).images[0]
-            progress.update()
-            return made
 
-        return [[image(prompt, args.seed + i) for i in range(args.num_images)] for prompt in args.prompt]
+def sheet(args, models: list[Model], photos: list) -> Image.Image:
+    """Returns the images that were drawn, with the instance images below; white where one is missing."""
+    shown = [model for model in models if model.pictures]
+    size = shown[0].pictures[0].size
+    total = len(args.prompt) * args.num_images
+    if len(shown) == total == 1 and not photos:
+        return shown[0].pictures[0]
+    white = Image.new("RGB", size, "white")
+    columns = [[*model.pictures, *[white] * (total - len(model.pictures))] for model in reversed(shown)]
+    rows = [
+        [picture for pictures in columns for picture in pictures[first : first + args.num_images]]
+        for first in range(0, total, args.num_images)
+    ]
+    captions = args.prompt
+    if photos:
+        rows = [*rows, [ImageOps.fit(load_image(photo), size) for photo in photos[: len(rows[0])]]]
+        captions = [*captions, "instance images"]
+    return captioned_grid(rows, captions, ["before", "after"] if len(shown) == 2 else [])
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Writes an image under another name and renames it: it is a whole file, or what was there before.
+
+    Raises:
+        RunError: if it cannot be written; the message says where it is then, if it could be written as a PNG.
+    """
+    file = Path(os.path.realpath(path))  # a link stays one
+    partial = partial_of(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format_of(path))
+        os.replace(partial, file)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        if format_of(path) == "PNG":
+            raise RunError(f"cannot write {path}: {first_line(error)}") from error
+        other = path.with_name(f"{path.name}.png")  # which may be larger than a JPEG or WebP
+        save(image, other)
+        raise RunError(f"cannot write {path}: {first_line(error)}; the images are in {other}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[output.suffix.lower()])
-    except (KeyError, OSError, ValueError) as error:
-        raise UserError(f"--output {output}: the name has to end as a colour image's does, such as .png") from error
+    check_output(output)
     if args.model == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
         raise UserError(f"there is no folder {OUTPUT_DIR}: train a model first, or name one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,18 +248,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--device cuda: no CUDA GPU was found")
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
     photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
+    models = find_models(args)
 
-    rows, headings = generate(args.model, args, device, dtype), []
-    if args.compare_with:
-        before = generate(args.compare_with, args, device, dtype)
-        rows, headings = [old + new for old, new in zip(before, rows, strict=True)], ["before", "after"]
-    number, single, captions = sum(map(len, rows)), len(rows) == len(rows[0]) == 1 and not photos, args.prompt
-    if photos:
-        shown = [ImageOps.fit(load_image(path), rows[0][0].size) for path in photos[: len(rows[0])]]
-        rows, captions = [*rows, shown], [*captions, "instance images"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    (rows[0][0] if single else captioned_grid(rows, captions, headings)).save(output)
-    print(f"{output}: {number} image{'' if number == 1 else 's'}")
+    try:
+        for model in models:
+            for picture in draw(model, args, device, dtype):
+                model.pictures.append(picture)
+    except (Exception, KeyboardInterrupt) as error:
+        drawn = sum(len(model.pictures) for model in models)
+        if not drawn:
+            raise
+        save(sheet(args, models, photos), output)
+        kept = f"{output} has the {counted(drawn)} drawn before"
+        if isinstance(error, UserError):
+            raise RunError(f"{error}; {kept}") from error
+        say(kept)
+        raise
+    save(sheet(args, models, photos), output)
+    say(f"{output}: {counted(sum(len(model.pictures) for model in models))}")
+
+
+def counted(images: int) -> str:
+    """Returns a number of images in words."""
+    return f"{images} image{'' if images == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from dreambooth.latents import cache_latents
 from dreambooth.limits import remember_cheaper_flags
 from dreambooth.loss import example_inputs, training_loss
 from dreambooth.milestones import Milestones
+from dreambooth.model_folder import find_model
 from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.plugins import ShardAdamW
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_crops(args, instance_images)
     check_class_images(args)
     enter_output_dir(args)
-    model_folder = models.find_model(args)
+    model_folder = find_model(args)
     ranks = join(place)
     set_tf32(args.allow_tf32)
     checkpoint = find_checkpoint(args)
@@ -212,12 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The parts of the model; those that are trained come from the checkpoint, if there is one.
     trained = None if checkpoint is None else checkpoint.folder
     tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
-    text_encoder = models.load_text_encoder(model_folder, trained)
-    vae = models.load_vae(model_folder, args.resolution)
-    unet = models.load_unet(model_folder, trained or args.external_unet_path)
+    text_encoder = models.load_text_encoder(model_folder, trained, variant=args.variant)
+    vae = models.load_vae(model_folder, args.resolution, variant=args.variant)
+    unet = models.load_unet(model_folder, trained or args.external_unet_path, variant=args.variant)
     models.check_parts_fit(tokenizer, text_encoder, vae, unet)
+    models.check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
     noise_scheduler = models.load_noise_scheduler(model_folder)
-    load_pipeline = functools.partial(models.load_pipeline, model_folder, tokenizer=tokenizer)
+    load_pipeline = functools.partial(models.load_pipeline, model_folder, variant=args.variant, tokenizer=tokenizer)
 
     # What is frozen is not in a checkpoint, and each rank has it from its own disk.
     frozen = {"frozen parts": models.fingerprint(vae, *([] if args.train_text_encoder else [text_encoder]))}
@@ -232,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.with_prior_preservation:
         class_images = generate_class_images(
             args,
-            lambda: load_pipeline(dtype=half, unet=models.load_unet(model_folder, args.external_unet_path, half)),
+            lambda: load_pipeline(
+                dtype=half, unet=models.load_unet(model_folder, args.external_unet_path, half, variant=args.variant)
+            ),
             seed=seed,
             ranks=ranks,
         )

@@ -19,8 +19,27 @@ OUTPUT_DIR = "dreambooth-model"
 MAX_RESOLUTION, MAX_BATCH, MAX_IMAGES, MAX_STEPS = 8192, 2**16, 10**6, 10**9
 MAX_FACTOR, MIN_EPSILON, MAX_WORKERS = 10**6, 1e-30, 1024
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
-# Of diffusers' scripts.
-ALWAYS_SO = ("enable_xformers_memory_efficient_attention", "set_grads_to_none")
+# Flags of diffusers' and kohya's commands that are accepted, with a word on what is always so here.
+ALWAYS_SO = {
+    "enable_xformers_memory_efficient_attention": "torch's attention takes as little memory",
+    "xformers": "torch's attention takes as little memory",
+    "mem_eff_attn": "torch's attention takes as little memory",
+    "sdpa": "it is the attention that is used",
+    "set_grads_to_none": "gradients are let go of after each step",
+    "pre_compute_text_embeddings": "prompts are encoded once, before training",
+}
+# Those that are refused, and what to do instead.
+NOT_HERE = {
+    "text_encoder_use_attention_mask": "Stable Diffusion 1.x and 2.x read the padding of a prompt too; leave it out",
+    "skip_save_text_encoder": "the pipeline is saved whole, so that it loads; leave it out, and remove the folder "
+    "text_encoder afterwards",
+    "class_labels_conditioning": "it is for models with class labels, such as DeepFloyd IF, which are not trained "
+    "here; leave it out",
+    "validation_images": "it is for models that start from an image, which are not trained here; --validation_prompt "
+    "draws from a prompt",
+}
+SAMPLERS = ("DPMSolverMultistepScheduler", "DDPMScheduler")  # of --validation_scheduler
+OFFSET_NOISE = 0.1  # of diffusers' flag
 # Flags that act beside another one only.
 EFFECT_NEEDS = {
     "with_prior_preservation": (
@@ -29,8 +48,9 @@ EFFECT_NEEDS = {
         "num_class_images",
         "sample_batch_size",
         "prior_loss_weight",
+        "prior_generation_precision",
     ),
-    "validation_prompt": ("num_validation_images", "validation_steps"),
+    "validation_prompt": ("num_validation_images", "validation_steps", "validation_scheduler"),
     "dataset_name": ("dataset_config_name", "image_column"),
     "push_to_hub": ("hub_token", "hub_model_id"),
     "resume_from_checkpoint": ("resume_anyway",),
@@ -42,8 +62,20 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on one rank, as all others."""
 
+    not_here: dict[str, str] = {}  # what to say of flags that other trainers have
+
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if reason := self.not_here.get(flag):
+                raise UserError(f"{flag}: {reason}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
 
 
 def number(convert: type, lowest: float, *, highest: float = math.inf) -> Callable:
@@ -80,6 +112,7 @@ def build_parser(description: str) -> Parser:
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt PROMPT ...",
         allow_abbrev=False,
     )
+    parser.not_here = {f"--{name}": reason for name, reason in NOT_HERE.items()}
     for add_group in (_add_model, _add_data, _add_prior, _add_training, _add_optimizer, _add_validation, _add_output):
         add_group(parser)
     return parser
@@ -97,6 +130,12 @@ def _add_model(parser: Parser) -> None:
         "--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub (default: its main branch)"
     )
     group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weights of MODEL to start from, such as fp16: those in *.NAME.safetensors (default: the plain ones, or "
+        "the only ones that are there)",
+    )
+    group.add_argument(
         "--external_unet_path",
         "--externel_unet_path",
         metavar="FOLDER",
@@ -104,6 +143,12 @@ def _add_model(parser: Parser) -> None:
     )
     group.add_argument(
         "--tokenizer_name", metavar="NAME", help="tokenizer to use: a folder or a Hub id (default: MODEL's)"
+    )
+    group.add_argument(
+        "--tokenizer_max_length",
+        type=number(int, 1),
+        metavar="N",
+        help="accepted for commands of diffusers' scripts, if it is what the text encoder reads (default: that, 77)",
     )
     group.add_argument(
         "--train_text_encoder",
@@ -160,9 +205,11 @@ def _add_data(parser: Parser) -> None:
     group.add_argument(
         "--cache_latents",
         choices=("auto", "on", "off"),
+        nargs="?",
+        const="on",
         default="auto",
         help="encode images once, before training: auto takes those whose crop is always the same (square ones, or "
-        "all with --center_crop), on insists on all, off takes none (default: auto)",
+        "all with --center_crop), on (or nothing after the flag) insists on all, off takes none (default: auto)",
     )
     group.add_argument(
         "--test_run",
@@ -201,6 +248,12 @@ def _add_prior(parser: Parser) -> None:
         metavar="N",
         default=4,
         help="class images generated at a time on each device (default: 4)",
+    )
+    group.add_argument(
+        "--prior_generation_precision",
+        choices=("no", "fp32", "fp16", "bf16"),
+        help="arithmetic in which class images are generated; no is fp32 (default: half precision on GPUs, fp32 on "
+        "the CPU)",
     )
     group.add_argument(
         "--prior_loss_weight",
@@ -247,13 +300,22 @@ def _add_training(parser: Parser) -> None:
         metavar="X",
         help="min-SNR weighting of the timesteps, arXiv 2303.09556; 5 is usual (default: off)",
     )
-    group.add_argument(
+    noise = group.add_mutually_exclusive_group()
+    noise.add_argument(
         "--noise_offset",
         type=number(float, 0, highest=MAX_FACTOR),
         metavar="X",
         default=0.0,
         help="shift the noise of each channel at random, for images that are dark or bright all over; 0.1 is usual "
         "(default: 0, none)",
+    )
+    noise.add_argument(
+        "--offset_noise",
+        action="store_const",
+        dest="noise_offset",
+        const=OFFSET_NOISE,
+        default=argparse.SUPPRESS,
+        help=f"the same as --noise_offset {OFFSET_NOISE} (default: off)",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -303,7 +365,7 @@ def _add_training(parser: Parser) -> None:
         group.add_argument(
             f"--{name}",
             action="store_true",
-            help="accepted for commands of diffusers' scripts; always so (default: on)",
+            help="accepted for commands of other trainers; always so (default: on)",
         )
     group.add_argument(
         "--dry_run",
@@ -411,6 +473,12 @@ def _add_validation(parser: Parser) -> None:
         default=100,
         help="steps between them; the last step always draws (default: 100)",
     )
+    group.add_argument(
+        "--validation_scheduler",
+        choices=SAMPLERS,
+        metavar="NAME",
+        help=f"scheduler of diffusers to draw them by: {' or '.join(SAMPLERS)} (default: the model's own)",
+    )
 
 
 def _add_output(parser: Parser) -> None:
@@ -511,9 +579,9 @@ def _problems(args: argparse.Namespace) -> list[str]:
         elif args.instance_data_dir and _same_folder(args.class_data_dir, args.instance_data_dir):
             problems.append("--class_data_dir is the folder of --instance_data_dir: class images need their own")
         elif not missing:
-            problems += _unwritable("--class_data_dir", args.class_data_dir)
+            problems += unwritable("--class_data_dir", args.class_data_dir)
     problems += _problems_of_instance_images(args)
-    problems += _unwritable("--output_dir", args.output_dir)
+    problems += unwritable("--output_dir", args.output_dir)
     for part in (*PIPELINE, "validation"):
         if os.path.isfile(os.path.join(args.output_dir, part)):
             problems.append(f"--output_dir {args.output_dir} has a file named {part}, where a folder goes")
@@ -523,9 +591,11 @@ def _problems(args: argparse.Namespace) -> list[str]:
     if {*Path(os.path.normpath(args.logging_dir)).parts[:1]} & {*PIPELINE}:
         problems.append(f"--logging_dir {args.logging_dir}: the trained pipeline's folder of that name replaces it")
     if os.path.isdir(args.output_dir):
-        problems += _unwritable("--logging_dir", logs)
+        problems += unwritable("--logging_dir", logs)
     if args.external_unet_path and not os.path.isdir(args.external_unet_path):
         problems.append(f"--external_unet_path {args.external_unet_path} is not a folder")
+    if args.pre_compute_text_embeddings and args.train_text_encoder:
+        problems.append("--pre_compute_text_embeddings: with --train_text_encoder prompts are encoded in every step")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_LR_END:
         problems.append(f"--lr_scheduler polynomial falls to {POLYNOMIAL_LR_END}: give a --learning_rate above it")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -557,7 +627,7 @@ def _same_folder(one: str, other: str) -> bool:
         return False
 
 
-def _unwritable(flag: str, folder: str) -> list[str]:
+def unwritable(flag: str, folder: str) -> list[str]:
     """Returns what keeps a run from writing into a folder, which need not be there yet; nothing is written."""
     try:
         os.lstat(folder)
@@ -580,9 +650,9 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
         given = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
         if given and not getattr(args, needed):
             warn(f"{', '.join(given)}: no effect without --{needed}")
-    for name in ALWAYS_SO:
+    for name, reason in ALWAYS_SO.items():
         if getattr(args, name):
-            warn(f"--{name}: no effect, it is always so")
+            warn(f"--{name}: no effect, {reason}")
     if args.with_prior_preservation and args.class_prompt.split() == (args.instance_prompt or "").split():
         warn("--class_prompt is --instance_prompt: give the subject a rare word, which the class does not have")
     if args.revision and Path(args.pretrained_model_name_or_path).is_dir():
@@ -591,6 +661,11 @@ def _warn_of_flags_without_effect(args: argparse.Namespace, parser: Parser) -> N
         warn("--num_train_epochs: no effect beside --max_train_steps")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         warn("--lr_warmup_steps: no effect on --lr_scheduler constant; constant_with_warmup has a warm-up")
+    elif args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
+        warn(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: a run of --max_train_steps {args.max_train_steps} ends before "
+            "--learning_rate is reached"
+        )
     for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
         if getattr(args, name) != parser.get_default(name) and args.lr_scheduler != scheduler:
             warn(f"--{name}: no effect on --lr_scheduler {args.lr_scheduler}, but on {scheduler}")

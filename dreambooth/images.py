@@ -193,6 +193,21 @@ def crop_to_square(image: Image.Image, resolution: int, position: float) -> torc
     return F.normalize(F.to_tensor(image), [0.5], [0.5])
 
 
+def pictures_of(images: np.ndarray) -> list[Image.Image]:
+    """Returns images as a pipeline draws them, as pictures.
+
+    Args:
+        images: (number, height, width, 3), float, in [0, 1].
+
+    Raises:
+        ValueError: naming the first one that has a value that is no finite number, and would come out black.
+    """
+    for index, image in enumerate(images):
+        if not np.isfinite(image).all():
+            raise ValueError(f"image {index} is not finite everywhere")
+    return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]
+
+
 def save_whole(image: Image.Image, path: Path) -> None:
     """Writes a PNG under another name and renames it: `path` is a whole file or does not exist."""
     partial = path.with_name(f".{path.name}.partial")

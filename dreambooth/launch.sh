@@ -1,45 +1,101 @@
 # Sourced by colossalai.sh and dreambooth.sh: the settings that both read from the environment, and train_and_compare.
 # With nothing set, the small model in assets/ learns the subject of the pictures beside it.
+#
+# Paths are of the folder that the user is in, as with every command; only what is in assets/ belongs to the project.
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+project=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would heed it
 
+# Prints how many GPUs torch sees: nvidia-smi also lists those that CUDA_VISIBLE_DEVICES hides, and parts of one. It is
+# asked first, as torch takes seconds to answer.
+count_gpus() {
+  local listed
+  listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
+  if [ "${CUDA_VISIBLE_DEVICES-all}" != "" ] && [[ $listed == GPU* ]]; then
+    python -c 'import torch; print(torch.cuda.device_count())'
+  else
+    echo 0
+  fi
+}
+
+if [ -z "${NPROC:-}" ]; then
+  gpus=$(count_gpus)
+fi
 if [ -z "${MODEL_NAME:-}" ]; then
-  MODEL_NAME=assets/tiny-stable-diffusion
+  MODEL_NAME=$project/assets/tiny-stable-diffusion
   # One process per GPU; without GPUs two, which generate class images faster than one. A step is 4 samples in all.
   NPROC=${NPROC:-$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))}
   training=(--resolution 128 --train_batch_size $((NPROC < 4 ? 4 / NPROC : 1)) --num_class_images 48
     --learning_rate 4e-4 --lr_scheduler cosine --max_train_steps 350 --seed 0)
   sampling=(--num_inference_steps 25 --guidance_scale 4)
 else
+  # One process per GPU, each with a sample at a time, for the memory that a GPU has. So N GPUs see N times the samples
+  # in as many steps: the gradients are less noisy, but the rate and the number of steps stay, and so does the time.
   NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
   training=(--train_batch_size 1 --learning_rate 5e-6 --max_train_steps 400)
   sampling=()
 fi
-INSTANCE_DIR=${INSTANCE_DIR:-assets/instance_images}    # 3 to 6 images of the subject
+INSTANCE_DIR=${INSTANCE_DIR:-$project/assets/instance_images}  # 3 to 6 images of the subject
 INSTANCE_PROMPT=${INSTANCE_PROMPT:-a sks dog}
 CLASS_PROMPT=${CLASS_PROMPT:-a dog}
-CLASS_DIR=${CLASS_DIR:-class_images/${MODEL_NAME##*/}/$CLASS_PROMPT}  # class images; missing ones are generated
 OUTPUT_DIR=${OUTPUT_DIR:-dreambooth-model}
-COMPARISON=${COMPARISON-comparison.png}                 # images before and after the training; empty for none
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+COMPARISON=${COMPARISON-comparison.png}  # images before and after the training; empty for none
+
+# Class images; missing ones are generated. The default folder is of one model and one prompt: its name tells apart models
+# whose paths end alike.
+if [ -z "${CLASS_DIR:-}" ]; then
+  model=$MODEL_NAME
+  while [[ $model == ?*/ ]]; do
+    model=${model%/}
+  done
+  if [ -d "$model" ]; then
+    model=$(readlink -f "$model")
+  fi
+  hash=$(printf %s "$model" | sha256sum)
+  CLASS_DIR=class_images/${model##*/}-${hash:0:8}/${CLASS_PROMPT//\//_}
+fi
+
+# Flags of the trainer that the comparison has to agree with, and the settings that stand for them.
+declare -A SETTINGS=(
+  [--pretrained_model_name_or_path]=MODEL_NAME
+  [--instance_data_dir]=INSTANCE_DIR
+  [--instance_prompt]=INSTANCE_PROMPT
+  [--class_data_dir]=CLASS_DIR
+  [--class_prompt]=CLASS_PROMPT
+  [--output_dir]=OUTPUT_DIR
+)
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local argument
-  for argument in "${@:2}"; do
+  local script=$1 argument previous="" launcher=(python) before=()
+  shift
+  for argument in "$@"; do
+    if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
+      echo "$script: error: ${argument%%=*}: set ${SETTINGS[${argument%%=*}]} in the environment instead, which" \
+        "the comparison follows too" >&2
+      exit 2
+    fi
+    case $previous$argument in
+      --revision=* | --variant=*) before+=("$previous$argument") ;;  # of the model before the training
+    esac
+    previous=""
     case $argument in
-      --output_dir* | --pretrained_model_name_or_path*)
-        echo "$1: error: $argument: here OUTPUT_DIR and MODEL_NAME set the folder and the model" >&2
-        exit 2
+      --revision | --variant) previous=$argument= ;;
+      --external_unet_path* | --externel_unet_path*)
+        if [ -n "$COMPARISON" ]; then
+          echo "$script: error: ${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the" \
+            "training; set COMPARISON= for none" >&2
+          exit 2
+        fi
         ;;
+      --dry_run | --help | -h) COMPARISON= ;;  # after which there is nothing to compare
     esac
   done
-  local launcher=(python)  # one process needs no launcher, and then no process group either
-  if [ "$NPROC" -gt 1 ]; then
+  if [ "$NPROC" -gt 1 ]; then  # one process needs no launcher, and then no process group either
     launcher=(torchrun --standalone --nproc_per_node "$NPROC")
   fi
-  "${launcher[@]}" "$1" \
+  # The processes share the cores. What comes after them has all.
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))} "${launcher[@]}" "$project/$script" \
     --pretrained_model_name_or_path "$MODEL_NAME" \
     --instance_data_dir "$INSTANCE_DIR" \
     --instance_prompt "$INSTANCE_PROMPT" \
@@ -48,10 +104,11 @@ train_and_compare() {
     --class_prompt "$CLASS_PROMPT" \
     --output_dir "$OUTPUT_DIR" \
     "${training[@]}" \
-    "${@:2}"
+    "$@"
   if [ -n "$COMPARISON" ]; then
-    python inference.py "$OUTPUT_DIR" \
+    python "$project/inference.py" "$OUTPUT_DIR" \
       --compare_with "$MODEL_NAME" \
+      "${before[@]}" \
       --instance_data_dir "$INSTANCE_DIR" \
       --prompt "$INSTANCE_PROMPT on the beach" "$INSTANCE_PROMPT in the snow" "$INSTANCE_PROMPT at night" \
       "$INSTANCE_PROMPT in the desert" "$CLASS_PROMPT on the grass" "a strawberry on a pink background" \

@@ -1,90 +1,32 @@
 """The five parts of a Stable Diffusion checkpoint: tokenizer, text encoder, VAE, UNet, noise scheduler."""
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils.logging import disable_progress_bar
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from dreambooth.console import UserError, warn
 from dreambooth.precision import all_finite
+from dreambooth.weights import Weights, choose_weights, weight_files
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 ENCODED_AT_A_TIME = 32  # prompts
-# Of model_index.json; other pipelines have other parts.
-CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-
-
-def find_model(args: argparse.Namespace) -> Path:
-    """Returns the folder of --pretrained_model_name_or_path; a Hub id is downloaded, or found in the Hub's cache.
-
-    Raises:
-        UserError: if there is no such model, or a part of it is missing.
-    """
-    name = args.pretrained_model_name_or_path
-    folder = Path(name)
-    if not os.path.isdir(folder):
-        # A Hub id is "name" or "owner/name"; everything else can only have meant a path.
-        if os.path.isfile(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"--pretrained_model_name_or_path {name} is not a folder")
-        folder = _download(name, args.revision)
-    parts = ["text_encoder", "vae", "scheduler"]
-    parts += [] if args.external_unet_path else ["unet"]
-    parts += [] if args.tokenizer_name else ["tokenizer"]
-    missing = sorted(part for part in parts if not (folder / part).is_dir())
-    if missing:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name} has no {', '.join(missing)}: "
-            "it is not a whole Stable Diffusion folder in diffusers' layout"
-        )
-    _check_index(folder)
-    return folder
-
-
-def _check_index(folder: Path) -> None:
-    """Reads the model_index.json that the trained pipeline will be written by.
-
-    Raises:
-        UserError: if it is missing or broken, or of a pipeline that this project cannot train.
-    """
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text())
-        parts = {part: index[part][1] or CLASSES[part] for part in CLASSES if part in index}
-        scheduler = getattr(diffusers, index["scheduler"][1], None)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} is not that of a Stable Diffusion folder in diffusers' layout") from error
-    if "text_encoder_2" in index or any(CLASSES[part] != found for part, found in parts.items()):
-        raise UserError(
-            f"{folder} is a {index.get('_class_name')}, which this project does not train: "
-            "use a Stable Diffusion 1.x or 2.x"
-        )
-    if not hasattr(scheduler, "from_pretrained"):
-        raise UserError(f"{path} names a scheduler that diffusers does not have: {index['scheduler'][1]}")
-    with _loading("scheduler", folder):
-        scheduler.from_pretrained(folder / "scheduler")
-
-
-def _download(name: str, revision: str | None) -> Path:
-    """Brings what is needed of a Hub model into the cache, which alone serves where the Hub is out of reach."""
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    try:
-        return Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
-    except (OSError, ValueError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"--pretrained_model_name_or_path {name} is no folder, and cannot be had from the Hub: {reason}"
-        ) from error
+INDEX = "model_index.json"
+# The parts that have weights, and what they are called.
+KINDS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+LABELS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "VAE"}
+PARTS = (*KINDS, "tokenizer", "scheduler")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # other parts that a Stable Diffusion may have
 
 
 def first_line(error: Exception) -> str:
@@ -93,7 +35,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _loading(part: str, source: str | Path) -> Iterator[None]:
+def loading(part: str, source: str | Path) -> Iterator[None]:
     """Turns what the libraries raise for a file that is missing, torn or of another shape into one line."""
     try:
         yield
@@ -103,47 +45,134 @@ def _loading(part: str, source: str | Path) -> Iterator[None]:
         raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
 
 
-def _load_weights(kind: type, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Loads a part on the CPU, from safetensors alone: to unpickle a file is to run what it says.
+def read_index(path: Path, model: str) -> dict:
+    """Reads a model_index.json.
+
+    Raises:
+        UserError: if it is missing or broken, or of a pipeline that this project cannot train.
+    """
+    try:
+        index = json.loads(path.read_text())
+        classes = {part: index[part][1] or kind.__name__ for part, kind in KINDS.items() if part in index}
+        others = [part for part, entry in index.items() if isinstance(entry, list) and entry[1] is not None]
+        others = sorted({part for part in others if not part.startswith("_")} - {*PARTS, *UNUSED})
+        scheduler = index["scheduler"][1]
+        known = hasattr(getattr(diffusers, scheduler, None), "from_pretrained")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} is not that of a Stable Diffusion folder in diffusers' layout") from error
+    if others or any(KINDS[part].__name__ != found for part, found in classes.items()):
+        raise UserError(
+            f"{model} is a {index.get('_class_name')}, which this project does not train: "
+            "use a Stable Diffusion 1.x or 2.x"
+        )
+    if not known:
+        raise UserError(f"{path} names a scheduler that diffusers does not have: {scheduler}")
+    return index
+
+
+def scheduler_class(index: dict) -> type:
+    """Returns the class of the scheduler that a model_index.json names."""
+    return getattr(diffusers, index["scheduler"][1])
+
+
+def choose(part: str, names: Sequence[str], variant: str | None) -> Weights:
+    """Returns which of the weights among the files `names` a part is loaded from, as `choose_weights` does."""
+    stem = "model" if issubclass(KINDS[part], PreTrainedModel) else "diffusion_pytorch_model"
+    return choose_weights(names, stem, variant)
+
+
+def check_configurations(folder: Path) -> None:
+    """Compares the shapes of a model's parts by their configurations; no weights are read.
+
+    Raises:
+        UserError: as `check_parts_fit` does, or if a configuration cannot be read.
+    """
+    models = {}
+    for part in KINDS:
+        with loading(LABELS[part], folder):
+            models[part] = _without_weights(part, folder / part)
+    check_parts_fit(load_tokenizer(folder, None), **models)
+
+
+def _without_weights(part: str, folder: Path) -> torch.nn.Module:
+    """Returns a model of the configuration in `folder`, whose weights take no memory."""
+    kind = KINDS[part]
+    with init_empty_weights():
+        if issubclass(kind, PreTrainedModel):
+            return kind(kind.config_class.from_pretrained(folder))
+        return kind.from_config(kind.load_config(folder))
+
+
+def _load_weights(
+    part: str, folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> torch.nn.Module:
+    """Loads a part, on the CPU, for inference.
 
     Raises:
         UserError: if its weights are not whole, or not all finite.
     """
-    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.bin*")):
-        raise UserError(
-            f"{folder} has its weights in a pickle file (.bin), which may run code when it is read: "
-            "convert them to safetensors"
+    kind, weights = KINDS[part], choose(part, os.listdir(folder), variant)
+    files = weight_files(folder, weights)
+    disable_progress_bar()  # of transformers' shards, on every rank
+    if weights.in_shards and not issubclass(kind, PreTrainedModel):
+        # diffusers 0.29 would leave shards to accelerate, whose newer releases fail over them.
+        module = _fill(_without_weights(part, folder), files, folder).to(dtype).eval()
+    else:
+        module, info = kind.from_pretrained(
+            folder, variant=weights.variant, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    module, info = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
+        if info["missing_keys"]:
+            raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # an index that is wrong
+            raise UserError(f"{folder} has no weights for {name}")
         if not all_finite(parameter):
             raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
     return module
 
 
-def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer:
+def _fill(module: torch.nn.Module, files: list[Path], folder: Path) -> torch.nn.Module:
+    """Gives a model without weights those of its shards."""
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for name, tensor in module.state_dict().items():
+        if name not in weights:
+            raise UserError(f"{folder} has no weights for {name}")
+        if weights[name].shape != tensor.shape:
+            found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{name} has the shape {found}, and by config.json {wanted}")
+    module.load_state_dict(weights, strict=False, assign=True)
+    return module
+
+
+def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer | CLIPTokenizerFast:
     """Loads the tokenizer of `model`, or of the folder or Hub id `other` where that is given."""
-    with _loading("tokenizer", other or model):
-        return CLIPTokenizer.from_pretrained(other) if other else CLIPTokenizer.from_pretrained(model / "tokenizer")
+    folder = other or model / "tokenizer"
+    # Newer releases of transformers save a tokenizer.json alone, which CLIPTokenizer of older ones cannot load.
+    files = os.listdir(folder) if os.path.isdir(folder) else ()
+    kind = CLIPTokenizerFast if "tokenizer.json" in files and "vocab.json" not in files else CLIPTokenizer
+    with loading("tokenizer", other or model):
+        return kind.from_pretrained(folder)
 
 
-def load_text_encoder(model: Path, trained: Path | None) -> CLIPTextModel:
-    """Loads the text encoder, fp32, on the CPU: that of `model`, or of the checkpoint `trained` where that has one."""
+def load_text_encoder(
+    model: Path, trained: Path | None, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+) -> CLIPTextModel:
+    """Loads the text encoder, on the CPU: that of `model`, or of the checkpoint `trained` where that has one."""
     folder = trained if trained and (trained / "text_encoder").is_dir() else model
-    with _loading("text encoder", folder):
-        return _load_weights(CLIPTextModel, folder / "text_encoder")
+    with loading("text encoder", folder):
+        return _load_weights("text_encoder", folder / "text_encoder", dtype, variant)
 
 
-def load_vae(model: Path, resolution: int) -> AutoencoderKL:
+def load_vae(model: Path, resolution: int, *, variant: str | None = None) -> AutoencoderKL:
     """Loads the VAE: frozen, fp32, on the CPU.
 
     Raises:
         UserError: if it cannot be loaded, or its factor does not divide `resolution`.
     """
-    with _loading("VAE", model):
-        vae = _load_weights(AutoencoderKL, model / "vae")
+    with loading("VAE", model):
+        vae = _load_weights("vae", model / "vae", variant=variant)
     factor = vae_factor(vae)
     if resolution % factor:
         lower = resolution // factor * factor
@@ -154,13 +183,19 @@ def load_vae(model: Path, resolution: int) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def load_unet(model: Path, external: str | Path | None, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+def unet_folder(folder: str | Path) -> Path:
+    """Returns the folder of a UNet: `folder` is one itself, such as checkpoint-500/unet, or has one."""
+    folder = Path(folder)
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def load_unet(
+    model: Path, external: str | Path | None, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+) -> UNet2DConditionModel:
     """Loads the UNet that is trained, on the CPU: that of `model`, or of the folder `external` where given."""
-    folder = Path(external or model)
-    # An external folder is a UNet itself, such as checkpoint-500/unet, or has one.
-    folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    with _loading("UNet", folder):
-        return _load_weights(UNet2DConditionModel, folder, dtype)
+    folder = unet_folder(external or model)
+    with loading("UNet", folder):
+        return _load_weights("unet", folder, dtype, variant)
 
 
 def load_noise_scheduler(model: Path) -> DDPMScheduler:
@@ -169,7 +204,7 @@ def load_noise_scheduler(model: Path) -> DDPMScheduler:
     Raises:
         UserError: if its UNet predicts something that this project has no loss for.
     """
-    with _loading("scheduler", model):
+    with loading("scheduler", model):
         noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
         if not noise_scheduler.alphas_cumprod.isfinite().all() or not len(noise_scheduler.alphas_cumprod):
             raise ValueError("its noise schedule is empty or not finite")
@@ -183,20 +218,34 @@ def load_noise_scheduler(model: Path) -> DDPMScheduler:
 
 
 def load_pipeline(
-    model: Path, dtype: torch.dtype = torch.float32, **parts: torch.nn.Module | CLIPTokenizer
+    model: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    sampler: str | None = None,
+    **parts: torch.nn.Module | CLIPTokenizer,
 ) -> StableDiffusionPipeline:
-    """Loads `model` anew, on the CPU, with some of its `parts` replaced and without a safety checker."""
-    disable_progress_bar()  # a bar for five parts, on every rank
-    with _loading("pipeline", model):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            model,
+    """Loads `model` anew, on the CPU, with some of its `parts` replaced and without a safety checker.
+
+    Args:
+        model: folder.
+        dtype: of all parts.
+        variant: of the weights that are loaded, where a part has it.
+        sampler: class of diffusers by which it draws; None for the model's own.
+    """
+    with loading("pipeline", model):
+        if "tokenizer" not in parts:
+            parts["tokenizer"] = load_tokenizer(model, None)
+        for part in KINDS.keys() - parts.keys():
+            with loading(LABELS[part], model):
+                parts[part] = _load_weights(part, model / part, dtype, variant)
+        scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(read_index(model / INDEX, str(model)))
+        pipeline = StableDiffusionPipeline(
+            **parts,
+            scheduler=scheduler.from_pretrained(model / "scheduler"),
             safety_checker=None,
             feature_extractor=None,
-            image_encoder=None,
             requires_safety_checker=False,
-            use_safetensors=True,
-            torch_dtype=dtype,
-            **parts,
         )
     return pipeline.to(dtype=dtype)
 
@@ -242,6 +291,21 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 def max_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
     """Returns how many tokens of a prompt are read, its start and end marks counted in."""
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+
+
+def check_max_length(wanted: int | None, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Compares --tokenizer_max_length with what is read.
+
+    Raises:
+        UserError: if it is another number.
+    """
+    longest = max_tokens(tokenizer, text_encoder)
+    if wanted is not None and wanted != longest:
+        raise UserError(
+            f"--tokenizer_max_length {wanted}: this model reads {longest} tokens of a prompt; leave it out"
+        )
+    if wanted is not None:
+        warn(f"--tokenizer_max_length {wanted}: no effect, it is always so")
 
 
 def warn_of_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

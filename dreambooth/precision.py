@@ -26,14 +26,23 @@ def choose_precision(requested: str | None) -> str:
         if of_launcher not in DTYPES:
             raise UserError(f"accelerate's configuration asks for mixed precision {of_launcher}: use fp16 or bf16")
         requested = of_launcher
+    _check_machine("--mixed_precision", requested)
     if not torch.cuda.is_available():
-        if requested == "fp16":
-            raise UserError("--mixed_precision fp16 needs a CUDA GPU, and none was found: use no or bf16")
         return requested or "no"
-    bf16_in_hardware = torch.cuda.get_device_capability()[0] >= 8
-    if requested == "bf16" and not bf16_in_hardware:
-        raise UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use fp16")
-    return requested or ("bf16" if bf16_in_hardware else "fp16")
+    return requested or ("bf16" if _has_bf16() else "fp16")
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16; a GPU without it would do so slowly, in software."""
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def _check_machine(flag: str, requested: str | None) -> None:
+    """Refuses a precision that this machine cannot compute in."""
+    if requested == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"{flag} fp16 needs a CUDA GPU, and none was found: use no or bf16")
+    if requested == "bf16" and torch.cuda.is_available() and not _has_bf16():
+        raise UserError(f"{flag} bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use fp16")
 
 
 def set_tf32(allowed: bool) -> None:
@@ -43,8 +52,19 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def sampling_dtype(precision: str) -> torch.dtype:
-    """Returns the dtype in which class images are drawn: always a half precision on CUDA, fp32 on the CPU."""
+def sampling_dtype(precision: str, requested: str | None = None) -> torch.dtype:
+    """Returns the dtype in which images are drawn: a half precision on CUDA and fp32 on the CPU, unless requested.
+
+    Args:
+        precision: of the run.
+        requested: --prior_generation_precision, "no" or "fp32", "fp16", "bf16"; None leaves the choice.
+
+    Raises:
+        UserError: if the machine cannot run what was requested.
+    """
+    if requested:
+        _check_machine("--prior_generation_precision", requested)
+        return DTYPES["no" if requested == "fp32" else requested]
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float16

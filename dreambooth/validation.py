@@ -52,7 +52,8 @@ def validate(
     weights = training.weights()
     if not is_rank_0():
         return
-    pipeline = load_pipeline(dtype=dtype, **training.denoiser.parts_with(weights)).to(ranks.device)
+    parts = training.denoiser.parts_with(weights)
+    pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **parts).to(ranks.device)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with one_cpu_thread(), doing("drawing validation images"):

@@ -47,7 +47,7 @@ def test_flags_of_the_launchers_are_parsed(options):
 
     text = (ROOT / "dreambooth" / "launch.sh").read_text()
     sampling = re.compile(r"^ *sampling=.*$", re.MULTILINE)
-    training, inference = sampling.sub("", text).split("python inference.py")
+    training, inference = sampling.sub("", text).split('python "$project/inference.py"')
     used = flags(inference + "".join(sampling.findall(text)))
     assert {"--compare_with", "--num_inference_steps"} <= used <= options["inference.py"]
     trainers = options[SCRIPTS[0]] & options[SCRIPTS[1]]

@@ -1,17 +1,27 @@
 """inference.py on a tiny model."""
 
+import json
+import math
+import os
+import shutil
 import sys
 
 import numpy as np
+import pytest
+from diffusers.image_processor import VaeImageProcessor
 from harness import run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import inference
 from benchmarks import random_model
+from dreambooth import images as images_module
+from dreambooth.console import RunError, UserError
 
 
-def infer(model, *words):
+def infer(model, *words, **options):
     command = [sys.executable, "inference.py", model, "--num_inference_steps", 2, *words]
-    return run(command, env={"CUDA_VISIBLE_DEVICES": ""})
+    return run(command, env={"CUDA_VISIBLE_DEVICES": ""}, **options)
 
 
 def test_one_image(tiny_model, tmp_path):
@@ -43,3 +53,127 @@ def test_a_sheet_compares_two_models(tiny_model, tmp_path):
     assert (same[0] == same[2]).all() and (same[1] == same[3]).all() and (same[0] != same[1]).any()
     assert (different[0] != different[2]).any()
     assert (different[2] == same[2]).all(), "the second half is the model's own, whatever it is compared with"
+
+
+# Checks before work, and results that are kept ---------------------------------------------------------------------
+
+
+def change_json(file, **changed):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A model to change."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def without_signal(model):
+    """Gives a model a noise schedule that ends without signal, of which one that predicts noise makes NaN."""
+    index = json.loads((model / "model_index.json").read_text())
+    change_json(model / "model_index.json", scheduler=["diffusers", "DDIMScheduler"], _class_name=index["_class_name"])
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "_class_name": "DDIMScheduler"}
+    change_json(model / "scheduler" / "scheduler_config.json", **schedule)
+
+
+SLIPS = {
+    "no model to compare": (["--compare_with", "./nowhere"], "--compare_with ./nowhere is not a folder"),
+    "half a model to compare": (["--compare_with", "{half}"], "--compare_with {half} has no vae"),
+    "torn model to compare": (["--compare_with", "{torn}"], "cannot load the VAE of {torn}: .* is damaged"),
+    "inpainting": (["--compare_with", "{inpainting}"], "it is an inpainting model"),
+    "a file in the way": (["--output", "{file}/sheet.png"], "--output {file} is a file"),
+    "a file far in the way": (["--output", "{file}/a/b/sheet.png"], "--output {file}/a/b cannot be made: Not a dir"),
+    "a folder of the name": (["--output", "{folder}/a.png"], "--output {folder}/a.png is a folder; name a file"),
+    "a long name": (["--output", "x" * 250 + ".png"], "cannot be made: File name too long"),
+    "no photos": (["--instance_data_dir", "{folder}/none"], "--instance_data_dir {folder}/none is not a folder"),
+    "no such variant": (["--variant", "fp16"], r"--variant fp16: MODEL \S+ has no weights named \*.fp16.safetensors"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_nothing_is_loaded_before_all_is_checked(slip, tiny_model, tmp_path, monkeypatch):
+    places = {name: tmp_path / name for name in ("half", "torn", "inpainting", "file", "folder")}
+    for name in ("half", "torn", "inpainting"):
+        shutil.copytree(tiny_model, places[name])
+    shutil.rmtree(places["half"] / "vae")
+    os.truncate(places["torn"] / "vae" / "diffusion_pytorch_model.safetensors", 5000)
+    change_json(places["inpainting"] / "unet" / "config.json", in_channels=9)
+    places["file"].touch()
+    (places["folder"] / "a.png").mkdir(parents=True)
+    monkeypatch.setattr(inference, "load_pipeline", lambda *words, **flags: pytest.fail("a pipeline was loaded"))
+    words, expected = SLIPS[slip]
+    with pytest.raises(UserError, match=expected.format(**places)) as error:
+        inference.main([str(tiny_model), "--prompt", "a dog", *(word.format(**places) for word in words)])
+    assert error.value.status == 2
+
+
+def test_what_was_drawn_is_kept(tiny_model, model, photos, tmp_path):
+    """If the other model's weights turn out to be damaged, or what it draws."""
+    words = [str(tiny_model), "--prompt", "a dog", "a cat", "--num_images", "2", "--num_inference_steps", "2"]
+    words += ["--instance_data_dir", str(photos), "--output"]
+    inference.main([*words, str(tmp_path / "alone.png")])
+    without_signal(model)
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    file = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * math.nan for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    for other, reason in (
+        (broken, "is not finite everywhere"),
+        (model, "image 1 of the prompt 'a dog' has pixels that"),
+    ):
+        output = tmp_path / f"{other.name}.png"
+        with pytest.raises(RunError, match=reason) as error:
+            inference.main([*words, str(output), "--compare_with", str(other)])
+        assert error.value.status == 1 and f"{output} has the 4 images drawn before" in str(error.value)
+        assert output.read_bytes() == (tmp_path / "alone.png").read_bytes()
+
+
+def test_half_of_the_images_are_kept_too(tiny_model, tmp_path, monkeypatch, capsys):
+    """Ctrl-C during the second image of the second model: what is missing is white."""
+    drawn = []
+
+    def pictures_of(images):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.extend(images_module.pictures_of(images))
+        return drawn[-1:]
+
+    monkeypatch.setattr(inference, "pictures_of", pictures_of)
+    words = [str(tiny_model), "--compare_with", str(tiny_model), "--prompt", "a dog", "--num_images", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        inference.main([*words, "--num_inference_steps", "2", "--output", str(tmp_path / "sheet.png")])
+    assert "sheet.png has the 3 images drawn before" in capsys.readouterr().out
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    cells = [sheet[26:50, 8 + 40 * column : 40 + 40 * column] for column in range(4)]
+    assert (cells[0] == cells[2]).all() and (cells[1] == 255).all() and not (cells[3] == 255).all()
+
+
+def test_images_that_are_not_finite_are_an_error(model, tmp_path):
+    """One line, and no black image."""
+    without_signal(model)
+    output = tmp_path / "image.png"
+    done = infer(model, "--prompt", "a dog", "--output", output, "--dtype", "bf16", check=False)
+    assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert "image 1 of the prompt 'a dog' has pixels that are not finite in bf16: try --dtype fp32" in done.stderr
+    assert not output.exists() and list(tmp_path.iterdir()) == [model]
+
+
+def test_pictures_are_those_of_diffusers():
+    images = np.random.default_rng(0).random((3, 5, 7, 3), dtype=np.float32)
+    images[0, 0, 0] = 0, 1, 0.5
+    pictures = images_module.pictures_of(images)
+    expected = VaeImageProcessor.numpy_to_pil(images)
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in expected]
+    for value in (math.nan, math.inf, -math.inf):
+        images[1, 2, 3, 0] = value
+        with pytest.raises(ValueError, match="image 1 "):
+            images_module.pictures_of(images)
+
+
+def test_a_sheet_that_its_format_cannot_hold_is_kept_as_another(tmp_path):
+    """WebP ends at 16383 pixels."""
+    output = tmp_path / "sheet.webp"
+    output.write_text("mine")
+    with pytest.raises(RunError, match=r"cannot write .*sheet.webp: .*; the images are in .*sheet.webp.png"):
+        inference.save(Image.new("RGB", (4, 17000)), output)
+    assert Image.open(tmp_path / "sheet.webp.png").size == (4, 17000) and output.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2

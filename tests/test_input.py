@@ -228,7 +228,7 @@ def test_hub_that_cannot_be_reached_is_known_before_training(flags):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["nowhere", "--prompt", "a dog"], "cannot load a pipeline from nowhere"),
+        (["nowhere", "--prompt", "a dog"], "MODEL nowhere is no folder, and cannot be had from the Hub: Cannot reach"),
         (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end as a colour image"),
         (["nowhere", "--prompt", "a dog", "--output", "dog.xbm"], "--output dog.xbm: the name has to end as a"),
         (["nowhere", "--prompt", "a dog", "--device", "cuda"], "--device cuda: no CUDA GPU was found"),

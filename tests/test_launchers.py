@@ -1,25 +1,65 @@
 """The launchers, with settings from the environment and further flags of the trainers."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from harness import run, scalars
+from harness import ROOT, run, scalars
 from PIL import Image
 
+SETTINGS = {
+    "--pretrained_model_name_or_path": "MODEL_NAME",
+    "--instance_data_dir": "INSTANCE_DIR",
+    "--instance_prompt": "INSTANCE_PROMPT",
+    "--class_data_dir": "CLASS_DIR",
+    "--class_prompt": "CLASS_PROMPT",
+    "--output_dir": "OUTPUT_DIR",
+}
+# In place of the real ones where only their words count: each prints its name, its threads and its words, a line each.
+STUB = """#!/bin/sh
+if [ "$1" = -c ]; then echo "$TORCH_GPUS"; exit; fi
+printf '%s\\n' "${0##*/}" "threads ${OMP_NUM_THREADS-all}" "$@" ""
+"""
 
-def launch(launcher: str, tmp_path: Path, settings: dict, *flags, **options):
-    """Runs a launcher on the CPU, writing to `tmp_path`."""
+
+def launch(launcher: str, folder: Path, settings: dict, *flags, **options):
+    """Runs a launcher on the CPU, in `folder`, where it writes to."""
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
-        "CLASS_DIR": str(tmp_path / "class_images"),
-        "OUTPUT_DIR": str(tmp_path / "a folder with spaces"),
-        "COMPARISON": str(tmp_path / "comparison.png"),
+        "CLASS_DIR": "class_images",
+        "OUTPUT_DIR": "a folder with spaces",
     }
-    return run(["bash", launcher, *flags], env=env | settings, **options)
+    return run(["env", "-C", folder, "bash", ROOT / launcher, *flags], env=env | settings, **options)
+
+
+def commands(folder: Path, settings: dict, *flags, launcher: str = "colossalai.sh", gpus: int = 0) -> list[list[str]]:
+    """Returns the words of the trainer's and the comparison's command that a launcher gives in `folder`.
+
+    `gpus` is the number of those that nvidia-smi lists.
+    """
+    stubs = folder / "stubs"
+    stubs.mkdir(exist_ok=True)
+    listing = "\n".join(f"GPU {number}: a card\n  MIG 1g.10gb Device 0: a part of it" for number in range(gpus))
+    bodies = {"python": STUB, "torchrun": STUB, "nvidia-smi": f"#!/bin/sh\ncat <<END\n{listing}\nEND\n"}
+    for name, body in bodies.items():
+        (stubs / name).write_text(body)
+        (stubs / name).chmod(0o755)
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    }
+    env |= {"PATH": f"{stubs}:{os.environ['PATH']}"} | settings
+    done = subprocess.run(["bash", ROOT / launcher, *flags], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [command.splitlines() for command in done.stdout.split("\n\n") if command]
+
+
+def value(words: list[str], flag: str) -> str:
+    """Returns the word after the first `flag`."""
+    return words[words.index(flag) + 1]
 
 
 @pytest.mark.parametrize(
@@ -32,13 +72,17 @@ def launch(launcher: str, tmp_path: Path, settings: dict, *flags, **options):
     ],
 )
 def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, photos, tmp_path):
-    settings = {"MODEL_NAME": str(tiny_model), "INSTANCE_DIR": str(photos), "COMPARISON": "", "NPROC": nproc}
+    """Paths are of the folder that the user is in."""
+    (tmp_path / "model").symlink_to(tiny_model)
+    (tmp_path / "photos").symlink_to(photos)
+    settings = {"MODEL_NAME": "model", "INSTANCE_DIR": "photos", "COMPARISON": "", "NPROC": nproc, "CLASS_DIR": ""}
     more = ["--resolution", "32", "--num_class_images", "2", "--max_train_steps", "3"]
     done = launch(launcher, tmp_path, settings, *more)
     assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} samples" in done.stdout
     assert len(scalars(tmp_path / "a folder with spaces", "loss")) == 3, "the later --max_train_steps wins"
     StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
-    assert not (tmp_path / "comparison.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "a folder with spaces", "class_images"}
+    assert len(list(tmp_path.glob("class_images/tiny_model*/a dog/*.png"))) == 2
 
 
 def test_with_nothing_set_the_small_model_is_trained_and_compared(tmp_path):
@@ -51,21 +95,93 @@ def test_with_nothing_set_the_small_model_is_trained_and_compared(tmp_path):
     assert pipeline.unet.config.sample_size * 8 == Image.open(tmp_path / "class_images" / "00000.png").width == 128
 
 
-def test_the_output_folder_is_a_setting_only(tmp_path):
-    """The comparison would look for the trained model elsewhere."""
-    done = launch("colossalai.sh", tmp_path, {}, "--output_dir", "x", check=False)
-    assert done.returncode == 2 and "OUTPUT_DIR" in done.error_lines[0]
+@pytest.mark.parametrize("flag", SETTINGS)
+def test_what_the_comparison_follows_is_a_setting_only(flag, tmp_path):
+    """It would show another subject, or look for the trained model elsewhere."""
+    for words in ([flag, "x"], [f"{flag}=x"]):
+        done = launch("colossalai.sh", tmp_path, {}, *words, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1
+        assert f"{flag}: set {SETTINGS[flag]} in the environment" in done.error_lines[0]
 
 
 def test_settings_reach_the_trainer(tmp_path):
     """Each of these settings alone is enough to be refused for."""
-    for name, value, expected in (
+    for name, setting, expected in (
         ("PLACEMENT", "cpu", "--placement cpu (plugin gemini) needs a CUDA GPU"),
         ("PLUGIN", "gemini", "--plugin gemini needs a CUDA GPU"),
         ("INSTANCE_DIR", str(tmp_path / "none"), "none is not a folder"),
     ):
         done = launch(
-            "colossalai.sh", tmp_path, {"INSTANCE_DIR": str(tmp_path), "NPROC": "1", name: value}, check=False
+            "colossalai.sh", tmp_path, {"INSTANCE_DIR": str(tmp_path), "NPROC": "1", name: setting}, check=False
         )
         assert done.returncode != 0
         assert len(done.error_lines) == 1 and expected in done.error_lines[0], done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["colossalai.sh", "dreambooth.sh"])
+def test_the_comparison_is_of_what_was_trained(launcher, tmp_path):
+    """Further flags reach the trainer; those that name the model's files reach the comparison too."""
+    settings = {"MODEL_NAME": "some/model", "INSTANCE_DIR": "my photos", "INSTANCE_PROMPT": "a zwx cat"}
+    settings |= {"CLASS_PROMPT": "a cat", "OUTPUT_DIR": "cat", "COMPARISON": "sheet.png"}
+    flags = ["--revision", "v2", "--variant=fp16", "--max_train_steps", "9", "--resume_from_checkpoint", "latest"]
+    training, comparison = commands(tmp_path, settings, *flags, launcher=launcher)
+    assert training[0] == "python" and Path(training[2]).parent == ROOT and training[-7:] == flags
+    assert value(training, "--instance_data_dir") == value(comparison, "--instance_data_dir") == "my photos"
+    assert value(training, "--pretrained_model_name_or_path") == value(comparison, "--compare_with") == "some/model"
+    assert value(training, "--output_dir") == "cat" and value(comparison, "--output") == "sheet.png"
+    assert comparison[:4] == ["python", "threads all", str(ROOT / "inference.py"), "cat"]
+    assert "a zwx cat in the snow" in comparison and "a cat on the grass" in comparison
+    assert comparison[6:8] == ["--revision=v2", "--variant=fp16"]
+
+
+@pytest.mark.parametrize("words", [["--dry_run"], ["--help"], ["-h"]])
+def test_where_nothing_was_trained_there_is_nothing_to_compare(words, tmp_path):
+    assert len(commands(tmp_path, {}, *words)) == 1
+
+
+def test_a_unet_that_the_comparison_would_not_show(tmp_path):
+    flags = ["--external_unet_path", "other"]
+    done = launch("colossalai.sh", tmp_path, {}, *flags, check=False)
+    assert done.returncode == 2 and "set COMPARISON= for none" in done.error_lines[0]
+    assert commands(tmp_path, {"COMPARISON": ""}, *flags)[0][-2:] == flags
+
+
+def test_defaults_are_those_of_the_project(tmp_path):
+    """Wherever the user is; what is written goes to where he is."""
+    training, comparison = commands(tmp_path, {"NPROC": "1"})
+    assert value(training, "--pretrained_model_name_or_path") == str(ROOT / "assets/tiny-stable-diffusion")
+    assert value(training, "--instance_data_dir") == str(ROOT / "assets/instance_images")
+    assert value(training, "--class_data_dir").startswith("class_images/tiny-stable-diffusion-")
+    assert value(training, "--output_dir") == "dreambooth-model" and value(comparison, "--output") == "comparison.png"
+
+
+def test_the_class_folder_is_of_one_model_and_one_prompt(tmp_path):
+    def folder(model: str, prompt: str = "a dog") -> str:
+        settings = {"MODEL_NAME": model, "CLASS_PROMPT": prompt, "NPROC": "1", "COMPARISON": ""}
+        return value(commands(tmp_path, settings)[0], "--class_data_dir")
+
+    (tmp_path / "one" / "model").mkdir(parents=True)
+    (tmp_path / "two" / "model").mkdir(parents=True)
+    folders = [folder("one/model"), folder("two/model"), folder("owner/model"), folder("one/model", "a cat")]
+    assert len(set(folders)) == 4
+    assert folder("one/model/") == folder("./one/model") == folder(str(tmp_path / "one/model//")) == folders[0]
+    assert folder("owner/model/") == folders[2], "what is no folder has its name too"
+    for one in [*folders, folder("one/model", "a cat/dog")]:
+        assert one.startswith("class_images/model-") and len(Path(one).parts) == 3
+
+
+def test_as_many_processes_as_torch_sees_gpus(tmp_path):
+    """nvidia-smi lists four cards and a part of each; CUDA_VISIBLE_DEVICES may leave less."""
+    for seen, expected in (("1", ["python"]), ("3", ["torchrun", "--standalone", "--nproc_per_node", "3"])):
+        training, comparison = commands(tmp_path, {"TORCH_GPUS": seen, "MODEL_NAME": "some/model"}, gpus=4)
+        assert [training[0], *training[2:]][: len(expected)] == expected and comparison[0] == "python"
+    for hidden in ({"CUDA_VISIBLE_DEVICES": ""}, {"NPROC": "1"}):  # torch, which takes seconds to answer, is not asked
+        assert commands(tmp_path, {"TORCH_GPUS": "4", "MODEL_NAME": "some/model"} | hidden, gpus=4)[0][0] == "python"
+
+
+def test_processes_share_the_cores_and_the_comparison_has_all(tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    training, comparison = commands(tmp_path, {"NPROC": "2"})
+    assert (training[1], comparison[1]) == (f"threads {max(1, cores // 2)}", "threads all")
+    training, comparison = commands(tmp_path, {"NPROC": "2", "OMP_NUM_THREADS": "7"})
+    assert (training[1], comparison[1]) == ("threads 7", "threads 7")

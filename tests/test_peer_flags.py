@@ -1,0 +1,113 @@
+"""Flags that a person brings along from diffusers' and kohya's trainers: they act, or a line says what is so here."""
+
+import pytest
+import torch
+
+from dreambooth import arguments
+from dreambooth.arguments import ALWAYS_SO, NOT_HERE
+from dreambooth.console import UserError
+from dreambooth.models import check_max_length, load_text_encoder, load_tokenizer
+from dreambooth.precision import sampling_dtype
+
+# Of diffusers' examples/dreambooth/train_dreambooth.py, in autumn 2026.
+DIFFUSERS = """
+adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 center_crop checkpointing_steps checkpoints_total_limit
+class_data_dir class_labels_conditioning class_prompt dataloader_num_workers enable_xformers_memory_efficient_attention
+gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token instance_data_dir instance_prompt
+learning_rate local_rank logging_dir lr_num_cycles lr_power lr_scheduler lr_warmup_steps max_grad_norm max_train_steps
+mixed_precision num_class_images num_train_epochs num_validation_images offset_noise output_dir
+pre_compute_text_embeddings pretrained_model_name_or_path prior_generation_precision prior_loss_weight push_to_hub
+report_to resolution resume_from_checkpoint revision sample_batch_size scale_lr seed set_grads_to_none
+skip_save_text_encoder snr_gamma text_encoder_use_attention_mask tokenizer_max_length tokenizer_name train_batch_size
+train_text_encoder use_8bit_adam validation_images validation_prompt validation_scheduler validation_steps variant
+with_prior_preservation
+""".split()
+
+
+def parse(tmp_path, *words):
+    required = ["--pretrained_model_name_or_path", "model", "--instance_data_dir", str(tmp_path)]
+    output = ["--instance_prompt", "a sks dog", "--output_dir", str(tmp_path / "out")]
+    return arguments.parse(arguments.build_parser("a trainer"), [*required, *output, *words])
+
+
+def test_every_flag_of_diffusers_is_known():
+    options = arguments.build_parser("a trainer")._option_string_actions
+    assert {name for name in DIFFUSERS if f"--{name}" not in options} == NOT_HERE.keys()
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_is_not_here_is_told_with_what_to_do(name, tmp_path):
+    for words in ([f"--{name}"], [f"--{name}", "timesteps"], [f"--{name}=timesteps"]):
+        with pytest.raises(UserError, match=f"^--{name}: .*; (leave it out|--validation_prompt)") as error:
+            parse(tmp_path, *words)
+        assert error.value.status == 2
+
+
+def test_other_words_are_unrecognized(tmp_path):
+    with pytest.raises(UserError, match=r"unrecognized arguments: --magic 7 \(see --help\)"):
+        parse(tmp_path, "--magic", "7")
+
+
+@pytest.mark.parametrize("name", ALWAYS_SO)
+def test_what_is_always_so_is_accepted_with_a_word(name, tmp_path, capsys):
+    parse(tmp_path, f"--{name}")
+    assert f"warning: --{name}: no effect, {ALWAYS_SO[name]}" in capsys.readouterr().err
+
+
+def test_embeddings_that_are_not_computed_before(tmp_path):
+    with pytest.raises(
+        UserError, match="--pre_compute_text_embeddings: with --train_text_encoder prompts are encoded"
+    ):
+        parse(tmp_path, "--pre_compute_text_embeddings", "--train_text_encoder")
+
+
+def test_offset_noise_is_a_noise_offset(tmp_path):
+    assert parse(tmp_path).noise_offset == 0
+    assert parse(tmp_path, "--offset_noise") == parse(tmp_path, "--noise_offset", "0.1")
+    for words in (["--offset_noise", "--noise_offset", "0.2"], ["--noise_offset=0.2", "--offset_noise"]):
+        with pytest.raises(UserError, match="not allowed with argument"):
+            parse(tmp_path, *words)
+
+
+def test_cache_latents_alone_is_on(tmp_path):
+    found = [parse(tmp_path, *words).cache_latents for words in ([], ["--cache_latents"], ["--cache_latents", "off"])]
+    assert found == ["auto", "on", "off"]
+
+
+def test_the_precision_of_class_images(tmp_path, monkeypatch, capsys):
+    dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+    for requested, dtype in dtypes.items():
+        assert (
+            sampling_dtype(
+                "fp16", parse(tmp_path, "--prior_generation_precision", requested).prior_generation_precision
+            )
+            == dtype
+        )
+    assert "--prior_generation_precision: no effect without --with_prior_preservation" in capsys.readouterr().err
+    assert sampling_dtype("bf16") == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--prior_generation_precision fp16 needs a CUDA GPU"):
+        sampling_dtype("no", "fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    with pytest.raises(UserError, match="--prior_generation_precision bf16: an old card cannot compute in bf16"):
+        sampling_dtype("fp16", "bf16")
+    assert sampling_dtype("fp16", "fp16") == sampling_dtype("fp16") == torch.float16
+
+
+def test_a_length_of_prompts_is_what_is_read(tiny_model, capsys):
+    parts = load_tokenizer(tiny_model, None), load_text_encoder(tiny_model, None)
+    check_max_length(None, *parts)
+    assert capsys.readouterr().err == ""
+    check_max_length(77, *parts)
+    assert "--tokenizer_max_length 77: no effect" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--tokenizer_max_length 128: this model reads 77 tokens of a prompt"):
+        check_max_length(128, *parts)
+
+
+@pytest.mark.parametrize("warmup, steps, told", [(5, 5, True), (500, 400, True), (4, 5, False), (500, None, False)])
+def test_a_warm_up_that_outlasts_the_run(warmup, steps, told, tmp_path, capsys):
+    words = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", str(warmup)]
+    parse(tmp_path, *words, *(["--max_train_steps", str(steps)] if steps else []))
+    assert ("ends before --learning_rate is reached" in capsys.readouterr().err) is told
