@@ -146,12 +146,11 @@ def data_settings(schedule: Schedule, images: list[Photo]) -> dict:
 
     Args:
         schedule: ranks and batch per rank may change, if their product does not.
-        images: of the subject and of the class, whose prompts count too.
+        images: of the subject and of the class, with their facts; their prompts count too.
     """
     digest = hashlib.sha256()
     for photo in images:
-        for content in (photo.read(), photo.prompt.encode()):
-            digest.update(hashlib.sha256(content).digest())
+        digest.update(photo.facts.digest + hashlib.sha256(photo.prompt.encode()).digest())
     return {"steps": schedule.steps, "samples per step": schedule.total_batch, "images": digest.hexdigest()[:16]}
 
 

@@ -34,10 +34,13 @@ def set_tf32(allowed: bool) -> None:
 
 
 def sampling_dtype(precision: str) -> torch.dtype:
-    """Returns the dtype in which class images are drawn: always a half precision on CUDA, fp32 on the CPU."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float16
+    """Returns the dtype in which class and validation images are drawn: the run's own, but fp32 on the CPU."""
+    return DTYPES[precision] if torch.cuda.is_available() else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns how messages call a dtype: fp32, fp16 or bf16."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from dreambooth.console import Stopped, ToldByRank0, UserError, warn
 from dreambooth.environment import Place
@@ -130,6 +131,26 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     if status:
         raise ToldByRank0(status)
     return found
+
+
+def from_all_ranks(value: Found) -> list[Found]:
+    """Returns what each rank has, by rank; to be called on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def in_turns(count: int) -> Iterator[int]:
+    """Yields the numbers below `count`, each on the rank that asks first; to be called on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield from range(count)
+        return
+    key = from_rank_0(lambda: f"turns-{secrets.token_hex(8)}")
+    store = _get_default_store()
+    while (turn := store.add(key, 1) - 1) < count:
+        yield turn
 
 
 def compare(what: str, value: object) -> None:
