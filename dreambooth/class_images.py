@@ -212,7 +212,7 @@ def generate_class_images(
     _tell_found(args, found, missing=len(numbers), wanted=wanted, seed=seed)
     if args.dry_run or not numbers:
         return _as_examples(args, found + _stand_ins(args, len(numbers)))
-    from_rank_0(lambda: _prepare(folder))
+    _prepare(folder)
     origin = Origin(model_name(args), digest_of_weights(model, args.external_unet_path), args.class_prompt, seed)
     size = args.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
@@ -254,7 +254,7 @@ def _tell_found(args: argparse.Namespace, found: list[Photo], *, missing: int, w
     if flat:
         warn(
             f"--class_data_dir {args.class_data_dir}: {flat[0]} is of one colour ({len(flat)} such), as is what "
-            "earlier versions made of pixels that are not finite: remove it if a run has generated it, and the next will"
+            "earlier versions made of pixels that are not finite: remove it if a run has made it, and it is made anew"
         )
 
 
