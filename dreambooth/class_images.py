@@ -291,7 +291,7 @@ def _generate(
     with one_cpu_thread(), progress(total, desc="class images", unit="image", shown=ranks.rank == 0) as bar:
         for turn in in_turns(len(batches)):
             numbers = batches[turn]
-            if not all((folder / image_name(number)).exists() for number in numbers):
+            if not all((folder / image_name(number)).is_file() for number in numbers):
                 pipeline = pipeline or load().to(ranks.device)
                 written += _draw(pipeline, numbers, origin, folder)
             bar.update(sum(map(len, batches[: turn + 1])) - bar.n)

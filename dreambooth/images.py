@@ -422,12 +422,14 @@ def save_new(content: bytes, path: Path) -> bool:
         try:
             os.link(partial, path)
         except FileExistsError:
-            return False
+            if path.is_file():
+                return False
+            raise
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                 raise
             # A file system without hard links, such as exFAT.
-            if path.exists():
+            if path.is_file():
                 return False
             os.replace(partial, path)
         return True

@@ -271,7 +271,7 @@ def test_a_rank_that_hangs_does_not_hold_the_others(flags, report):
 
 
 def test_a_rank_that_fails_in_the_data(flags, tmp_path, report):
-    """Photos are damaged while the run goes on; which rank meets one first that it does not have in memory is chance."""
+    """Photos are damaged while the run goes on; which rank first meets one that it has not in memory is chance."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(60):
