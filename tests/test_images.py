@@ -194,15 +194,14 @@ def test_work_in_threads_is_in_order_and_not_far_ahead():
 
 
 def test_two_runs_write_one_image_at_once(tmp_path):
-    """The second begins and ends while the first is in the middle."""
+    """The second begins and ends while the first has yet to give its file the name."""
     path, red, blue = tmp_path / "00000.png", *(Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 
     class Slow(Image.Image):
         def save(self, file, format):
-            file.write_bytes(b"half")
+            red.save(file, format=format)
             save_whole(blue, path)
             assert save_new(png_of(blue, ""), tmp_path / "new.png")
-            red.save(file, format=format)
 
     save_whole(Slow(), path)
     assert not save_new(png_of(red, ""), tmp_path / "new.png")
@@ -369,6 +368,8 @@ def test_a_class_image_follows_from_the_seed_and_its_number(tiny_model):
         points = [starting_points(pipeline, seed, stream, batch) for batch in batches]
         return np.concatenate([pipeline(["a dog"] * len(p["latents"]), **settings, **p).images for p in points])
 
+    of_samplers = [starting_points(pipeline, seed, Stream.CLASS_IMAGE, range(4))["generator"] for seed in (1, 2)]
+    assert len({one.initial_seed() for of_seed in of_samplers for one in of_seed}) == 8
     for scheduler in (type(pipeline.scheduler), EulerAncestralDiscreteScheduler):
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         one, other = draw(1, 1), draw(1, 3)
