@@ -64,7 +64,7 @@ def train_bare(train: Callable, max_steps: int, *positional) -> None:
     *first, steps, loss_of, _, _ = positional
     batch = next(iter(steps))[0]
     known = loss_of.keywords
-    inputs = batch["noise"].to(known["dtype"]), batch["timesteps"], known["prompts"][batch["prompt_indices"]]
+    inputs = batch["noise"].to(known["dtype"]), batch["timesteps"], batch["prompts"]
     stopwatch = Stopwatch(max_steps)
     train(*first, itertools.repeat([batch]), functools.partial(bare_loss, inputs), stopwatch, 0)
     seconds = stopwatch.seconds()

@@ -162,8 +162,9 @@ def _add_data(parser: Parser) -> None:
     group.add_argument(
         "--instance_data_dir",
         metavar="FOLDER",
-        help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp; captions are in NAME.txt beside NAME.png, or "
-        "in a metadata.jsonl as file_name and text (default: none; this or --dataset_name is needed)",
+        help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp; captions are in NAME.txt or NAME.caption "
+        "beside NAME.png, or in a metadata.jsonl as file_name and text (default: none; this or --dataset_name is "
+        "needed)",
     )
     group.add_argument(
         "--dataset_name",

@@ -151,8 +151,7 @@ def image_settings(images: list[Photo]) -> dict:
     """Returns what two such runs have to share besides: images of the subject and of the class, and their prompts."""
     digest = hashlib.sha256()
     for photo in images:
-        for content in (photo.read(), photo.prompt.encode()):
-            digest.update(hashlib.sha256(content).digest())
+        digest.update(photo.facts.digest + hashlib.sha256(photo.prompt.encode()).digest())
     return {"images": digest.hexdigest()[:16]}
 
 

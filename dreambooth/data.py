@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dreambooth.console import UserError
-from dreambooth.images import Photo, crop_to_square, is_square, load_image
+from dreambooth.images import Photo, crop_to_square, scaled_image
 from dreambooth.randomness import Stream, generator
 from dreambooth.ranks import Ranks
 from dreambooth.schedule import Schedule
@@ -72,11 +72,11 @@ class Examples:
 
     def has_fixed_crop(self, place: int) -> bool:
         """Returns whether every example of an image shows the same pixels."""
-        return self.center_crop or is_square(self.photos[place])
+        return self.center_crop or self.photos[place].is_square
 
     def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
-        """Returns an image as `crop_to_square` does."""
-        image = load_image(self.photos[place])
+        """Returns a square of an image, as `crop_to_square` does of one whose shorter side is `resolution` or less."""
+        image = scaled_image(self.photos[place], self.resolution)
         return crop_to_square(image, self.resolution, 0.5 if self.center_crop else position)
 
     def place_of(self, n: int) -> int:
@@ -195,12 +195,24 @@ def _leave_all_but_images_to_the_trainer(worker: int) -> None:
 
 
 def build_loader(
-    dataset: DreamBoothDataset, schedule: Schedule, ranks: Ranks, first_step: int = 0, workers: int | None = None
+    dataset: DreamBoothDataset,
+    schedule: Schedule,
+    ranks: Ranks,
+    first_step: int = 0,
+    workers: int | None = None,
+    prompts: torch.Tensor | None = None,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Yields this rank's batches of each step of the schedule from `first_step` (counted from 0) on, on its device.
+    """Yields this rank's batches of each step of the schedule, on its device.
 
-    They are made by `workers` processes. By default, on a GPU machine, four decode while the GPU computes; on the CPU
-    they would only take its cores.
+    Args:
+        dataset: of the samples.
+        schedule: which samples a step takes.
+        ranks: which share of them is this process's.
+        first_step: steps that are passed over.
+        workers: processes that make the batches. By default, on a GPU machine, four decode while the GPU computes; on
+            the CPU they would only take its cores.
+        prompts: (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices name; None gives
+            it none.
     """
     on_gpu = ranks.device.type == "cuda"
     if workers is None:
@@ -216,6 +228,9 @@ def build_loader(
     try:
         batches = []
         for batch in loader:
+            if prompts is not None:
+                rows = prompts[batch["prompt_indices"]]
+                batch["prompts"] = rows.pin_memory() if on_gpu else rows
             batches.append({key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()})
             if len(batches) == schedule.accumulation:
                 yield batches

@@ -1,24 +1,42 @@
-"""Images to train on: finding, reading and cropping them."""
+"""Images: finding, reading, cropping and writing them."""
 
 import argparse
+import collections
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
 import io
 import os
-from collections.abc import Callable
+import secrets
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import functional as F
 
 from dreambooth.console import UserError, warn
+from dreambooth.environment import Place
+from dreambooth.ranks import from_all_ranks
+from dreambooth.threads import cores_of, in_threads
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # What those files may contain, whatever their suffix says.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
 TEST_RUN_IMAGES = 10
+# Of the images that this process has decoded last, scaled; 250 of them at 512 pixels.
+CACHE_BYTES = 2**28
+# In the names of files that are not whole.
+PARTIAL = ".partial"
+# Of a PNG file: what it was generated from.
+ORIGIN = "dreambooth"
+ALONE = Place()
 
 ORIENTATION = 0x0112  # of EXIF
 TURNS = {
@@ -33,6 +51,23 @@ TURNS = {
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a look at an image file has shown.
+
+    Args:
+        digest: SHA-256 of the file.
+        size: (width, height) in pixels, as it is looked at.
+        is_flat: whether all pixels are of one colour.
+        origin: what the file says of how it was generated; empty where it says nothing.
+    """
+
+    digest: bytes
+    size: tuple[int, int]
+    is_flat: bool
+    origin: str
+
+
+@dataclass(frozen=True)
 class Photo:
     """An image to train on, and what it shows.
 
@@ -40,11 +75,19 @@ class Photo:
         name: by which messages call it.
         prompt: that describes it.
         read: returns the bytes of the image file.
+        facts: None until somebody has looked.
     """
 
     name: str
     prompt: str
     read: Callable[[], bytes]
+    facts: Facts | None = None
+
+    @property
+    def is_square(self) -> bool:
+        """Whether it is as wide as it is high."""
+        width, height = self.facts.size
+        return width == height
 
 
 def photo_of(path: Path, prompt: str = "") -> Photo:
@@ -66,24 +109,50 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     )
 
 
-def load_image(photo: Photo) -> Image.Image:
+def load_image(photo: Photo, resolution: int | None = None) -> Image.Image:
     """Returns an image as RGB, turned the way its EXIF orientation says, transparency laid over white.
+
+    Args:
+        photo: that may have been looked at.
+        resolution: its shorter side is scaled down to this; None leaves the size as it is.
+
+    Raises:
+        UserError: if it is not a whole image, or not the one that was looked at.
+    """
+    image, facts = _decode(photo, resolution)
+    if photo.facts is not None and photo.facts.digest != facts.digest:
+        raise UserError(
+            f"the image {photo.name} is not the one that was there when the run began: leave images as they are while "
+            "a run reads them, and give all its processes folders of one file system"
+        )
+    return image
+
+
+def look_at(photo: Photo, resolution: int | None = None) -> Photo:
+    """Returns a photo with its facts, having decoded it once; at a `resolution` it is kept for `scaled_image`.
 
     Raises:
         UserError: if it is not a whole image.
     """
+    image, facts = _decode(photo, resolution)
+    if resolution is not None:
+        _scaled.keep((facts.digest, resolution), image)
+    return dataclasses.replace(photo, facts=facts)
+
+
+def _decode(photo: Photo, resolution: int | None) -> tuple[Image.Image, Facts]:
     try:
-        with Image.open(io.BytesIO(photo.read()), formats=FORMATS) as image:
-            image = _upright(image)
-            if image.mode.startswith("I"):
-                # 16 bits per pixel, which `convert` would clip at 255.
-                gray = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+        content = photo.read()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            stored = image.size
+            if resolution is not None:
+                # A JPEG is decoded to a half, a quarter or an eighth in a third of the time. Twice the pixels that are
+                # wanted are left for the filter, whose result is the same to the eye.
+                image.draft(None, tuple(2 * side for side in scaled_size(stored, resolution)))
+            origin = image.info.get(ORIGIN)
+            upright, turned = _upright(image)
+            size = stored[::-1] if turned else stored
+            pixels = _resized(_as_rgb(upright), size if resolution is None else scaled_size(size, resolution))
     except UnidentifiedImageError as error:
         raise UserError(
             f"cannot read the image {photo.name}: "
@@ -97,16 +166,100 @@ def load_image(photo: Photo) -> Image.Image:
     except Exception as error:  # Decoders raise whatever a damaged file leads them to.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"cannot read the image {photo.name}: {reason}; replace or remove it") from error
+    return pixels, Facts(
+        digest=hashlib.sha256(content).digest(),
+        size=size,
+        is_flat=all(low == high for low, high in pixels.getextrema()),
+        origin=origin if isinstance(origin, str) else "",
+    )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned the way its EXIF orientation says, as it is where that cannot be read."""
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Returns an image turned the way its EXIF orientation says, and whether width and height have changed places.
+
+    Where the orientation cannot be read the image is as it was.
+    """
     image.load()
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # What Pillow raises for bytes that are no EXIF data has no limit; the pixels are whole.
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        return image, False
+    return (image.transpose(TURNS[orientation]), orientation >= 5) if orientation in TURNS else (image, False)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits per pixel, which `convert` would clip at 255.
+        gray = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Returns the size of an image whose shorter side is scaled down to `resolution`, if it is longer."""
+    shorter = min(size)
+    if shorter <= resolution:
+        return size
+    width, height = (max(resolution, round(side * resolution / shorter)) for side in size)
+    return width, height
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)  # which Pillow antialiases
+
+
+class _RecentlyUsed:
+    """Images by key, those used last, of so many bytes in all."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.images: collections.OrderedDict[tuple, Image.Image] = collections.OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()
+
+    def find(self, key: tuple) -> Image.Image | None:
+        """Returns the image of a key, None where it is not there."""
+        with self.lock:
+            if key in self.images:
+                self.images.move_to_end(key)
+            return self.images.get(key)
+
+    def keep(self, key: tuple, image: Image.Image) -> None:
+        """Adds an image, and lets go of those that nobody has used for the longest time."""
+        with self.lock:
+            if key not in self.images:
+                self.images[key] = image
+                self.bytes += _bytes_of(image)
+            while self.bytes > self.limit:
+                self.bytes -= _bytes_of(self.images.popitem(last=False)[1])
+
+
+def _bytes_of(image: Image.Image) -> int:
+    return image.width * image.height * 3
+
+
+# Worker processes start with what the trainer's own has decoded, and share its memory.
+_scaled = _RecentlyUsed(CACHE_BYTES)
+
+
+def scaled_image(photo: Photo, resolution: int) -> Image.Image:
+    """Returns `load_image` of a photo, decoded once as long as the memory for such images lasts.
+
+    Raises:
+        UserError: as `load_image` does.
+    """
+    if photo.facts is None:
+        return load_image(photo, resolution)
+    key = photo.facts.digest, resolution
+    image = _scaled.find(key)
+    if image is None:
+        image = load_image(photo, resolution)
+        _scaled.keep(key, image)
+    return image
 
 
 def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
@@ -122,8 +275,17 @@ def images_per_epoch(args: argparse.Namespace, instance_images: list[Photo]) -> 
     return max(len(instance_images), class_images)
 
 
-def find_images(folder: str, flag: str, limit: int | None = None) -> list[Photo]:
+def find_images(
+    folder: str, flag: str, limit: int | None = None, *, resolution: int | None = None, place: Place = ALONE
+) -> list[Photo]:
     """Returns the first `limit` images of `folder` (all if None), each decoded once to see that it can be.
+
+    Args:
+        folder: is not looked into further.
+        flag: that names it.
+        limit: see above.
+        resolution: at which the images are going to be used.
+        place: of this process, which looks at its share; `facts_of_all` brings those of all shares together.
 
     Raises:
         UserError: if there is none, or one that cannot be read.
@@ -147,20 +309,42 @@ def find_images(folder: str, flag: str, limit: int | None = None) -> list[Photo]
         raise UserError(f"{flag} {folder} has no image ({kinds}){hint}")
     if others:
         warn(f"{flag} {folder}: {others[0]} is passed over ({len(others)} such), images are {kinds}")
-    photos = [photo_of(path) for path in paths]
-    for photo in photos:
-        load_image(photo)
-    return photos
+    return look_at_share([photo_of(path) for path in paths], resolution, place)
 
 
-def is_square(photo: Photo) -> bool:
-    """Returns whether an image is as wide as it is high."""
-    with Image.open(io.BytesIO(photo.read()), formats=FORMATS) as image:
-        return image.width == image.height
+def look_at_share(photos: list[Photo], resolution: int | None, place: Place) -> list[Photo]:
+    """Returns photos, those of this process's share with their facts.
+
+    Raises:
+        UserError: for the first of them that is not a whole image.
+    """
+    share = photos[place.rank :: place.world_size]
+    looked = list(photos)
+    look = functools.partial(look_at, resolution=resolution)
+    looked[place.rank :: place.world_size] = in_threads(look, share, threads=cores_of(place), desc="checking images")
+    return looked
+
+
+def facts_of_all(photos: list[Photo], resolution: int | None = None) -> list[Photo]:
+    """Returns photos with all their facts, brought together from all ranks' shares; to be called on every rank.
+
+    One that only this rank has found is looked at here. Whoever reads an image later than that compares it with what
+    another rank has seen (`load_image`).
+
+    Raises:
+        UserError: as `look_at` does.
+    """
+    seen: dict[str, Facts] = {}
+    for facts in from_all_ranks({photo.name: photo.facts for photo in photos if photo.facts is not None}):
+        seen |= facts
+    return [
+        dataclasses.replace(photo, facts=seen[photo.name]) if photo.name in seen else look_at(photo, resolution)
+        for photo in photos
+    ]
 
 
 def check_crops(args: argparse.Namespace, photos: list[Photo]) -> None:
-    """Finds images that --cache_latents on cannot cache.
+    """Finds images that --cache_latents on cannot cache, among those that have been looked at.
 
     Raises:
         UserError: if each step crops one of them elsewhere.
@@ -168,7 +352,7 @@ def check_crops(args: argparse.Namespace, photos: list[Photo]) -> None:
     if args.cache_latents != "on" or args.center_crop:
         return
     for photo in photos:
-        if not is_square(photo):
+        if photo.facts is not None and not photo.is_square:
             raise UserError(
                 f"--cache_latents on: {photo.name} is not square, so each step crops it elsewhere: "
                 "add --center_crop, or use --cache_latents auto"
@@ -176,7 +360,7 @@ def check_crops(args: argparse.Namespace, photos: list[Photo]) -> None:
 
 
 def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
-    """Returns the square of the image's shorter side, scaled to `resolution`.
+    """Returns the square of the image's shorter side, scaled to `resolution` if that side is another.
 
     Args:
         image: RGB image of any size.
@@ -193,23 +377,74 @@ def crop_to_square(image: Image.Image, resolution: int, position: float) -> torc
     return F.normalize(F.to_tensor(image), [0.5], [0.5])
 
 
+class NotFinite(ValueError):
+    """Image `index` of several, counted from 0, has pixels that are not finite."""
+
+    def __init__(self, index: int):
+        super().__init__(f"image {index} has pixels that are not finite")
+        self.index = index
+
+
 def pictures_of(images: np.ndarray) -> list[Image.Image]:
-    """Returns images as a pipeline draws them, as pictures.
+    """Returns images as diffusers converts them, which makes black of what is no number.
 
     Args:
-        images: (number, height, width, 3), float, in [0, 1].
+        images: (images, height, width, 3), floats in [0, 1].
 
     Raises:
-        ValueError: naming the first one that has a value that is no finite number, and would come out black.
+        NotFinite: naming the first image that is not finite.
     """
-    for index, image in enumerate(images):
-        if not np.isfinite(image).all():
-            raise ValueError(f"image {index} is not finite everywhere")
+    finite = np.isfinite(images).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise NotFinite(int(finite.argmin()))
     return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]
 
 
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yields a hidden name beside `path` that no other process uses; a file of that name is gone afterwards."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_whole(image: Image.Image, path: Path) -> None:
-    """Writes a PNG under another name and renames it: `path` is a whole file or does not exist."""
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    """Writes a PNG under another name and renames it: `path` is a whole file or as it was."""
+    with _partial(path) as partial:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+
+
+def save_new(content: bytes, path: Path) -> bool:
+    """Writes a file as `save_whole` does, but for one that is there by now: that is kept.
+
+    Returns:
+        Whether it was written.
+    """
+    with _partial(path) as partial:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            if path.is_file():
+                return False
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without hard links, such as exFAT.
+            if path.is_file():
+                return False
+            os.replace(partial, path)
+        return True
+
+
+def png_of(image: Image.Image, origin: str) -> bytes:
+    """Returns a PNG file that says what it was generated from, as ASCII text."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(ORIGIN, origin)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=text)
+    return file.getvalue()

@@ -1,6 +1,8 @@
 """The images of the subject and their prompts: a folder, with captions or without, or a data set."""
 
 import argparse
+import collections
+import dataclasses
 import functools
 import json
 import os
@@ -8,53 +10,116 @@ import re
 from pathlib import Path
 
 from dreambooth.console import UserError, say, warn
-from dreambooth.images import Photo, find_images, images_to_use, load_image, photo_of
+from dreambooth.environment import Place
+from dreambooth.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
 from dreambooth.models import first_line
+from dreambooth.threads import cores_of, in_threads
 
 METADATA = "metadata.jsonl"
+CAPTION_SUFFIXES = (".txt", ".caption")
+# Files that other tools keep captions in.
+LOOK_LIKE_CAPTIONS = (*CAPTION_SUFFIXES, ".captions", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Folders as kohya's trainers have them, such as "10_sks dog".
+REPEATS_AND_PROMPT = re.compile(r"\d+_(.*\S.*)")
 
 
-def find_instance_images(args: argparse.Namespace) -> list[Photo]:
-    """Returns the images of --instance_data_dir or --dataset_name, each decoded once to see that it can be.
+def find_instance_images(args: argparse.Namespace, place: Place) -> list[Photo]:
+    """Returns the images of --instance_data_dir or --dataset_name, this process's share of them looked at.
 
     An image's caption is its prompt; --instance_prompt serves where it has none.
 
     Raises:
         UserError: if an image or a caption cannot be used, or an image has no prompt.
     """
-    photos = _of_folder(args) if args.dataset_name is None else _of_dataset(args)
+    photos, looks_captioned = _of_folder(args, place) if args.dataset_name is None else _of_dataset(args, place)
     captioned = sum(photo.prompt != "" for photo in photos)
-    if captioned:
+    if captioned or looks_captioned:
         say(f"captions: {captioned} of {len(photos)} images have one")
     if captioned == len(photos) and args.instance_prompt is not None:
         warn("--instance_prompt: no effect, as every image has a caption")
     if captioned < len(photos) and args.instance_prompt is None:
         bare = next(photo.name for photo in photos if not photo.prompt)
         raise UserError(f"{bare} has no caption: give it one, or all without one an --instance_prompt")
-    return [Photo(photo.name, photo.prompt or args.instance_prompt, photo.read) for photo in photos]
+    return [dataclasses.replace(photo, prompt=photo.prompt or args.instance_prompt) for photo in photos]
 
 
-def _of_folder(args: argparse.Namespace) -> list[Photo]:
-    """Returns the images of --instance_data_dir with their captions, empty where there is none."""
-    folder = args.instance_data_dir
-    photos = find_images(folder, "--instance_data_dir", images_to_use(args))
-    captions = _read_metadata(Path(folder), args.caption_column)
+def _of_folder(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+    """Returns the images of --instance_data_dir with their captions, empty where there is none.
+
+    And whether there are files that look as if they had captions, read or not.
+    """
+    folder = Path(args.instance_data_dir)
+    photos = find_images(folder, "--instance_data_dir", images_to_use(args), resolution=args.resolution, place=place)
+    of_folder = _read_metadata(folder, args.caption_column)
     if args.caption_column != "text" and not Path(folder, METADATA).exists():
         warn(f"--caption_column: no effect, {folder} has no {METADATA}")
-    return [photo_of(Path(photo.name), _caption_of(Path(photo.name), captions)) for photo in photos]
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
+    beside = _captions_beside(files)
+    read = in_threads(
+        lambda image: _caption_of(image, of_folder, beside[image]),
+        [Path(photo.name) for photo in photos],
+        threads=cores_of(place),
+        desc="reading captions",
+    )
+    photos = [dataclasses.replace(photo, prompt=caption) for photo, caption in zip(photos, read, strict=True)]
+    known = {file for of_image in beside.values() for file in of_image} | {folder / METADATA}
+    like_captions = [file for file in files if file.suffix.lower() in LOOK_LIKE_CAPTIONS]
+    _warn_of_what_is_not_read(folder, [file.name for file in like_captions if file not in known])
+    return photos, bool(like_captions)
 
 
-def _caption_of(image: Path, captions: dict[str, str]) -> str:
-    """Returns the caption of an image in `captions` or in the text file beside it; empty where there is none."""
-    beside = image.with_suffix(".txt")
-    if not beside.is_file():
-        return captions.get(image.name, "")
-    if image.name in captions:
-        raise UserError(f"{image} has two captions, in {METADATA} and in {beside.name}: remove one")
+def _captions_beside(files: list[Path]) -> dict[Path, list[Path]]:
+    """Returns by each image the files that have captions of it: NAME.txt, NAME.png.txt, or .caption, in any case."""
+    named = collections.defaultdict(list)
+    for file in files:
+        if file.suffix.lower() in CAPTION_SUFFIXES:
+            named[file.with_suffix("")].append(file)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    return collections.defaultdict(
+        list, {image: named.get(image.with_suffix(""), []) + named.get(image, []) for image in images}
+    )
+
+
+def _warn_of_what_is_not_read(folder: Path, files: list[str]) -> None:
+    """Tells in one line which files and folders look meant for a training, and what to do about them."""
+    flag = f"--instance_data_dir {folder}"
+    if files:
+        warn(
+            f"{flag}: {files[0]} is not read ({len(files)} such), captions are in NAME.txt or NAME.caption beside "
+            f"NAME.png, or in a {METADATA}"
+        )
+    inside = [path.name for path in sorted(folder.iterdir()) if _has_images(path)]
+    if inside:
+        hint = ""
+        if of_kohya := REPEATS_AND_PROMPT.fullmatch(inside[0]):
+            hint = f': give "{of_kohya[1]}" as --instance_prompt, and the folder itself as --instance_data_dir'
+        warn(f"{flag}: the images in {inside[0]} are not looked at ({len(inside)} such folders){hint}")
+
+
+def _has_images(folder: Path) -> bool:
     try:
-        return _checked(beside.read_text(encoding="utf-8-sig"), str(beside))
+        return folder.is_dir() and not folder.name.startswith(".") and bool(list_images(folder))
+    except OSError:
+        return False
+
+
+def _caption_of(image: Path, of_folder: dict[str, str], beside: list[Path]) -> str:
+    """Returns the caption of an image; empty where there is none.
+
+    Args:
+        image: has at most one.
+        of_folder: captions by file name, of the folder's metadata.jsonl.
+        beside: the files that have one each.
+    """
+    places = [METADATA] * (image.name in of_folder) + [file.name for file in beside]
+    if len(places) > 1:
+        raise UserError(f"{image} has two captions, in {places[0]} and in {places[1]}: remove one")
+    if not beside:
+        return of_folder.get(image.name, "")
+    try:
+        return _checked(beside[0].read_text(encoding="utf-8-sig"), str(beside[0]))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the caption {beside}: {_reason(error)}") from error
+        raise UserError(f"cannot read the caption {beside[0]}: {_reason(error)}") from error
 
 
 def _read_metadata(folder: Path, column: str) -> dict[str, str]:
@@ -90,14 +155,18 @@ def _read_metadata(folder: Path, column: str) -> dict[str, str]:
     return captions
 
 
-def _of_dataset(args: argparse.Namespace) -> list[Photo]:
-    """Returns the images of --dataset_name's train split with their captions, empty where there is none."""
+def _of_dataset(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+    """Returns the images of --dataset_name's train split with their captions, empty where there is none.
+
+    And whether it has a column of captions.
+    """
     rows = _load_dataset(args)
     flag = f"--dataset_name {args.dataset_name}"
     columns = rows.column_names
     if args.image_column not in columns:
         raise UserError(f"{flag} has no column {args.image_column!r} but {', '.join(columns)}: see --image_column")
-    if args.caption_column not in columns and args.instance_prompt is None:
+    has_captions = args.caption_column in columns
+    if not has_captions and args.instance_prompt is None:
         raise UserError(
             f"{flag} has no column {args.caption_column!r} but {', '.join(columns)}: "
             "see --caption_column, or give all images an --instance_prompt"
@@ -105,14 +174,17 @@ def _of_dataset(args: argparse.Namespace) -> list[Photo]:
     wanted = images_to_use(args, len(rows))
     if not wanted:
         raise UserError(f"{flag} has no rows")
-    photos = []
-    for number in range(wanted):
+    images = rows.select_columns([args.image_column])
+    captions = rows.select_columns([args.caption_column]) if has_captions else None
+
+    def photo(number: int) -> Photo:
         name = f"{args.dataset_name} row {number}"
-        caption = rows[number].get(args.caption_column)
+        caption = None if captions is None else captions[number][args.caption_column]
         prompt = "" if caption is None else _checked(caption, name)
-        photos.append(Photo(name, prompt, functools.partial(_bytes_of, rows, number, args.image_column)))
-        load_image(photos[-1])
-    return photos
+        found = Photo(name, prompt, functools.partial(_file_in, images, number, args.image_column))
+        return look_at(found, args.resolution) if number % place.world_size == place.rank else found
+
+    return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
 
 
 def _load_dataset(args: argparse.Namespace):
@@ -144,7 +216,7 @@ def _load_dataset(args: argparse.Namespace):
     return rows
 
 
-def _bytes_of(rows, number: int, column: str) -> bytes:
+def _file_in(rows, number: int, column: str) -> bytes:
     """Returns the image file in a row: its bytes, or those of the path that stands for them."""
     image = rows[number][column]
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):

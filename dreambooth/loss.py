@@ -107,18 +107,20 @@ def dreambooth_loss(
 
 
 def example_inputs(
-    samples: int, latent_shape: tuple[int, ...], prompts: Tensor, dtype: torch.dtype
+    samples: int, latent_shape: tuple[int, ...], prompts: Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `training_loss` would hand to the denoiser: zeros, of the same shapes and dtypes.
 
     Args:
         samples: in a batch, class examples included.
         latent_shape: (channels, height, width).
-        prompts, dtype: those of `training_loss`.
+        prompts: of the run, of which a batch has rows.
+        dtype: that of `training_loss`.
+        device: the denoiser's.
     """
-    latents = torch.zeros(samples, *latent_shape, dtype=dtype, device=prompts.device)
-    timesteps = torch.zeros(samples, dtype=torch.int64, device=prompts.device)
-    return latents, timesteps, prompts[timesteps]
+    latents = torch.zeros(samples, *latent_shape, dtype=dtype, device=device)
+    timesteps = torch.zeros(samples, dtype=torch.int64, device=device)
+    return latents, timesteps, prompts[:1].to(device).repeat_interleave(samples, dim=0)
 
 
 def training_loss(
@@ -126,7 +128,6 @@ def training_loss(
     batch: dict[str, Tensor],
     *,
     vae: AutoencoderKL,
-    prompts: Tensor,
     noise_scheduler: DDPMScheduler,
     dtype: torch.dtype,
     prior_loss_weight: float | None,
@@ -136,9 +137,9 @@ def training_loss(
 
     Args:
         denoiser: called as `dreambooth.denoiser.Denoiser`, wrapped or not.
-        batch: what `dreambooth.data.collate` makes, on the denoiser's device.
+        batch: what `dreambooth.data.collate` makes, on the denoiser's device, and its prompts: (batch, tokens), int64,
+            or (batch, tokens, width), as the denoiser takes them.
         vae: frozen, on the same device where the batch has images to encode.
-        prompts: (prompts, tokens), int64, or (prompts, tokens, width), as the denoiser takes them.
         noise_scheduler: adds the noise and defines the target.
         dtype: of the denoiser's weights, hence of its inputs.
         prior_loss_weight: weight of the prior term; None where the batch has no class examples.
@@ -150,6 +151,6 @@ def training_loss(
     latents = latents_of(batch, vae)
     noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     target = target_of(noise_scheduler, latents, batch["noise"], batch["timesteps"])
-    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], prompts[batch["prompt_indices"]])
+    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], batch["prompts"])
     weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
     return dreambooth_loss(prediction, target, prior_loss_weight, weights)

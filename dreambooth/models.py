@@ -336,13 +336,14 @@ def embed(token_ids: torch.Tensor, text_encoder: CLIPTextModel, dtype: torch.dty
     Args:
         token_ids: (prompts, tokens), int64.
         text_encoder: is moved there.
-        dtype: to compute in.
+        dtype: to keep the result in; it is computed in fp32, as it happens once.
 
     Returns:
-        Tensor of shape (prompts, tokens, width), of `dtype`.
+        Tensor of shape (prompts, tokens, width), of `dtype`, on the CPU: all captions of a large data set would take
+        more of a GPU than the model.
     """
-    text_encoder.to(token_ids.device, dtype)
-    return torch.cat([text_encoder(some)[0] for some in token_ids.split(ENCODED_AT_A_TIME)])
+    text_encoder.to(token_ids.device, torch.float32)
+    return torch.cat([text_encoder(some)[0].to("cpu", dtype) for some in token_ids.split(ENCODED_AT_A_TIME)])
 
 
 def fingerprint(*parts: torch.nn.Module) -> str:

@@ -53,7 +53,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 def sampling_dtype(precision: str, requested: str | None = None) -> torch.dtype:
-    """Returns the dtype in which images are drawn: a half precision on CUDA and fp32 on the CPU, unless requested.
+    """Returns the dtype in which images are drawn: the run's own, but fp32 on the CPU, unless requested.
 
     Args:
         precision: of the run.
@@ -65,9 +65,12 @@ def sampling_dtype(precision: str, requested: str | None = None) -> torch.dtype:
     if requested:
         _check_machine("--prior_generation_precision", requested)
         return DTYPES["no" if requested == "fp32" else requested]
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float16
+    return DTYPES[precision] if torch.cuda.is_available() else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns how messages call a dtype: fp32, fp16 or bf16."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -4,13 +4,15 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from dreambooth.console import Stopped, ToldByRank0, UserError, warn
 from dreambooth.environment import Place
@@ -117,6 +119,26 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     return found
 
 
+def from_all_ranks(value: Found) -> list[Found]:
+    """Returns what each rank has, by rank; to be called on every rank."""
+    if not _meeting_places:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_meeting_places[0])
+    return values
+
+
+def in_turns(count: int) -> Iterator[int]:
+    """Yields the numbers below `count`, each on the rank that asks first; to be called on every rank."""
+    if not _meeting_places or dist.get_world_size() == 1:
+        yield from range(count)
+        return
+    key = from_rank_0(lambda: f"turns-{secrets.token_hex(8)}")
+    store = _get_default_store()
+    while (turn := store.add(key, 1) - 1) < count:
+        yield turn
+
+
 def compare(what: str, find: Callable[[], object]) -> None:
     """Sees to it that all ranks have found the same; to be called on every rank.
 
@@ -130,8 +152,7 @@ def compare(what: str, find: Callable[[], object]) -> None:
     if not _meeting_places or dist.get_world_size() == 1:
         return
     digest = hashlib.sha256(json.dumps(find(), sort_keys=True, default=str).encode()).hexdigest()
-    digests: list = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest, group=_meeting_places[0])
+    digests = from_all_ranks(digest)
     others = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
     if others:
         raise UserError(

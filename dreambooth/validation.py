@@ -10,10 +10,13 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth.checkpoint import Training
 from dreambooth.class_images import one_cpu_thread
-from dreambooth.console import RunError, doing, is_rank_0, say
+from dreambooth.console import doing, is_rank_0, say, warn
 from dreambooth.grid import captioned_grid
-from dreambooth.images import save_whole
+from dreambooth.images import NotFinite, pictures_of, save_whole
+from dreambooth.limits import explain
 from dreambooth.models import first_line
+from dreambooth.precision import name_of
+from dreambooth.randomness import Stream, starting_points
 from dreambooth.ranks import Ranks
 from dreambooth.tracker import Tracker
 
@@ -33,8 +36,9 @@ def validate(
 ) -> None:
     """Draws --num_validation_images from the weights after `step`; to be called on every rank, rank 0 draws.
 
-    Image i starts from the latents of `seed` + i, whatever the step. They go to output_dir/validation/step-N.png and
-    to TensorBoard. No random generator of the training is touched.
+    Image i starts from latents that follow from the seed and i alone, whatever the step. They go to
+    output_dir/validation/step-N.png and to TensorBoard. No random generator of the training is touched. Images that
+    cannot be had, or be written, are told and end nothing: they are not what the training is for.
 
     Args:
         args: the flags.
@@ -45,30 +49,44 @@ def validate(
         dtype: to draw in.
         ranks: whose device rank 0 draws on.
         step: optimizer steps done.
-
-    Raises:
-        RunError: if the images cannot be written.
     """
     weights = training.weights()
     if not is_rank_0():
         return
-    parts = training.denoiser.parts_with(weights)
-    pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **parts).to(ranks.device)
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    with one_cpu_thread(), doing("drawing validation images"):
-        for number in range(args.num_validation_images):
-            generator = torch.Generator().manual_seed((seed + number) % 2**32)
-            made = pipeline(args.validation_prompt, num_inference_steps=INFERENCE_STEPS, generator=generator)
-            images += made.images
+    pictures, reason = [], None
+    try:
+        with doing("drawing validation images", takes_less="no --validation_prompt"):
+            parts = training.denoiser.parts_with(weights)
+            pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **parts).to(ranks.device)
+            pictures = pictures_of(_draw(pipeline, args.validation_prompt, args.num_validation_images, seed))
+    except NotFinite as error:
+        reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
+    except torch.OutOfMemoryError as error:
+        reason = explain(error)
+    pipeline = None
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if reason:
+        warn(f"no validation images of step {step}: {reason}")
+        return
     path = Path(args.output_dir, "validation", f"step-{step}.png")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_whole(captioned_grid([images], [args.validation_prompt], []), path)
+        save_whole(captioned_grid([pictures], [args.validation_prompt], []), path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {first_line(error)}") from error
-    tracker.show_images("validation", np.stack([np.asarray(image) for image in images]), step)
-    say(f"validation: {path}")
-    del pipeline
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
+        warn(f"cannot write {path}: {first_line(error)}")
+    else:
+        say(f"validation: {path}")
+    tracker.show_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step)
+
+
+def _draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> np.ndarray:
+    """Returns images of a prompt, drawn one at a time: (images, height, width, 3), floats in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": INFERENCE_STEPS, "output_type": "np"}
+    with one_cpu_thread():
+        made = [
+            pipeline(prompt, **settings, **starting_points(pipeline, seed, Stream.VALIDATION, [number])).images
+            for number in range(count)
+        ]
+    return np.concatenate(made)

@@ -27,6 +27,7 @@ from harness import (
     unet_weights,
     wait_for,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
@@ -317,24 +318,25 @@ def test_a_rank_that_hangs_does_not_hold_the_others(flags, report):
     report("one rank hangs")
 
 
-def test_a_rank_that_fails_in_the_data(flags, photos, tmp_path, report):
-    """A photo is damaged while the run goes on; which rank meets it first is chance."""
+def test_a_rank_that_fails_in_the_data(flags, tmp_path, report):
+    """Photos are damaged while the run goes on; which rank first meets one that it has not in memory is chance."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for path in photos.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    for number in range(60):
+        Image.new("RGB", (48, 32), (number, 0, 0)).save(folder / f"{number}.png")
     more = {"instance_data_dir": folder, "max_train_steps": 2000, "save_steps": 20, "train_batch_size": 1}
     run = start_torchrun(COLOSSALAI, flags | more, tmp_path / "log")
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
-    (folder / "3.png").write_bytes(b"no image")
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "cannot read the image")
     report("one rank fails: in the data")
 
 
 @BOTH
 def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, report):
-    """The second rank's first image cannot be written: a folder is where its file would grow."""
-    (prior["class_data_dir"] / ".00002.png.partial").mkdir(parents=True)
+    """An image of the second batch cannot be written, whichever rank takes it: a folder has its name."""
+    (prior["class_data_dir"] / "00002.png").mkdir(parents=True)
     run = start_torchrun(script, flags | prior, tmp_path / "log")
     wait_for((prior["class_data_dir"] / "00000.png").is_file)
     assert_ends_with_first_cause(run, tmp_path / "log", time.monotonic(), "00002.png")

@@ -42,17 +42,15 @@ def known_case(prediction_type: str, prior_loss_weight: float | None, snr_gamma:
         "posterior_noise": torch.tensor([0.5, -1.0]).view(2, 1, 1, 1),
         "noise": torch.tensor([2.0, -2.0]).view(2, 1, 1, 1),
         "timesteps": torch.tensor([0, 1]),
-        "prompt_indices": torch.tensor([0, 1]),
+        "prompts": torch.tensor([[[7.0]], [[8.0]]]),
         "rows": torch.tensor([0, 1]),
     }
     scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=BETAS, prediction_type=prediction_type)
     denoiser = ConstantDenoiser(0.1)
-    embeddings = torch.tensor([[[7.0]], [[8.0]]])
     loss = training_loss(
         denoiser,
         batch,
         vae=IdentityVAE(),
-        prompts=embeddings,
         noise_scheduler=scheduler,
         dtype=torch.float32,
         prior_loss_weight=prior_loss_weight,

@@ -42,7 +42,7 @@ def test_two_processes_on_real_photos(script, flags, prior, dog_photos):
     done = train(script, flags, nproc=2, torchrun=True)
     assert "4 steps of 4 samples (2 ranks x 2)" in done.stdout
     lines = done.stdout.splitlines()
-    assert len(lines) == len(set(lines)) == 5, "what is told is told by one rank"
+    assert len(lines) == len(set(lines)) == 6, "what is told is told by one rank"
 
     output_dir = flags["output_dir"]
     pipeline = StableDiffusionPipeline.from_pretrained(output_dir)
