@@ -153,10 +153,8 @@ class Boosted:
         device = get_accelerator().get_current_device()
         names, found = [], []
         for part in self._parts():
-            own, exact = (
-                part.of(part.tensor),
-                weights[part.name].flatten()[part.first : part.last].to(part.tensor.device),
-            )
+            own = part.of(part.tensor)
+            exact = weights[part.name].flatten()[part.first : part.last].to(own.device)
             rounded = exact.to(self.strategy.weights_dtype).float()
             names.append(part.name)
             found.append(own.isclose(rounded, rtol=0, atol=0, equal_nan=True).sum().to(device))

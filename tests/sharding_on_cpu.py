@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/sharding_on_cpu.py --plugin gemini --placement cpu --mixed_precision bf16 ...
 
 What is replaced has to do with devices and streams. Shards and chunks, what ranks send each other (over gloo),
-clipping, loss scale and optimizers are ColossalAI's own and the trainer's. The loss scale of fp16 grows every third
+clipping, loss scale and optimizers are ColossalAI's own and the trainer's. The loss scale of fp16 grows every second
 step, as it else would every thousandth.
 """
 
@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import BaseAccelerator, CpuAccelerator, set_accelerator
-from colossalai.legacy.utils import memory
 from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
+from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 import train_dreambooth_colossalai as trainer
 from dreambooth.console import run
@@ -85,6 +85,19 @@ def after_all_streams(step: Callable) -> Callable:
     return checked
 
 
+def with_memory(evict_tensors: Callable) -> Callable:
+    """Has the policy of placement auto find a GPU's memory."""
+
+    @functools.wraps(evict_tensors)
+    def evict(*args, **kwargs):
+        from colossalai.legacy.utils import memory  # not at the top: the other placements need not wait for it
+
+        memory.colo_device_memory_capacity = lambda device: GPU_MEMORY
+        return evict_tensors(*args, **kwargs)
+
+    return evict
+
+
 def in_order(collective: Callable) -> Callable:
     """Has a collective be over before what was launched after it, as in a stream; gloo has threads of its own."""
 
@@ -101,7 +114,7 @@ def in_order(collective: Callable) -> Callable:
 def play_a_gpu() -> None:
     """Replaces what a machine without GPUs lacks, for ColossalAI; for the trainer the device is the CPU."""
     set_accelerator(Accelerator())
-    memory.colo_device_memory_capacity = lambda device: GPU_MEMORY
+    AutoPlacementPolicy.evict_tensors = with_memory(AutoPlacementPolicy.evict_tensors)
     torch.Tensor.record_stream = lambda tensor, stream: None
     for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
         setattr(torch.cuda, name, lambda *_: 0)
@@ -117,7 +130,7 @@ def play_a_gpu() -> None:
     trainer.choose_strategy = on_gpu(choose_strategy)
     trainer.launch = lambda: dataclasses.replace(launch(), device=torch.device("cpu"))
     for plugin in ("LowLevelZeroPlugin", "GeminiPlugin"):
-        setattr(trainer, plugin, functools.partial(getattr(trainer, plugin), growth_interval=3))
+        setattr(trainer, plugin, functools.partial(getattr(trainer, plugin), growth_interval=2))
 
 
 def main() -> None:
