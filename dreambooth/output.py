@@ -180,10 +180,11 @@ def leave_out_paths(folder: Path, hub_id: str | None = None) -> None:
     """Takes out of the JSON files in a folder where a model was on this machine; the index names a Hub id instead."""
     for path in folder.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
-        if not any(f'"{name}"' in text for name in PATHS):
+        names_one = path.name == INDEX and hub_id
+        if not names_one and not any(f'"{name}"' in text for name in PATHS):
             continue
         told = json.loads(text, object_hook=lambda content: {k: v for k, v in content.items() if k not in PATHS})
-        if path.name == INDEX and hub_id:
+        if names_one:
             told["_name_or_path"] = hub_id
         path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -125,10 +125,10 @@ def play_a_gpu() -> None:
     for optimizer in (LowLevelZeroOptimizer, GeminiOptimizer):
         optimizer.step = after_all_streams(optimizer.step)
 
-    choose_strategy, launch = trainer.choose_strategy, trainer.launch
+    choose_strategy, join = trainer.choose_strategy, trainer.join
     on_gpu = mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda: (8, 0))
     trainer.choose_strategy = on_gpu(choose_strategy)
-    trainer.launch = lambda: dataclasses.replace(launch(), device=torch.device("cpu"))
+    trainer.join = lambda place: dataclasses.replace(join(place), device=torch.device("cpu"))
     for plugin in ("LowLevelZeroPlugin", "GeminiPlugin"):
         setattr(trainer, plugin, functools.partial(getattr(trainer, plugin), growth_interval=2))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from harness import COLOSSALAI, ROOT, TRADITIONAL, run, scalars, train, unet_weights
+from PIL import Image
 from test_hub import Hub
 from transformers import CLIPTokenizerFast
 
@@ -212,7 +213,7 @@ def test_models_in_shards_and_variants_train(model, flags, prior, tmp_path):
     flags |= {"num_validation_images": 1, "pretrained_model_name_or_path": model}
     _, losses, weights = losses_and_weights(TRADITIONAL, flags | {"output_dir": tmp_path / "plain"})
     images = [tmp_path / "class_images" / "00000.png", tmp_path / "plain" / "validation" / "step-1.png"]
-    images = [image.read_bytes() for image in images]
+    images = [Image.open(image).tobytes() for image in images]
 
     into_variant(model, "fp16", ["vae", "text_encoder"])
     into_shards(model, "unet", "fp16")
@@ -228,7 +229,8 @@ def test_models_in_shards_and_variants_train(model, flags, prior, tmp_path):
         done, found, trained = losses_and_weights(script, flags | more)
         assert done.stderr.count("has fp16 weights alone") == warnings, done.stderr
         assert found == losses and all(weights[key].equal(trained[key]) for key in weights), name
-        assert [(class_dir / "00000.png").read_bytes(), (output_dir / "validation/step-1.png").read_bytes()] == images
+        drawn = class_dir / "00000.png", output_dir / "validation" / "step-1.png"
+        assert [Image.open(image).tobytes() for image in drawn] == images
 
 
 def test_validation_images_by_another_scheduler(flags, model):
