@@ -48,6 +48,9 @@ CHANGES = {
 }
 # Where the other flags are seen to act; the tests name them.
 ELSEWHERE = {
+    "test_peer_flags": [
+        *("variant", "prior_generation_precision", "validation_scheduler", "tokenizer_max_length"),
+    ],
     "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id"],
     "test_options": [
         *("dataset_name", "dataset_config_name", "image_column", "caption_column", "cache_latents", "compile"),

@@ -128,7 +128,7 @@ def assert_agree(output_dir, reference, model, *, tolerance: float, in_8_bits: b
     np.testing.assert_allclose(
         scalars(output_dir, "grad_norm"),
         scalars(reference, "grad_norm"),
-        rtol=min(5 * tolerance, 0.05),
+        rtol=min(5 * tolerance, 0.15),
         err_msg="norm",
     )
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):

@@ -110,6 +110,7 @@ def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "logging_dir": "./logs/"}
     flags["output_dir"].mkdir()
     (flags["output_dir"] / "notes.txt").write_text("mine")
+    flags |= {"hub_model_id": "out", "output_dir": tmp_path / "mine"}
     done = train(script, flags, env=hub_env)
     assert hub.tokens == {f"Bearer {TOKEN}"}
     for name, content in hub.uploaded.items():

@@ -140,6 +140,18 @@ def test_a_data_set_is_a_folder_with_captions(script, short, photos, tmp_path):
         assert losses(tmp_path / name) == losses(tmp_path / "folder")
 
 
+def test_a_data_set_has_configurations(short, photos, tmp_path):
+    """Of which the one named is taken."""
+    for name, columns in (("one", ("image", "text")), ("two", ("picture", "text"))):
+        parquet(tmp_path / f"{name}.parquet", photos, library=False, columns=columns)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    source = {"instance_data_dir": None, "instance_prompt": None, "dataset_name": tmp_path, "max_train_steps": 1}
+    train(COLOSSALAI, short | source | {"dataset_config_name": "one"})
+    done = train(COLOSSALAI, short | source | {"dataset_config_name": "two"}, check=False)
+    assert "has no column 'image' but picture, text" in done.error_lines[0]
+
+
 DATASET_PROBLEMS = {
     "no such file": ("nowhere/a/b.parquet", {}, "is neither a folder nor a file"),
     "no such image column": ("set.parquet", {"image_column": "picture"}, "has no column 'picture' but image, text"),
