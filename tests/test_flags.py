@@ -48,20 +48,20 @@ CHANGES = {
 }
 # Where the other flags are seen to act; the tests name them.
 ELSEWHERE = {
-    "test_peer_flags": [
-        *("variant", "prior_generation_precision", "validation_scheduler", "tokenizer_max_length"),
-    ],
-    "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id"],
+    "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id", "logging_dir"],
     "test_options": [
-        *("dataset_name", "dataset_config_name", "image_column", "caption_column", "cache_latents", "compile"),
+        *("dataset_name", "dataset_config_name", "image_column", "caption_column", "report_to"),
         *("dataloader_num_workers", "dry_run", "validation_prompt", "num_validation_images", "validation_steps"),
-        *("gradient_checkpointing", "num_train_epochs", "test_run"),
+        "gradient_checkpointing",
     ],
+    "test_training": ["cache_latents", "num_train_epochs", "test_run"],
+    "test_images": ["sample_batch_size"],
     "test_checkpoints": ["save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_anyway"],
     "test_faults": ["save_minutes", "output_dir"],
     "test_input": ["local_rank", "plugin", "placement", "offload_optim_frac"],
-    "test_gpu": ["cuda_graphs", "allow_tf32"],
-    "test_training": ["logging_dir", "report_to", "sample_batch_size"],
+    "test_models": ["variant", "validation_scheduler"],
+    "test_peer_flags": ["prior_generation_precision", "tokenizer_max_length"],
+    "test_gpu": ["cuda_graphs", "allow_tf32", "compile"],
 }
 
 
