@@ -188,7 +188,8 @@ def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_mode
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from unittest import mock\n"
-        "from train_dreambooth_colossalai import Ranks, main\n"
+        "from dreambooth.ranks import Ranks\n"
+        "from train_dreambooth_colossalai import main\n"
         "with mock.patch.object(Ranks, 'gpu_memory', return_value=1) as asked:\n"
         "    main()\n"
         "asked.assert_called()\n"
