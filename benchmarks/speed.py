@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--bare",
         action="store_true",
-        help="also take the steps alone, without data, logging and checkpoints: what do these cost? (default: off)",
+        help="also take the same steps in a bare loop: what do logging and reading the cache cost? (default: off)",
     )
     parser.add_argument(
         "--resume",
@@ -251,7 +252,8 @@ def main() -> None:
             row = next((row for row in rows if row | wanted == row), None)
             if row is None:
                 row = run_strategy(strategy, gpus, flags | more, args.limit, load=False) | {"baseline": is_baseline}
-                rows.append(row)
+                # A file that --resume goes on with may have rows of several commands and machines.
+                rows.append(row := row | {"machine": platform.node(), "command": shlex.join(sys.orig_argv[1:])})
             if args.bare and "losses" in row and not is_baseline and "bare_seconds_per_step" not in row:
                 row |= run_bare(strategy, gpus, flags | more, args.limit)
             summarize(rows, args.warm_up, operations, rate)

@@ -1,10 +1,17 @@
-"""The benchmarks prove themselves on the CPU."""
+"""The benchmarks prove themselves on the CPU, and the README's tables are what they wrote."""
 
 import json
 import sys
 
-from harness import run
+from harness import ROOT, run
 from PIL import Image
+
+from benchmarks.speed import table
+
+
+def test_the_readme_has_the_table_that_was_measured():
+    facts = json.loads((ROOT / "benchmarks" / "h100.json").read_text())
+    assert table(facts["rows"], facts["matrix_rate"]) in (ROOT / "README.md").read_text()
 
 
 def test_speed(tmp_path):
@@ -13,18 +20,19 @@ def test_speed(tmp_path):
     command += ["--bare"]
     strategies = ["--strategies", "traditional-cuda-no", "low_level_zero-cuda-bf16"]
     done = run([*command, *strategies], env={"CUDA_VISIBLE_DEVICES": ""})
-    table = (tmp_path / "speed.md").read_text()
-    assert "| traditional, fp32, no cache | 1 | 2 |" in table and table.splitlines()[-1] in done.stdout
-    assert "| low_level_zero, cuda, bf16 | 1 | 2 | skipped |" in table
+    written = (tmp_path / "speed.md").read_text()
+    assert "| traditional, fp32, no cache | 1 | 2 |" in written and written.splitlines()[-1] in done.stdout
+    assert "| low_level_zero, cuda, bf16 | 1 | 2 | skipped |" in written
     baseline, cached, skipped = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert baseline["speed_up"] == 1 and len(baseline["seconds_per_step"]) == 4
     ratio = baseline["median_seconds_per_step"] / cached["median_seconds_per_step"]
-    assert cached["speed_up"] == ratio and f"| {ratio:.2f} |" in table
+    assert cached["speed_up"] == ratio and f"| {ratio:.2f} |" in written
     assert max(abs(a - b) for a, b in zip(baseline["losses"], cached["losses"], strict=True)) < 1e-5
     assert len(cached["bare_seconds_per_step"]) == 4 and min(cached["bare_seconds_per_step"]) > 0
     bare = sorted(cached["bare_seconds_per_step"][1:])[1]
-    assert f"| {cached['median_seconds_per_step'] / bare - 1:+.1%} |" in table
+    assert f"| {cached['median_seconds_per_step'] / bare - 1:+.1%} |" in written
     assert "needs a CUDA GPU" in skipped["skipped"]
+    assert all(row["machine"] and "benchmarks.speed --steps 4" in row["command"] for row in (baseline, cached))
     assert Image.open(tmp_path / "speed.png").width > 500
 
     more = ["--resume", "--strategies", "traditional-cuda-no", "traditional-cuda-no+gradient_checkpointing"]
