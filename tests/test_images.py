@@ -472,7 +472,10 @@ def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_mod
     exact = models.load_vae(tiny_model, 32)
     shape = models.latent_shape(vae, 32)
     dataset = build_dataset(args, found, [], seed=1, latent_shape=shape, num_timesteps=10)
+    moves, move = [], vae.to
+    vae.to = lambda *where: moves.append(where) or move(*where)
     cache_latents(args, dataset, vae, CPU, dtype=torch.bfloat16)
+    assert moves[-1] == (("cpu",) if center_crop else (CPU.device, torch.bfloat16)), "a cached run needs no VAE"
     (part,) = dataset.parts
     assert len(part.moments) == (6 if center_crop else 1)
     for place, moments in part.moments.items():
