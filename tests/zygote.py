@@ -5,6 +5,7 @@ answers with a line each for the ids of its processes and its exit status. The s
 `python script` would, each process with the environment that torchrun would give it if there are several.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -29,8 +30,22 @@ def start(script: str, argv: list[str], stdout: str, stderr: str, environment: d
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
     sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
-    sys.exit()
+    try:
+        runpy.run_path(script, run_name="__main__")
+        leave(0)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            leave(end.code or 0)
+        raise
+
+
+def leave(status: int) -> None:
+    """Ends the process as Python does, but leaves what was imported as it is: to take it apart is most of a short run."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def environments(nproc: int) -> list[dict]:
