@@ -40,7 +40,7 @@ def start(script: str, argv: list[str], stdout: str, stderr: str, environment: d
 
 
 def leave(status: int) -> None:
-    """Ends the process as Python does, but leaves what was imported as it is: to take it apart is most of a short run."""
+    """Ends the process, but does not take apart what was imported, which would be most of a short run's time."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
