@@ -14,7 +14,6 @@ from dreambooth.console import UserError, quiet_libraries, run
 
 quiet_libraries()  # before the imports that warn
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +21,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from dreambooth.arguments import OUTPUT_DIR, Parser, number, unwritable
-from dreambooth.console import RunError, say
+from dreambooth.arguments import OUTPUT_DIR, Parser, number
+from dreambooth.console import RunError, progress, say
 from dreambooth.grid import captioned_grid
+from dreambooth.image_file import check_image_file, save_image
 from dreambooth.images import find_images, load_image, pictures_of
 from dreambooth.model_folder import find_folder
-from dreambooth.models import first_line, load_pipeline, warn_of_cut_prompts
+from dreambooth.models import load_pipeline, warn_of_cut_prompts
 from dreambooth.precision import DTYPES
 from dreambooth.randomness import MAX_SEED
 
@@ -92,7 +91,12 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="weights to load, such as fp16, of the --compare_with model, else of MODEL (default: the plain ones)",
     )
-    parser.add_argument("--output", default="image.png", metavar="FILE", help="image to write (default: image.png)")
+    parser.add_argument(
+        "--output",
+        default="image.png",
+        metavar="FILE",
+        help="image to write, over an earlier one of this program but no other file (default: image.png)",
+    )
     parser.add_argument(
         "--num_images", type=positive, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
@@ -118,39 +122,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def format_of(path: Path) -> str:
-    """Returns Pillow's name of the format that a file's name ends with."""
-    return Image.registered_extensions()[path.suffix.lower()]
-
-
-def partial_of(path: Path) -> Path:
-    """Returns the name of a file while it is being written."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def check_output(path: Path) -> None:
-    """Finds what would keep the images from being written.
-
-    Raises:
-        UserError: if the name is not that of an image, or is taken, or nothing can be written there.
-    """
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), format_of(path))
-    except (KeyError, OSError, ValueError) as error:
-        raise UserError(f"--output {path}: the name has to end as a colour image's does, such as .png") from error
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file")
-    problems = unwritable("--output", str(path.parent))
-    if problems:
-        raise UserError(problems[0])
-    try:
-        partial_of(path).lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be made: {error.strerror}") from error
-
-
 def find_models(args) -> list[Model]:
     """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet."""
     chosen = {"revision": args.revision, "variant": args.variant}
@@ -174,7 +145,7 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
     warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
     total = len(args.prompt) * args.num_images
     pipeline.set_progress_bar_config(disable=total > 1)
-    with tqdm(total=total, desc=model.name, unit="image", disable=total == 1) as progress:
+    with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in args.prompt:
             for number in range(args.num_images):
                 made = pipeline(
@@ -192,7 +163,7 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
                         f"{model.name}: image {number + 1} of the prompt {prompt!r} has pixels that are not finite in "
                         f"{dtype}: {HINTS[dtype]}"
                     ) from error
-                progress.update()
+                bar.update()
                 yield picture
 
 
@@ -216,31 +187,10 @@ def sheet(args, models: list[Model], photos: list) -> Image.Image:
     return captioned_grid(rows, captions, ["before", "after"] if len(shown) == 2 else [])
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Writes an image under another name and renames it: it is a whole file, or what was there before.
-
-    Raises:
-        RunError: if it cannot be written; the message says where it is then, if it could be written as a PNG.
-    """
-    file = Path(os.path.realpath(path))  # a link stays one
-    partial = partial_of(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format_of(path))
-        os.replace(partial, file)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        if format_of(path) == "PNG":
-            raise RunError(f"cannot write {path}: {first_line(error)}") from error
-        other = path.with_name(f"{path.name}.png")  # which may be larger than a JPEG or WebP
-        save(image, other)
-        raise RunError(f"cannot write {path}: {first_line(error)}; the images are in {other}") from error
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
-    check_output(output)
+    check_image_file(output, "--output")
     if args.model == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
         raise UserError(f"there is no folder {OUTPUT_DIR}: train a model first, or name one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -258,13 +208,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = sum(len(model.pictures) for model in models)
         if not drawn:
             raise
-        save(sheet(args, models, photos), output)
+        save_image(sheet(args, models, photos), output)
         kept = f"{output} has the {counted(drawn)} drawn before"
         if isinstance(error, UserError):
             raise RunError(f"{error}; {kept}") from error
         say(kept)
         raise
-    save(sheet(args, models, photos), output)
+    save_image(sheet(args, models, photos), output)
     say(f"{output}: {counted(sum(len(model.pictures) for model in models))}")
 
 

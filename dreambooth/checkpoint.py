@@ -27,11 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dreambooth.arguments import EFFECT_NEEDS, build_parser
-from dreambooth.console import RunError, UserError, is_rank_0, say, warn
+from dreambooth.console import RunError, UserError, first_line, is_rank_0, say, warn
 from dreambooth.denoiser import Denoiser
 from dreambooth.folders import discard, readable, written_whole
 from dreambooth.images import Photo
-from dreambooth.models import first_line
 from dreambooth.output import bytes_of, leave_out_paths
 from dreambooth.randomness import shared_seed
 from dreambooth.ranks import compare, from_rank_0, until_found

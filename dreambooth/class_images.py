@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.console import RunError, UserError, doing, one_line, progress, say, warn
+from dreambooth.console import RunError, UserError, doing, first_line, one_line, progress, say, warn
 from dreambooth.environment import Place
 from dreambooth.images import (
     PARTIAL,
@@ -37,7 +37,6 @@ from dreambooth.images import (
     png_of,
     save_new,
 )
-from dreambooth.models import first_line
 from dreambooth.precision import name_of
 from dreambooth.randomness import Stream, starting_points
 from dreambooth.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, from_rank_0, in_turns

@@ -26,6 +26,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of what a library says, or the kind of error where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UserError(ValueError):
     """Something that the user can mend: the message, one line, names the flag or file, what was found, what to do."""
 

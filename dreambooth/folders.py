@@ -16,8 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dreambooth.console import RunError, UserError, warn
-from dreambooth.models import first_line
+from dreambooth.console import RunError, UserError, first_line, warn
 
 MARK = ".dreambooth"
 PARTIAL, OLD = "partial", "old"  # a folder that is not whole, or not any more; one that another is to replace

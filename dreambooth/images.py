@@ -400,25 +400,23 @@ def pictures_of(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]
 
 
+def partial_name(path: Path) -> Path:
+    """Returns a hidden name beside `path`, for it to have while it is written, that no other process uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
 @contextlib.contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """Yields a hidden name beside `path` that no other process uses; a file of that name is gone afterwards."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    """Yields a hidden name beside `path`; a file of that name is gone afterwards."""
+    partial = partial_name(path)
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Writes a PNG under another name and renames it: `path` is a whole file or as it was."""
-    with _partial(path) as partial:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-
-
 def save_new(content: bytes, path: Path) -> bool:
-    """Writes a file as `save_whole` does, but for one that is there by now: that is kept.
+    """Writes a file under another name and renames it, but where one is there by now: that is kept.
 
     Returns:
         Whether it was written.

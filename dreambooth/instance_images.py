@@ -9,10 +9,9 @@ import os
 import re
 from pathlib import Path
 
-from dreambooth.console import UserError, say, warn
+from dreambooth.console import UserError, first_line, say, warn
 from dreambooth.environment import Place
 from dreambooth.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
-from dreambooth.models import first_line
 from dreambooth.threads import cores_of, in_threads
 
 METADATA = "metadata.jsonl"

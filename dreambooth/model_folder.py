@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from dreambooth.console import UserError, warn
+from dreambooth.console import UserError, first_line, warn
 from dreambooth.models import (
     INDEX,
     KINDS,
@@ -15,7 +15,6 @@ from dreambooth.models import (
     PARTS,
     check_configurations,
     choose,
-    first_line,
     loading,
     read_index,
     scheduler_class,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from dreambooth.console import UserError, warn
+from dreambooth.console import UserError, first_line, warn
 from dreambooth.precision import all_finite
 from dreambooth.weights import Weights, choose_weights, weight_files
 
@@ -27,11 +27,6 @@ KINDS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": Aut
 LABELS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "VAE"}
 PARTS = (*KINDS, "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # other parts that a Stable Diffusion may have
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of what a library says, or the kind of error where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dreambooth.arguments import PIPELINE
-from dreambooth.console import RunError, UserError, is_rank_0, warn
+from dreambooth.console import RunError, UserError, first_line, is_rank_0, warn
 from dreambooth.folders import MARK, beside, discard, flush, lock, put_right, written_whole
-from dreambooth.models import first_line
 
 LISTING, INDEX = "dreambooth.json", "model_index.json"
 # A folder with the earlier pipeline while another takes its place, and a file in it that says which.

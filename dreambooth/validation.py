@@ -10,11 +10,11 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth.checkpoint import Training
 from dreambooth.class_images import one_cpu_thread
-from dreambooth.console import doing, is_rank_0, say, warn
+from dreambooth.console import UserError, doing, is_rank_0, say, warn
 from dreambooth.grid import captioned_grid
-from dreambooth.images import NotFinite, pictures_of, save_whole
+from dreambooth.image_file import check_image_file, save_image
+from dreambooth.images import NotFinite, pictures_of
 from dreambooth.limits import explain
-from dreambooth.models import first_line
 from dreambooth.precision import name_of
 from dreambooth.randomness import Stream, starting_points
 from dreambooth.ranks import Ranks
@@ -71,10 +71,10 @@ def validate(
         return
     path = Path(args.output_dir, "validation", f"step-{step}.png")
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_whole(captioned_grid([pictures], [args.validation_prompt], []), path)
-    except OSError as error:
-        warn(f"cannot write {path}: {first_line(error)}")
+        check_image_file(path, "validation images:")
+        save_image(captioned_grid([pictures], [args.validation_prompt], []), path)
+    except UserError as error:
+        warn(str(error))
     else:
         say(f"validation: {path}")
     tracker.show_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step)

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from dreambooth.class_images import image_name, missing_numbers
-from dreambooth.console import UserError
+from dreambooth.console import RunError, UserError
 from dreambooth.data import Examples, collate
-from dreambooth.images import crop_to_square, find_images, list_images, load_image, photo_of, save_whole
+from dreambooth.image_file import save_image
+from dreambooth.images import crop_to_square, find_images, list_images, load_image, photo_of
 from dreambooth.randomness import Stream, generator
 from dreambooth.schedule import Schedule
 
@@ -168,12 +169,12 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path):
     """A writer that fails half-way leaves no image behind."""
 
     class Torn(Image.Image):
-        def save(self, path, format):
+        def save(self, path, format, exif):
             path.write_bytes(b"half an image")
             raise OSError("no space left on device")
 
-    with pytest.raises(OSError):
-        save_whole(Torn(), tmp_path / "00000.png")
+    with pytest.raises(RunError, match="no space left on device"):
+        save_image(Torn(), tmp_path / "00000.png")
     assert list_images(tmp_path) == []
 
 

@@ -22,6 +22,7 @@ from dreambooth.class_images import Origin, check_class_images, check_origins, d
 from dreambooth.console import RunError, UserError
 from dreambooth.data import build_dataset, build_loader
 from dreambooth.environment import Place
+from dreambooth.image_file import save_image
 from dreambooth.images import (
     find_images,
     load_image,
@@ -30,7 +31,6 @@ from dreambooth.images import (
     pictures_of,
     png_of,
     save_new,
-    save_whole,
     scaled_image,
     scaled_size,
 )
@@ -198,12 +198,12 @@ def test_two_runs_write_one_image_at_once(tmp_path):
     path, red, blue = tmp_path / "00000.png", *(Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 
     class Slow(Image.Image):
-        def save(self, file, format):
-            red.save(file, format=format)
-            save_whole(blue, path)
+        def save(self, file, format, exif):
+            red.save(file, format=format, exif=exif)
+            save_image(blue, path)
             assert save_new(png_of(blue, ""), tmp_path / "new.png")
 
-    save_whole(Slow(), path)
+    save_image(Slow(), path)
     assert not save_new(png_of(red, ""), tmp_path / "new.png")
     found = [load_image(photo_of(one)).tobytes() for one in (path, tmp_path / "new.png")]
     assert found == [red.tobytes(), blue.tobytes()]

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import inference
 from benchmarks import random_model
 from dreambooth import images as images_module
 from dreambooth.console import RunError, UserError
+from dreambooth.image_file import check_image_file, save_image
 
 
 def infer(model, *words, **options):
@@ -172,8 +174,25 @@ def test_pictures_are_those_of_diffusers():
 def test_a_sheet_that_its_format_cannot_hold_is_kept_as_another(tmp_path):
     """WebP ends at 16383 pixels."""
     output = tmp_path / "sheet.webp"
-    output.write_text("mine")
-    with pytest.raises(RunError, match=r"cannot write .*sheet.webp: .*; the images are in .*sheet.webp.png"):
-        inference.save(Image.new("RGB", (4, 17000)), output)
-    assert Image.open(tmp_path / "sheet.webp.png").size == (4, 17000) and output.read_text() == "mine"
-    assert len(list(tmp_path.iterdir())) == 2
+    Path(tmp_path, "sheet.webp.png").write_text("mine")
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"cannot write .*sheet.webp: .*; the images are in .*sheet.webp1.png"):
+            save_image(Image.new("RGB", (4, 17000)), output)
+    assert Image.open(tmp_path / "sheet.webp1.png").size == (4, 17000) and not output.exists()
+    assert Path(tmp_path, "sheet.webp.png").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_only_images_of_this_program_are_written_over(suffix, tmp_path):
+    """Whatever has the name: a photo, a text, a link to either."""
+    ours, photo, text, link = (tmp_path / f"{name}.{suffix}" for name in ("ours", "photo", "text", "link"))
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(photo)
+    text.write_text("mine")
+    link.symlink_to(photo)
+    for path in (photo, text, link):
+        with pytest.raises(UserError, match=rf"--output {path} is there, and does not say that this program has made"):
+            check_image_file(path, "--output")
+    for _ in range(2):
+        check_image_file(ours, "--output")
+        save_image(picture, ours)

@@ -146,6 +146,16 @@ def test_a_unet_that_the_comparison_would_not_show(tmp_path):
     assert commands(tmp_path, {"COMPARISON": ""}, *flags)[0][-2:] == flags
 
 
+@pytest.mark.parametrize("launcher", ["colossalai.sh", "dreambooth.sh"])
+def test_a_picture_of_somebody_else_is_not_written_over(launcher, tmp_path):
+    """Known before the training."""
+    (tmp_path / "comparison.png").write_text("mine")
+    done = launch(launcher, tmp_path, {}, check=False)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert "COMPARISON comparison.png is there" in done.error_lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
 def test_defaults_are_those_of_the_project(tmp_path):
     """Wherever the user is; what is written goes to where he is."""
     training, comparison = commands(tmp_path, {"NPROC": "1"})
