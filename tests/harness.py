@@ -91,7 +91,7 @@ class Running:
 
     unfinished: list["Running"] = []
 
-    def __init__(self, script: str, argv: list[str], nproc: int = 1):
+    def __init__(self, script: str, argv: list[str], nproc: int = 1, env: dict | None = None):
         for left in list(self.unfinished):
             left.send(signal.SIGKILL)
             left.wait(check=False)
@@ -99,7 +99,7 @@ class Running:
         self.folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = Path(self.folder.name, "stdout"), Path(self.folder.name, "stderr")
         self.stderr.touch()
-        order = {"script": script, "argv": argv, "nproc": nproc}
+        order = {"script": script, "argv": argv, "env": env or {}, "nproc": nproc}
         order |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
         print(json.dumps(order), file=zygote().stdin, flush=True)
         self.pids = json.loads(zygote().stdout.readline())
@@ -123,8 +123,11 @@ class Running:
 
 def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, on_gpu: bool = False, **options) -> Run:
     """Runs a trainer, on the CPU unless `on_gpu`; several processes through torchrun itself there, or if asked to."""
-    if not (torchrun or on_gpu or "env" in options):
-        return Running(script, command_line(flags), nproc).wait(**options)
+    more = options.get("env", {})
+    # huggingface_hub reads its variables when it is imported.
+    forks = script in (COLOSSALAI, TRADITIONAL) and not any(name.startswith("HF_") for name in more)
+    if forks and not (torchrun or on_gpu):
+        return Running(script, command_line(flags), nproc, options.pop("env", None)).wait(**options)
     launcher = [sys.executable]
     if nproc > 1 or torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc]

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
-from harness import run
+from harness import Running
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,8 +21,8 @@ from dreambooth.image_file import check_image_file, save_image
 
 
 def infer(model, *words, **options):
-    command = [sys.executable, "inference.py", model, "--num_inference_steps", 2, *words]
-    return run(command, env={"CUDA_VISIBLE_DEVICES": ""}, **options)
+    argv = [model, "--num_inference_steps", 2, *words]
+    return Running("inference.py", [str(word) for word in argv]).wait(**options)
 
 
 def test_one_image(tiny_model, tmp_path):

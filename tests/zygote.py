@@ -1,7 +1,7 @@
 """Runs scripts in forks of a process that has imported the libraries, which takes longer than most tests.
 
-Reads a line of JSON for each run, {"script", "argv", "stdout", "stderr", "nproc"}, the outputs as names of files;
-answers with a line each for the ids of its processes and its exit status. The script's file is executed as
+Reads a line of JSON for each run, {"script", "argv", "env", "stdout", "stderr", "nproc"}, with names of files for the
+outputs; answers with a line each for the ids of its processes and its exit status. The script's file is executed as
 `python script` would, each process with the environment that torchrun would give it if there are several.
 """
 
@@ -16,6 +16,7 @@ import threading
 
 import datasets  # noqa: F401
 
+import inference  # noqa: F401
 import train_dreambooth  # noqa: F401
 import train_dreambooth_colossalai  # noqa: F401
 
@@ -78,7 +79,8 @@ def main() -> None:
     assert threading.active_count() == 1, "a fork has the thread that forks only"
     for line in sys.stdin:
         run = json.loads(line)
-        pids = [start(**run, environment=environment) for environment in environments(run.pop("nproc"))]
+        more = run.pop("env")
+        pids = [start(**run, environment=environment | more) for environment in environments(run.pop("nproc"))]
         print(json.dumps(pids), flush=True)
         print(wait(pids), flush=True)
 
