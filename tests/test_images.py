@@ -357,6 +357,12 @@ def test_class_images_that_are_not_finite_are_not_written(tiny_model, tmp_path):
     assert list((tmp_path / "class").iterdir()) == []
 
 
+def test_runs_of_two_seeds_share_no_class_image(tiny_model, tmp_path):
+    args = [class_flags(tiny_model, tmp_path / str(seed)) for seed in (1, 2)]
+    made = [load_image(photo).tobytes() for seed in (1, 2) for photo in generate(args[seed - 1], seed=seed)]
+    assert len(set(made)) == len(made) == 6
+
+
 def test_a_class_image_follows_from_the_seed_and_its_number(tiny_model):
     """To rounding whatever the batch, and no two seeds, nor class and validation images, share one."""
     pipeline = models.load_pipeline(tiny_model)
