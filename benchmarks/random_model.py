@@ -17,7 +17,9 @@ quiet_libraries()  # before the imports that warn
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dreambooth.libraries import save_whole_pipeline
 
 # Both have the vocabulary of `byte_tokenizer`; a larger one would only add unused rows to the text encoder.
 SHAPES = {
@@ -119,7 +121,7 @@ def build(folder: str | Path, shape: str = "tiny", prediction_type: str = "epsil
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -128,7 +130,8 @@ def build(folder: str | Path, shape: str = "tiny", prediction_type: str = "epsil
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    save_whole_pipeline(pipeline, folder)
 
 
 if __name__ == "__main__":

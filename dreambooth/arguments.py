@@ -536,7 +536,7 @@ def _add_output(parser: Parser) -> None:
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="token for the upload; better set HF_TOKEN, or use `huggingface-cli login` (default: these)",
+        help="token for the upload; better set HF_TOKEN, or use `hf auth login` (default: these)",
     )
     group.add_argument(
         "--hub_model_id", metavar="NAME", help="repository of the upload (default: the name of --output_dir)"

@@ -21,6 +21,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from dreambooth.arguments import PIPELINE
 from dreambooth.console import RunError, UserError, first_line, is_rank_0, warn
 from dreambooth.folders import MARK, beside, discard, flush, lock, put_right, written_whole
+from dreambooth.libraries import save_whole_pipeline
 
 LISTING, INDEX = "dreambooth.json", "model_index.json"
 # A folder with the earlier pipeline while another takes its place, and a file in it that says which.
@@ -150,7 +151,7 @@ def save_pipeline(
 
     def write(folder: Path) -> None:
         with written_whole(folder, size) as partial:
-            pipeline.save_pretrained(partial, safe_serialization=True)
+            save_whole_pipeline(pipeline, partial)
             leave_out_paths(partial, hub_id)
             files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
             listing = origin | {"files": sorted({*files} - {MARK})}

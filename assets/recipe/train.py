@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from assets.recipe import cutouts
 from assets.recipe.scenes import PLACES, RESOLUTION, Scenes, captions
 from dreambooth.grid import captioned_grid
+from dreambooth.libraries import save_whole_pipeline
 
 # Rare words for subjects: one token each, in no caption.
 IDENTIFIERS = ("sks", "zwx", "ohwx", "xjy", "tok")
@@ -318,7 +319,7 @@ def record(path: Path, name: str, training: Iterator[dict]) -> None:
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Writes the pipeline in fp16."""
-    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    save_whole_pipeline(copy.deepcopy(pipeline).to(torch.float16), folder)
 
 
 def main() -> None:
