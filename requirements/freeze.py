@@ -68,7 +68,7 @@ LISTS = (
         HERE / "cuda12.txt",
         HERE / "cuda12" / "pyproject.toml",
         "3.10",
-        "pip install -r requirements/cuda12.txt",
+        "pip install --no-deps -r requirements/cuda12.txt",
     ),
 )
 
