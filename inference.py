@@ -10,7 +10,7 @@ another model stand beside them, from the same seeds; with --instance_data_dir, 
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
 """
 
-from dreambooth.console import UserError, quiet_libraries, run
+from dreambooth.command_line.console import UserError, quiet_libraries, run
 
 quiet_libraries()  # before the imports that warn
 
@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from dreambooth.arguments import OUTPUT_DIR, Parser, number
-from dreambooth.console import RunError, progress, say
-from dreambooth.grid import captioned_grid
-from dreambooth.image_file import check_image_file, save_image
-from dreambooth.images import find_images, load_image, pictures_of
-from dreambooth.model_folder import find_folder
-from dreambooth.models import load_pipeline, warn_of_cut_prompts
-from dreambooth.precision import DTYPES
-from dreambooth.randomness import MAX_SEED
+from dreambooth.command_line.arguments import MAX_SEED, OUTPUT_DIR, Parser, number
+from dreambooth.command_line.console import RunError, progress, say
+from dreambooth.data.images import find_images, load_image, pictures_of
+from dreambooth.model.folder import find_folder
+from dreambooth.model.precision import DTYPES
+from dreambooth.model.stable_diffusion import load_pipeline, warn_of_cut_prompts
+from dreambooth.run.grid import captioned_grid
+from dreambooth.run.image_file import check_image_file, save_image
 
 # What may help where images are not finite.
 HINTS = {

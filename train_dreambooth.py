@@ -13,7 +13,7 @@ On one GPU (or, with `accelerate launch --multi_gpu`, on several):
 Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import doing, quiet_libraries, run, say
+from dreambooth.command_line.console import doing, quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -32,31 +32,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 
-from dreambooth import arguments, models
-from dreambooth.checkpoint import (
-    Checkpoint,
-    Progress,
-    check_settings,
-    find_checkpoint,
-    flag_settings,
-    image_settings,
-    remove_interim_checkpoints,
-    seed_of,
-)
-from dreambooth.class_images import check_class_images, check_origins, generate_class_images
-from dreambooth.data import build_dataset, build_loader
-from dreambooth.denoiser import Denoiser
-from dreambooth.dry_run import tell_plan
-from dreambooth.environment import Place, find_place
-from dreambooth.folders import unlocked_at_the_end
-from dreambooth.images import check_crops, facts_of_all, images_per_epoch
-from dreambooth.instance_images import find_instance_images
-from dreambooth.latents import cache_latents
-from dreambooth.limits import remember_cheaper_flags
-from dreambooth.loss import example_inputs, training_loss
-from dreambooth.milestones import Milestones
-from dreambooth.model_folder import find_model
-from dreambooth.optimizer import (
+from dreambooth.command_line import arguments
+from dreambooth.command_line.limits import remember_cheaper_flags
+from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
+from dreambooth.data.images import check_crops, facts_of_all, images_per_epoch
+from dreambooth.data.instance_images import find_instance_images
+from dreambooth.data.latents import cache_latents
+from dreambooth.data.samples import build_dataset, build_loader
+from dreambooth.data.schedule import plan
+from dreambooth.engine.optimizer import (
     adam_step,
     build_adamw,
     build_lr_scheduler,
@@ -64,13 +48,29 @@ from dreambooth.optimizer import (
     resume_lr_scheduler,
     resume_optimizer,
 )
-from dreambooth.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
-from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
-from dreambooth.ranks import Ranks, check_gpus, compare, join, leave
-from dreambooth.room import check_room
-from dreambooth.schedule import plan
-from dreambooth.tracker import Tracker
-from dreambooth.validation import validate
+from dreambooth.engine.state import Checkpoint, Progress
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.folder import find_model
+from dreambooth.model.loss import example_inputs, training_loss
+from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision, sampling_dtype, set_tf32
+from dreambooth.processes.environment import Place, find_place
+from dreambooth.processes.ranks import Ranks, check_gpus, compare, join, leave
+from dreambooth.run.checkpoint import (
+    check_settings,
+    find_checkpoint,
+    flag_settings,
+    image_settings,
+    remove_interim_checkpoints,
+    seed_of,
+)
+from dreambooth.run.dry_run import tell_plan
+from dreambooth.run.folders import unlocked_at_the_end
+from dreambooth.run.milestones import Milestones
+from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
+from dreambooth.run.room import check_room
+from dreambooth.run.tracker import Tracker
+from dreambooth.run.validation import validate
 
 
 def launch(place: Place, precision: str) -> tuple[Accelerator, Ranks]:

@@ -11,7 +11,7 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.console import doing, quiet_libraries, run, say
+from dreambooth.command_line.console import doing, quiet_libraries, run, say
 
 quiet_libraries()  # before the imports that warn
 
@@ -28,10 +28,27 @@ from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
-from dreambooth import arguments, models
-from dreambooth.activations import discard_activations
-from dreambooth.boosted import Boosted
-from dreambooth.checkpoint import (
+from dreambooth.command_line import arguments
+from dreambooth.command_line.limits import remember_cheaper_flags
+from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
+from dreambooth.data.images import check_crops, facts_of_all, images_per_epoch
+from dreambooth.data.instance_images import find_instance_images
+from dreambooth.data.latents import cache_latents
+from dreambooth.data.samples import build_dataset, build_loader
+from dreambooth.data.schedule import Schedule, plan
+from dreambooth.engine.boosted import Boosted
+from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
+from dreambooth.engine.plugins import ShardAdamW
+from dreambooth.engine.strategy import PLACEMENTS, Strategy, choose_strategy
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.activations import discard_activations
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.folder import find_model
+from dreambooth.model.loss import example_inputs, training_loss
+from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
+from dreambooth.processes.environment import find_place
+from dreambooth.processes.ranks import compare, join, leave
+from dreambooth.run.checkpoint import (
     check_settings,
     find_checkpoint,
     flag_settings,
@@ -39,29 +56,13 @@ from dreambooth.checkpoint import (
     remove_interim_checkpoints,
     seed_of,
 )
-from dreambooth.class_images import check_class_images, check_origins, generate_class_images
-from dreambooth.data import build_dataset, build_loader
-from dreambooth.denoiser import Denoiser
-from dreambooth.dry_run import tell_plan
-from dreambooth.environment import find_place
-from dreambooth.folders import unlocked_at_the_end
-from dreambooth.images import check_crops, facts_of_all, images_per_epoch
-from dreambooth.instance_images import find_instance_images
-from dreambooth.latents import cache_latents
-from dreambooth.limits import remember_cheaper_flags
-from dreambooth.loss import example_inputs, training_loss
-from dreambooth.milestones import Milestones
-from dreambooth.model_folder import find_model
-from dreambooth.optimizer import adamw_settings, build_adamw, build_lr_scheduler
-from dreambooth.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
-from dreambooth.plugins import ShardAdamW
-from dreambooth.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
-from dreambooth.ranks import compare, join, leave
-from dreambooth.room import check_room
-from dreambooth.schedule import Schedule, plan
-from dreambooth.strategy import PLACEMENTS, Strategy, choose_strategy
-from dreambooth.tracker import Tracker
-from dreambooth.validation import validate
+from dreambooth.run.dry_run import tell_plan
+from dreambooth.run.folders import unlocked_at_the_end
+from dreambooth.run.milestones import Milestones
+from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
+from dreambooth.run.room import check_room
+from dreambooth.run.tracker import Tracker
+from dreambooth.run.validation import validate
 
 
 def build_parser() -> arguments.Parser:

@@ -6,7 +6,7 @@ runs a trainer with its flags up to its first step, takes the steps on one batch
 each as JSON. `benchmarks.speed --bare` calls it to tell what all the rest of a trainer costs.
 """
 
-from dreambooth.console import quiet_libraries
+from dreambooth.command_line.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dreambooth.console import is_rank_0, run
-from dreambooth.ranks import leave
+from dreambooth.command_line.console import is_rank_0, run
+from dreambooth.processes.ranks import leave
 
 
 class Stopwatch:

@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from dreambooth.console import quiet_libraries
+from dreambooth.command_line.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 
@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dreambooth.libraries import save_whole_pipeline
+from dreambooth.model.libraries import save_whole_pipeline
 
 # Both have the vocabulary of `byte_tokenizer`; a larger one would only add unused rows to the text encoder.
 SHAPES = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dreambooth.console import quiet_libraries
+from dreambooth.command_line.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 

@@ -9,7 +9,7 @@ GPU in fp32, without the latent cache, with the same batch, measured in the same
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
 
-from dreambooth.console import quiet_libraries
+from dreambooth.command_line.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 

@@ -92,7 +92,7 @@ train_and_compare() {
     esac
   done
   if [ -n "$COMPARISON" ] && [ -e "$COMPARISON" ]; then  # known now, and not after the training
-    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.image_file "$COMPARISON"
+    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.run.image_file "$COMPARISON"
   fi
   if [ "$NPROC" -gt 1 ]; then  # one process needs no launcher, and then no process group either
     launcher=(torchrun --standalone --nproc_per_node "$NPROC")

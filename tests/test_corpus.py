@@ -26,11 +26,11 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Run, scalars, train
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from dreambooth.console import UserError
-from dreambooth.data import build_loader
-from dreambooth.images import find_images, load_image
-from dreambooth.ranks import Ranks
-from dreambooth.schedule import Schedule
+from dreambooth.command_line.console import UserError
+from dreambooth.data.images import find_images, load_image
+from dreambooth.data.samples import build_loader
+from dreambooth.data.schedule import Schedule
+from dreambooth.processes.ranks import Ranks
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth.class_images import image_name, missing_numbers
-from dreambooth.console import RunError, UserError
-from dreambooth.data import Examples, collate
-from dreambooth.image_file import save_image
-from dreambooth.images import crop_to_square, find_images, list_images, load_image, photo_of
-from dreambooth.randomness import Stream, generator
-from dreambooth.schedule import Schedule
+from dreambooth.command_line.console import RunError, UserError
+from dreambooth.data.class_images import image_name, missing_numbers
+from dreambooth.data.images import crop_to_square, find_images, list_images, load_image, photo_of
+from dreambooth.data.randomness import Stream, generator
+from dreambooth.data.samples import Examples, collate
+from dreambooth.data.schedule import Schedule
+from dreambooth.run.image_file import save_image
 
 
 def photos_in(folder) -> list:

@@ -8,9 +8,10 @@ from colossalai.tensor import ColoParameter
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from diffusers import UNet2DConditionModel
 
-from dreambooth import denoiser, models
-from dreambooth.activations import discard_activations
-from dreambooth.console import RunError
+from dreambooth.command_line.console import RunError
+from dreambooth.model import denoiser
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.activations import discard_activations
 
 
 def build(folder) -> denoiser.Denoiser:

@@ -6,7 +6,7 @@ import re
 import pytest
 from harness import ROOT
 
-import dreambooth.arguments
+import dreambooth.command_line.arguments
 
 SCRIPTS = ("train_dreambooth_colossalai.py", "train_dreambooth.py", "inference.py")
 FLAG = re.compile(r"(?<![\w-])(--?[a-z][\w-]*)")
@@ -16,7 +16,7 @@ def parser_of(script: str):
     module = importlib.import_module(script.removesuffix(".py"))
     if hasattr(module, "build_parser"):
         return module.build_parser()
-    return dreambooth.arguments.build_parser(module.__doc__)
+    return dreambooth.command_line.arguments.build_parser(module.__doc__)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, scalar
 
 import train_dreambooth_colossalai
 from benchmarks import random_model
-from dreambooth import arguments
+from dreambooth.command_line import arguments
 
 # Another value of each flag that changes the losses of three steps, and the flags beside which it does.
 CHANGES = {

@@ -16,13 +16,13 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_colossalai
-from dreambooth import arguments
-from dreambooth.console import UserError
-from dreambooth.data import DreamBoothDataset, build_dataset, build_loader
-from dreambooth.images import load_image, photo_of
-from dreambooth.ranks import Ranks
-from dreambooth.schedule import Schedule, plan
-from dreambooth.strategy import choose_strategy
+from dreambooth.command_line import arguments
+from dreambooth.command_line.console import UserError
+from dreambooth.data.images import load_image, photo_of
+from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
+from dreambooth.data.schedule import Schedule, plan
+from dreambooth.engine.strategy import choose_strategy
+from dreambooth.processes.ranks import Ranks
 
 # The same examples on every machine; a slow one is no failure.
 always = {

@@ -188,7 +188,7 @@ def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_mode
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from unittest import mock\n"
-        "from dreambooth.ranks import Ranks\n"
+        "from dreambooth.processes.ranks import Ranks\n"
         "from train_dreambooth_colossalai import main\n"
         "with mock.patch.object(Ranks, 'gpu_memory', return_value=1) as asked:\n"
         "    main()\n"
@@ -325,7 +325,7 @@ def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
     more = {"instance_data_dir": folder, "max_train_steps": 10**5, "save_steps": 20, "cache_latents": "off"}
     keeps_none = f"""
 import runpy, sys
-from dreambooth import images
+from dreambooth.data.samples import images
 images._scaled.limit, sys.argv[0] = 0, {COLOSSALAI!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -17,13 +17,15 @@ from harness import COLOSSALAI, TRADITIONAL, Running, command_line, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dreambooth import images, models
-from dreambooth.class_images import Origin, check_class_images, check_origins, digest_of_weights, generate_class_images
-from dreambooth.console import RunError, UserError
-from dreambooth.data import build_dataset, build_loader
-from dreambooth.environment import Place
-from dreambooth.image_file import save_image
-from dreambooth.images import (
+from dreambooth.command_line.console import RunError, UserError
+from dreambooth.data.class_images import (
+    Origin,
+    check_class_images,
+    check_origins,
+    digest_of_weights,
+    generate_class_images,
+)
+from dreambooth.data.images import (
     find_images,
     load_image,
     look_at,
@@ -34,12 +36,16 @@ from dreambooth.images import (
     scaled_image,
     scaled_size,
 )
-from dreambooth.instance_images import find_instance_images
-from dreambooth.latents import cache_latents
-from dreambooth.randomness import Stream, starting_points
-from dreambooth.ranks import Ranks
-from dreambooth.schedule import Schedule
-from dreambooth.threads import in_threads
+from dreambooth.data.instance_images import find_instance_images
+from dreambooth.data.latents import cache_latents
+from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.data.samples import build_dataset, build_loader, images
+from dreambooth.data.schedule import Schedule
+from dreambooth.model import stable_diffusion as models
+from dreambooth.processes.environment import Place
+from dreambooth.processes.ranks import Ranks
+from dreambooth.processes.threads import in_threads
+from dreambooth.run.image_file import save_image
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 ALONE, CPU = Place(), Ranks(0, 1, torch.device("cpu"))
@@ -423,8 +429,8 @@ def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
 # A trainer whose ranks do not share their class folders.
 APART = """
 import os, sys
-from dreambooth import class_images
-from dreambooth.console import run
+from dreambooth.data.samples import class_images
+from dreambooth.command_line.console import run
 import {module} as trainer
 class_images.APPEARS_WITHIN_S = 1
 run(lambda: trainer.main([word.replace("@RANK", os.environ["RANK"]) for word in sys.argv[1:]]), "apart")

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from harness import COLOSSALAI, ROOT, train
 
 from benchmarks.runs import STRATEGIES, strategy_flags
-from dreambooth.images import find_images, load_image
+from dreambooth.data.images import find_images, load_image
 
 MODEL = ROOT / "assets" / "tiny-stable-diffusion"
 INSTANCE_IMAGES = ROOT / "assets" / "instance_images"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from dreambooth.loss import dreambooth_loss, encode_images, min_snr_weights, target_of, training_loss
+from dreambooth.model.loss import dreambooth_loss, encode_images, min_snr_weights, target_of, training_loss
 
 # Two timesteps whose betas are 0.5: abar_0 = 0.5, abar_1 = 0.25.
 BETAS = [0.5, 0.5]

@@ -17,9 +17,9 @@ from test_hub import Hub
 from transformers import CLIPTokenizerFast
 
 from benchmarks import random_model
-from dreambooth.console import UserError
-from dreambooth.model_folder import find_folder
-from dreambooth.models import (
+from dreambooth.command_line.console import UserError
+from dreambooth.model.folder import find_folder
+from dreambooth.model.stable_diffusion import (
     KINDS,
     LABELS,
     PARTS,
@@ -29,7 +29,7 @@ from dreambooth.models import (
     load_unet,
     load_vae,
 )
-from dreambooth.weights import choose_weights
+from dreambooth.model.weights import choose_weights
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -266,8 +266,8 @@ def test_a_tokenizer_that_newer_libraries_saved(model):
 FIND = """
 import json, sys
 import huggingface_hub.constants
-from dreambooth.console import UserError
-from dreambooth.model_folder import find_folder
+from dreambooth.command_line.console import UserError
+from dreambooth.model.folder import find_folder
 for line in sys.stdin:
     order = json.loads(line)
     huggingface_hub.constants.HF_HUB_CACHE = order["cache"]

@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import random_model
-from dreambooth.data import Examples
-from dreambooth.images import find_images
-from dreambooth.randomness import Stream, starting_points
+from dreambooth.data.images import find_images
+from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.data.samples import Examples
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 # As a captioner writes of the characters of a game: one line that lists what is known.
@@ -235,10 +235,11 @@ COUNT_REDUCTIONS = """
 import sys, torch
 import train_dreambooth_colossalai as trainer
 from torch.nn.parallel import DistributedDataParallel
-from dreambooth import arguments, models
-from dreambooth.denoiser import Denoiser
-from dreambooth.schedule import Schedule
-from dreambooth.strategy import choose_strategy
+from dreambooth.command_line import arguments
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.data.schedule import Schedule
+from dreambooth.engine.strategy import choose_strategy
 
 args = arguments.parse(trainer.build_parser(), sys.argv[1:])
 strategy = choose_strategy(args)

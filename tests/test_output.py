@@ -17,11 +17,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import COLOSSALAI, TRADITIONAL, train, unet_weights
 from safetensors.torch import load_file
 
-from dreambooth import folders, models, output
-from dreambooth.arguments import build_parser
-from dreambooth.checkpoint import (
+from dreambooth.command_line.arguments import build_parser
+from dreambooth.command_line.console import RunError, UserError
+from dreambooth.data.schedule import Schedule
+from dreambooth.engine.state import Checkpoint
+from dreambooth.model import stable_diffusion as models
+from dreambooth.run import folders, output
+from dreambooth.run.checkpoint import (
     LIBRARIES,
-    Checkpoint,
     check_names,
     check_settings,
     find_checkpoint,
@@ -29,9 +32,7 @@ from dreambooth.checkpoint import (
     list_checkpoints,
     remove_checkpoints,
 )
-from dreambooth.console import RunError, UserError
-from dreambooth.room import room_of
-from dreambooth.schedule import Schedule
+from dreambooth.run.room import room_of
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 

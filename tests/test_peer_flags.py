@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dreambooth import arguments
-from dreambooth.arguments import ALWAYS_SO, NOT_HERE
-from dreambooth.console import UserError
-from dreambooth.models import check_max_length, load_text_encoder, load_tokenizer
-from dreambooth.precision import sampling_dtype
+from dreambooth.command_line import arguments
+from dreambooth.command_line.arguments import ALWAYS_SO, NOT_HERE
+from dreambooth.command_line.console import UserError
+from dreambooth.model.precision import sampling_dtype
+from dreambooth.model.stable_diffusion import check_max_length, load_text_encoder, load_tokenizer
 
 # Of diffusers' examples/dreambooth/train_dreambooth.py, in autumn 2026.
 DIFFUSERS = """

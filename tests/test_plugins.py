@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 
-from dreambooth.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW
-from dreambooth.strategy import Strategy
+from dreambooth.engine.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW
+from dreambooth.engine.strategy import Strategy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,9 +14,9 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, une
 from test_hub import Hub
 
 from benchmarks import random_model
-from dreambooth.console import UserError, progress
-from dreambooth.environment import Place, find_place
-from dreambooth.signals import SIGNALS, StopRequest
+from dreambooth.command_line.console import UserError, progress
+from dreambooth.processes.environment import Place, find_place
+from dreambooth.processes.signals import SIGNALS, StopRequest
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -213,7 +213,8 @@ def test_a_rank_that_does_not_get_on_leaves(lines, status):
 # The real trainer; no rank waits for another in a step for more than 8 s.
 SHORT_OF_TIME = f"""
 import datetime, os, runpy, sys, time
-from dreambooth import checkpoint, ranks
+from dreambooth.processes import ranks
+from dreambooth.run import checkpoint
 ranks.IN_A_STEP = datetime.timedelta(seconds=8)
 save_file = checkpoint.save_file
 def save_slowly(*args, **settings):
@@ -245,7 +246,7 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_step(tiny_model, flags, t
 
 
 HANG = """
-from dreambooth.tracker import Tracker
+from dreambooth.run.tracker import Tracker
 step = Tracker.step
 def hang(self, number, **figures):
     if number == 5 and os.environ["RANK"] == "1":
@@ -270,7 +271,7 @@ def test_a_rank_that_hangs_in_a_step_is_waited_for_no_longer_than_a_step_may_tak
 # listing of checkpoints is stale, as network file systems have it.
 APART = """
 import os, sys
-from dreambooth import checkpoint
+from dreambooth.run import checkpoint
 rank = int(os.environ["RANK"])
 listed = checkpoint.list_checkpoints
 checkpoint.list_checkpoints = lambda folder: listed(folder)[: -1 if rank else None]
@@ -318,7 +319,7 @@ def test_ranks_that_find_different_things_do_not_train(script, flags, prior, tin
 LITTLE_MEMORY = """
 import resource, sys
 import train_dreambooth
-from dreambooth.console import run
+from dreambooth.command_line.console import run
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1000 << 20),) * 2)
 run(lambda: train_dreambooth.main(sys.argv[1:]), "train_dreambooth.py")

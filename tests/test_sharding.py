@@ -214,12 +214,12 @@ def test_steps_whose_gradients_overflow_are_skipped(plugin, as_if, tiny_model, t
 OTHERS = {
     "it clips by a method of another name": (
         ("low_level_zero", "cuda", "bf16"),
-        "from dreambooth.plugins import AheadZeroOptimizer\ndel AheadZeroOptimizer._unscale_and_clip_grads",
+        "from dreambooth.engine.plugins import AheadZeroOptimizer\ndel AheadZeroOptimizer._unscale_and_clip_grads",
         "did not have the gradients clipped",
     ),
     "it computes the norm by a method of another name": (
         ("low_level_zero", "cuda", "bf16"),
-        "from dreambooth.plugins import AheadZeroOptimizer\ndel AheadZeroOptimizer._compute_grad_norm",
+        "from dreambooth.engine.plugins import AheadZeroOptimizer\ndel AheadZeroOptimizer._compute_grad_norm",
         "did not have the norm of the gradients computed",
     ),
     "low_level_zero splits weights from their end": (
@@ -238,7 +238,7 @@ OTHERS = {
     ),
     "gemini divides by no argument of step": (
         ("gemini", "cuda", "bf16"),
-        "from dreambooth.plugins import ShardAdamW\n"
+        "from dreambooth.engine.plugins import ShardAdamW\n"
         "step = ShardAdamW.step\n"
         "ShardAdamW.step = lambda self, closure=None, div_scale=None: step(self, closure)",
         "did not say by what the gradients are to be divided",
@@ -263,7 +263,7 @@ def test_a_colossalai_that_passes_an_override_by_is_told(other, as_if):
 
 def test_a_colossalai_that_offloads_by_another_call_is_told(as_if):
     lines = (
-        "import torch\nfrom dreambooth.plugins import OffloadThroughPinnedMemory as Offload\n"
+        "import torch\nfrom dreambooth.engine.plugins import OffloadThroughPinnedMemory as Offload\n"
         "Offload.__torch_function__ = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))"
     )
     done = as_if(lines, ("low_level_zero", "cpu", "bf16"))

@@ -14,12 +14,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, scalars, train, unet_weights
 
 from benchmarks import random_model
-from dreambooth import models
-from dreambooth.data import build_dataset, collate
-from dreambooth.images import find_images
-from dreambooth.latents import cache_latents
-from dreambooth.loss import latents_of
-from dreambooth.ranks import Ranks
+from dreambooth.data.images import find_images
+from dreambooth.data.latents import cache_latents
+from dreambooth.data.samples import build_dataset, collate
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.loss import latents_of
+from dreambooth.processes.ranks import Ranks
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 
@@ -267,7 +267,7 @@ def test_a_cache_of_all_latents_needs_fixed_crops(flags):
 TIME_COLLECTIONS = """
 import gc, sys, time
 import train_dreambooth_colossalai as trainer
-from dreambooth.milestones import Milestones
+from dreambooth.run.milestones import Milestones
 
 collected, started = [], 0
 

@@ -7,7 +7,7 @@ First the VAE is trained, then UNet and text encoder together on its latents; on
 from the weights in the output folder; `--vae_minutes 0` leaves the VAE as it is. `--sheet` draws sixteen prompts.
 """
 
-from dreambooth.console import quiet_libraries
+from dreambooth.command_line.console import quiet_libraries
 
 quiet_libraries()  # before the imports that warn
 
@@ -29,8 +29,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from assets.recipe import cutouts
 from assets.recipe.scenes import PLACES, RESOLUTION, Scenes, captions
-from dreambooth.grid import captioned_grid
-from dreambooth.libraries import save_whole_pipeline
+from dreambooth.model.libraries import save_whole_pipeline
+from dreambooth.run.grid import captioned_grid
 
 # Rare words for subjects: one token each, in no caption.
 IDENTIFIERS = ("sks", "zwx", "ohwx", "xjy", "tok")

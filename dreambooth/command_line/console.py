@@ -1,0 +1,210 @@
+"""What a person sees on the terminal: one line for an error, once, and no noise from libraries."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+# How long a rank waits for another one to tell an error. torchrun ends it as soon as the other has left.
+OTHERS_SPEAK_FIRST_S = 5
+# How often a log gets a line of progress.
+LOGGED_EVERY_S = 30
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def one_line(text: str) -> str:
+    """Returns text with its control characters and line ends escaped: names of files may have any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what a library says, or the kind of error where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message, one line, names the flag or file, what was found, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+    status = 2
+
+
+class RunError(UserError):
+    """Something that went wrong during the run, after the settings had been found good."""
+
+    status = 1
+
+
+class Stopped(Exception):
+    """The run ends early because it was asked to; the message says how to go on."""
+
+
+class ToldByRank0(Exception):
+    """Ends another rank quietly, because of an error that rank 0 has told; the argument is the exit status."""
+
+
+def is_rank_0() -> bool:
+    """Whether this process is the one that prints; known before any process group exists."""
+    return os.environ.get("RANK", "").strip("0") == ""
+
+
+def say(message: str) -> None:
+    """Prints a line on rank 0, above a progress bar if there is one."""
+    if is_rank_0():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def warn(message: str) -> None:
+    """Prints a warning on rank 0: a flag without an effect, a prompt that is cut."""
+    if is_rank_0():
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+class _LineByLine:
+    """A stream into a log: what would go over the line before on a terminal becomes a line of its own."""
+
+    def __init__(self):
+        self.last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self.last:  # when a bar is closed, it writes what it has just written
+            sys.stderr.write(f"{line}\n")
+            self.last = line
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(total: int, *, desc: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm:
+    """Returns a progress bar on standard error; where that is no terminal, a line every LOGGED_EVERY_S seconds.
+
+    The environment's TQDM_MININTERVAL sets other seconds.
+    """
+    bar = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": not shown}
+    if sys.stderr.isatty():
+        return tqdm(**bar)
+    every = float(os.environ.get("TQDM_MININTERVAL", LOGGED_EVERY_S))
+    return tqdm(**bar, file=_LineByLine(), mininterval=every, maxinterval=math.inf, miniters=1, ncols=0)
+
+
+@contextlib.contextmanager
+def doing(what: str, *, takes_less: str | None = None) -> Iterator[None]:
+    """Names what is done within it, for the message of an error that ends it.
+
+    Args:
+        what: in the words that follow "while".
+        takes_less: flags that help where memory runs out in it; those of training by default.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.__dict__.setdefault("doing", what)
+        error.__dict__.setdefault("takes_less", takes_less)
+        raise
+
+
+def run(main: Callable[[], None], program: str) -> None:
+    """Runs `main`, and ends the process with what a person has to know: of an error that he can mend, one line.
+
+    The exit status is 0, 2 for settings that cannot work, 1 for a run that failed, 75 for one that was asked to stop.
+
+    Most errors meet every rank alike: rank 0 tells them, and a launcher such as torchrun then ends the others. An
+    error that only another rank has is told by that rank once rank 0 had its chance; those who merely miss a rank that
+    has ended keep quiet. The first error is left to torchrun too, which repeats it at the end.
+    """
+    threading.excepthook = _thread_failed
+    try:
+        main()
+        return
+    except Stopped as stopped:
+        status = STOPPED_STATUS
+        if is_rank_0():
+            print(f"{program}: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130  # as a shell has it
+        if is_rank_0():
+            print(f"{program}: interrupted before training began", file=sys.stderr)
+    except UserError as error:
+        status = error.status
+        _tell(program, str(error))
+    except ToldByRank0 as told:
+        (status,) = told.args
+    except Exception as error:
+        from dreambooth.command_line.limits import (
+            explain,  # not at the top: warnings are silenced before torch is imported
+        )
+
+        status = 1
+        if told := explain(error):
+            _tell(program, one_line(told))
+        elif _misses_a_rank(error):
+            time.sleep(OTHERS_SPEAK_FIRST_S)
+            print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename:
+            _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
+        else:
+            traceback.print_exc()
+            _leave_to_torchrun(traceback.format_exc())
+    # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Keeps quiet about TensorBoard's thread when it cannot write: the next figure logged raises the same error."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+def _tell(program: str, line: str) -> None:
+    """Prints an error, on another rank than 0 once that had its chance."""
+    if not is_rank_0():
+        time.sleep(OTHERS_SPEAK_FIRST_S)
+    print(f"{program}: error: {line}", file=sys.stderr)
+    _leave_to_torchrun(line)
+
+
+def _misses_a_rank(error: Exception) -> bool:
+    """Whether a collective failed, which it does when another rank has ended."""
+    import torch.distributed as dist  # as above
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _leave_to_torchrun(error: str) -> None:
+    """Writes the error to the file that torchrun names in the environment; it shows the first one of all ranks."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": error, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": error, "extraInfo": details}}, file)
+
+
+def quiet_libraries() -> None:
+    """Keeps warnings out of sight that a user can do nothing about, and idle processes away; before the imports."""
+    # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(colossalai|torch|transformers|diffusers)\b")
+    # Of EXIF data that is passed over, and of photos above 89 megapixels.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    for library in ("accelerate", "bitsandbytes", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # These two set the levels of their loggers when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A library of ColossalAI's imports torch's compiler, which would start a process for each core right away.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")

@@ -1,0 +1,343 @@
+"""Class images: those that are there, and generating those that are missing.
+
+An image that is generated says in its file what it was made from: the model, the prompt and the seed. What a run finds
+in its folder it uses if that agrees with its own flags, or if nothing is known of it, as of a user's own photos.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from dreambooth.command_line.console import RunError, UserError, doing, first_line, one_line, progress, say, warn
+from dreambooth.data.images import (
+    PARTIAL,
+    NotFinite,
+    Photo,
+    check_crops,
+    facts_of_all,
+    find_images,
+    images_to_use,
+    list_images,
+    look_at,
+    photo_of,
+    pictures_of,
+    png_of,
+    save_new,
+)
+from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.model.precision import name_of
+from dreambooth.processes.environment import Place
+from dreambooth.processes.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, from_rank_0, in_turns
+
+# Writing an image takes a second; a file that is still not whole so long after is of a run that was killed.
+STALE_AFTER_S = 3600
+PARTIAL_IMAGE = re.compile(rf"\.\d{{5,}}\.png(\.\d+-[0-9a-f]+)?{re.escape(PARTIAL)}")
+VALUES_OF_A_WEIGHT = 64
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a class image was generated from.
+
+    Args:
+        model: by the name that the run knew it by, for messages.
+        weights: digest of the model's weights (`digest_of_weights`), by which models are compared.
+        prompt: --class_prompt.
+        seed: of the run.
+    """
+
+    model: str
+    weights: str
+    prompt: str
+    seed: int
+
+
+def origin_of(photo: Photo) -> Origin | None:
+    """Returns what an image says of its origin; None if it says nothing, as a user's own and those of old versions."""
+    try:
+        origin = Origin(**json.loads(photo.facts.origin))
+    except (ValueError, TypeError):
+        return None
+    expected = {"model": str, "weights": str, "prompt": str, "seed": int}
+    return origin if all(isinstance(getattr(origin, name), kind) for name, kind in expected.items()) else None
+
+
+def digest_of_weights(model: Path, external_unet: str | None) -> str:
+    """Returns a digest of the weights that class images are drawn with; empty where they cannot be read.
+
+    It is of the name, the shape and the first values of each tensor, rounded to fp16, whatever the folder is called
+    and however its files are cut: a model that is trained in any part has another one, its own copy in half precision
+    has the same.
+    """
+    external = Path(external_unet or model)
+    unet = external / "unet" if (external / "unet").is_dir() else external
+    digest = hashlib.sha256()
+    try:
+        for folder in (unet, model / "text_encoder", model / "vae"):
+            files = sorted(folder.glob("*.safetensors"))
+            # A dot in the name is that of a variant, which stands in where there is nothing else.
+            files = [file for file in files if "." not in file.stem] or files
+            for line in sorted(line for file in files for line in _values_in(file)):
+                digest.update(line)
+    except (OSError, SafetensorError):
+        return ""  # loading it will say what is wrong
+    return digest.hexdigest()[:16]
+
+
+def _values_in(file: Path) -> Iterator[bytes]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118, it is no dictionary
+            part = tensors.get_slice(name)
+            shape = part.get_shape()
+            values = part[:1] if shape else tensors.get_tensor(name)
+            yield f"{name} {shape}".encode() + values.flatten()[:VALUES_OF_A_WEIGHT].half().numpy().tobytes()
+
+
+def check_class_images(args: argparse.Namespace, place: Place) -> list[Photo]:
+    """Returns those of the images in --class_data_dir that a run uses, this process's share of them looked at.
+
+    Raises:
+        UserError: if one cannot be used, or was generated for another prompt.
+    """
+    if not args.with_prior_preservation or not os.path.isdir(args.class_data_dir):
+        return []
+    folder, wanted = args.class_data_dir, images_to_use(args, args.num_class_images)
+    if not list_images(folder):
+        return []
+    photos = find_images(folder, "--class_data_dir", wanted, resolution=args.resolution, place=place)
+    _refuse_others(args, photos, prompt=args.class_prompt)
+    check_crops(args, photos)
+    return photos
+
+
+def check_origins(args: argparse.Namespace, photos: list[Photo], model: Path) -> None:
+    """Finds class images that another model than the one in the folder `model` has generated.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if any(photo.facts and origin_of(photo) for photo in photos):
+        _refuse_others(args, photos, weights=digest_of_weights(model, args.external_unet_path))
+
+
+def _refuse_others(args: argparse.Namespace, photos: list[Photo], **wanted: str) -> None:
+    """Compares what class images say of their origin with what this run would generate them from."""
+    for photo in photos:
+        origin = photo.facts and origin_of(photo)
+        for name, value in wanted.items():
+            if origin is None or not value or getattr(origin, name) == value:
+                continue
+            if name == "prompt":
+                differs = f"was generated for {origin.prompt!r}, and --class_prompt is {value!r}"
+            else:
+                differs = f"was generated by {origin.model}, whose weights are not those of {model_name(args)}"
+            raise UserError(
+                f"--class_data_dir {args.class_data_dir}: {Path(photo.name).name} {differs}: name another folder, "
+                "which will be filled"
+            )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """Returns how messages call the model that generates: a Hub id, or a folder's name without where it is."""
+    names = [args.pretrained_model_name_or_path, args.external_unet_path]
+    short = [Path(name).resolve().name if os.path.isdir(name) else name for name in names if name]
+    return " with the UNet of ".join(short)
+
+
+def missing_numbers(present: Collection[str], wanted: int) -> list[int]:
+    """Returns the numbers of the images to generate so that there are `wanted`, those `present` by name counted in."""
+    free = (number for number in range(wanted) if image_name(number) not in present)
+    return [number for number, _ in zip(free, range(wanted - len(present)), strict=False)]
+
+
+def image_name(number: int) -> str:
+    """Returns the file name of generated image `number`."""
+    return f"{number:05d}.png"
+
+
+@contextlib.contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """Computes with one thread: on the CPU the last bits of a matrix product depend on how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def generate_class_images(
+    args: argparse.Namespace,
+    found: list[Photo],
+    load: Callable[[], StableDiffusionPipeline],
+    model: Path,
+    *,
+    seed: int,
+    ranks: Ranks,
+) -> list[Photo]:
+    """Brings --class_data_dir to --num_class_images images, and returns the same ones on all ranks, with their facts.
+
+    Image number n starts from latents that follow from the seed and n alone. A rank that is free takes the next batch;
+    which numbers are in a batch, and with it every rounding, is the same on any number of ranks.
+
+    Args:
+        args: the flags.
+        found: what `check_class_images` has returned; what rank 0 has found counts.
+        load: returns the pipeline that generates; called only where there is something to generate.
+        model: folder of its weights.
+        seed: of the run.
+        ranks: of the run.
+
+    Raises:
+        RunError: if an image cannot be written, or has pixels that are not finite; or does not appear on a rank.
+        UserError: if another run has put an image of another origin into the folder meanwhile.
+    """
+    folder, wanted = Path(args.class_data_dir), images_to_use(args, args.num_class_images)
+    looked = facts_of_all(found, args.resolution)
+    found = from_rank_0(lambda: looked)
+    numbers = missing_numbers({Path(photo.name).name for photo in found}, wanted)
+    _tell_found(args, found, missing=len(numbers), wanted=wanted, seed=seed)
+    if args.dry_run or not numbers:
+        return _as_examples(args, found + _stand_ins(args, len(numbers)))
+    _prepare(folder)
+    origin = Origin(model_name(args), digest_of_weights(model, args.external_unet_path), args.class_prompt, seed)
+    size = args.sample_batch_size
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    started = time.monotonic()
+    with doing("generating class images", takes_less="a smaller --sample_batch_size"):
+        share = _generate(batches, origin, load, folder, ranks)
+    made = [photo for of_rank in from_all_ranks(share) for photo in of_rank]
+    seconds = time.monotonic() - started
+    say(f"{len(made)} class images generated in {seconds:.1f} s, {len(made) / seconds:.1f} images/s")
+    # Another run may have been faster with some.
+    names = {str(folder / image_name(number)) for number in numbers} - {photo.name for photo in made}
+    others = [photo_of(Path(name)) for name in sorted(names)]
+    _wait_for([*found, *made, *others], args, ranks)
+    others = [look_at(photo, args.resolution) for photo in others]
+    _refuse_others(args, others, prompt=origin.prompt, weights=origin.weights)
+    return _as_examples(args, [*found, *made, *others])
+
+
+def _as_examples(args: argparse.Namespace, photos: list[Photo]) -> list[Photo]:
+    """Returns photos in the order of their names, with the prompt of the class."""
+    return [replace(photo, prompt=args.class_prompt) for photo in sorted(photos, key=lambda photo: photo.name)]
+
+
+def _tell_found(args: argparse.Namespace, found: list[Photo], *, missing: int, wanted: int, seed: int) -> None:
+    """Prints how many class images there are, what is known of them, and how many are to be generated."""
+    told = []
+    if found:
+        origins = [origin for origin in map(origin_of, found) if origin is not None]
+        seeds = sorted({origin.seed for origin in origins} - {seed})
+        from_seeds = f", from seed {', '.join(map(str, seeds))}" if seeds else ""
+        known = [f"{len(origins)} generated by an earlier run{from_seeds}"] if origins else []
+        unknown = len(found) - len(origins)
+        known += [f"{unknown} of unknown origin"] if unknown else []
+        told.append(f"{len(found)} found in {one_line(args.class_data_dir)} ({'; '.join(known)})")
+    if missing:
+        told.append(f"{missing} of {wanted} {'would be' if args.dry_run else 'are'} generated first")
+    say(f"class images: {', '.join(told)}")
+    flat = [Path(photo.name).name for photo in found if photo.facts.is_flat]
+    if flat:
+        warn(
+            f"--class_data_dir {args.class_data_dir}: {flat[0]} is of one colour ({len(flat)} such), as is what "
+            "earlier versions made of pixels that are not finite: remove it if a run has made it, and it is made anew"
+        )
+
+
+def _stand_ins(args: argparse.Namespace, count: int) -> list[Photo]:
+    """Returns gray images in place of those that a run would generate."""
+    gray = png_of(Image.new("RGB", (args.resolution, args.resolution), "gray"), "")
+    name = "~ a class image to be generated"  # behind those that there are
+    return [look_at(Photo(name, args.class_prompt, lambda: gray), args.resolution)] * count if count else []
+
+
+def _prepare(folder: Path) -> None:
+    """Makes the folder, and removes from it what runs that were killed have left half-written.
+
+    Raises:
+        RunError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--class_data_dir {folder} cannot be made: {first_line(error)}") from error
+    for path in folder.glob(f".*{PARTIAL}"):
+        with contextlib.suppress(OSError):
+            if PARTIAL_IMAGE.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_AFTER_S:
+                path.unlink()
+
+
+def _generate(
+    batches: list[list[int]], origin: Origin, load: Callable[[], StableDiffusionPipeline], folder: Path, ranks: Ranks
+) -> list[Photo]:
+    """Draws batches of images, of which this rank takes some, and returns those that it has written."""
+    written = []
+    pipeline = None
+    total = sum(map(len, batches))
+    with one_cpu_thread(), progress(total, desc="class images", unit="image", shown=ranks.rank == 0) as bar:
+        for turn in in_turns(len(batches)):
+            numbers = batches[turn]
+            if not all((folder / image_name(number)).is_file() for number in numbers):
+                pipeline = pipeline or load().to(ranks.device)
+                written += _draw(pipeline, numbers, origin, folder)
+            bar.update(sum(map(len, batches[: turn + 1])) - bar.n)
+        bar.update(total - bar.n)
+    del pipeline
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return written
+
+
+def _draw(pipeline: StableDiffusionPipeline, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
+    """Draws a batch and writes it, but for images that are there by now; returns what was written."""
+    pipeline.set_progress_bar_config(disable=True)
+    points = starting_points(pipeline, origin.seed, Stream.CLASS_IMAGE, numbers)
+    made = pipeline([origin.prompt] * len(numbers), output_type="np", **points)
+    try:
+        pictures = pictures_of(made.images)
+    except NotFinite as error:
+        raise RunError(
+            f"class image {image_name(numbers[error.index])}, drawn in {name_of(pipeline.dtype)}, has pixels that are "
+            "not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes them"
+        ) from error
+    written = []
+    for number, picture in zip(numbers, pictures, strict=True):
+        path = folder / image_name(number)
+        content = png_of(picture, json.dumps(asdict(origin)))
+        try:
+            if save_new(content, path):
+                seen = look_at(Photo(path.name, origin.prompt, lambda content=content: content))
+                written.append(replace(photo_of(path), facts=seen.facts))
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {first_line(error)}") from error
+    return written
+
+
+def _wait_for(photos: list[Photo], args: argparse.Namespace, ranks: Ranks) -> None:
+    """Waits until this rank finds the images that another one has written, which a network file system may delay.
+
+    Raises:
+        RunError: if it does not find one of them.
+    """
+    limit = time.monotonic() + APPEARS_WITHIN_S
+    while missing := [photo.name for photo in photos if not os.path.isfile(photo.name)]:
+        if time.monotonic() > limit or ranks.world_size == 1:
+            raise RunError(
+                f"--class_data_dir {args.class_data_dir}: rank {ranks.rank} does not find {Path(missing[0]).name} "
+                f"({len(missing)} such), which another rank has: give all processes a folder of one file system"
+            )
+        time.sleep(1)
+        os.listdir(args.class_data_dir)

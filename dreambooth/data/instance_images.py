@@ -1,0 +1,245 @@
+"""The images of the subject and their prompts: a folder, with captions or without, or a data set."""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+from dreambooth.command_line.console import UserError, first_line, say, warn
+from dreambooth.data.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
+from dreambooth.processes.environment import Place
+from dreambooth.processes.threads import cores_of, in_threads
+
+METADATA = "metadata.jsonl"
+CAPTION_SUFFIXES = (".txt", ".caption")
+# Files that other tools keep captions in.
+LOOK_LIKE_CAPTIONS = (*CAPTION_SUFFIXES, ".captions", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Folders as kohya's trainers have them, such as "10_sks dog".
+REPEATS_AND_PROMPT = re.compile(r"\d+_(.*\S.*)")
+
+
+def find_instance_images(args: argparse.Namespace, place: Place) -> list[Photo]:
+    """Returns the images of --instance_data_dir or --dataset_name, this process's share of them looked at.
+
+    An image's caption is its prompt; --instance_prompt serves where it has none.
+
+    Raises:
+        UserError: if an image or a caption cannot be used, or an image has no prompt.
+    """
+    photos, looks_captioned = _of_folder(args, place) if args.dataset_name is None else _of_dataset(args, place)
+    captioned = sum(photo.prompt != "" for photo in photos)
+    if captioned or looks_captioned:
+        say(f"captions: {captioned} of {len(photos)} images have one")
+    if captioned == len(photos) and args.instance_prompt is not None:
+        warn("--instance_prompt: no effect, as every image has a caption")
+    if captioned < len(photos) and args.instance_prompt is None:
+        bare = next(photo.name for photo in photos if not photo.prompt)
+        raise UserError(f"{bare} has no caption: give it one, or all without one an --instance_prompt")
+    return [dataclasses.replace(photo, prompt=photo.prompt or args.instance_prompt) for photo in photos]
+
+
+def _of_folder(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+    """Returns the images of --instance_data_dir with their captions, empty where there is none.
+
+    And whether there are files that look as if they had captions, read or not.
+    """
+    folder = Path(args.instance_data_dir)
+    photos = find_images(folder, "--instance_data_dir", images_to_use(args), resolution=args.resolution, place=place)
+    of_folder = _read_metadata(folder, args.caption_column)
+    if args.caption_column != "text" and not Path(folder, METADATA).exists():
+        warn(f"--caption_column: no effect, {folder} has no {METADATA}")
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
+    beside = _captions_beside(files)
+    read = in_threads(
+        lambda image: _caption_of(image, of_folder, beside[image]),
+        [Path(photo.name) for photo in photos],
+        threads=cores_of(place),
+        desc="reading captions",
+    )
+    photos = [dataclasses.replace(photo, prompt=caption) for photo, caption in zip(photos, read, strict=True)]
+    known = {file for of_image in beside.values() for file in of_image} | {folder / METADATA}
+    like_captions = [file for file in files if file.suffix.lower() in LOOK_LIKE_CAPTIONS]
+    _warn_of_what_is_not_read(folder, [file.name for file in like_captions if file not in known])
+    return photos, bool(like_captions)
+
+
+def _captions_beside(files: list[Path]) -> dict[Path, list[Path]]:
+    """Returns by each image the files that have captions of it: NAME.txt, NAME.png.txt, or .caption, in any case."""
+    named = collections.defaultdict(list)
+    for file in files:
+        if file.suffix.lower() in CAPTION_SUFFIXES:
+            named[file.with_suffix("")].append(file)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    return collections.defaultdict(
+        list, {image: named.get(image.with_suffix(""), []) + named.get(image, []) for image in images}
+    )
+
+
+def _warn_of_what_is_not_read(folder: Path, files: list[str]) -> None:
+    """Tells in one line which files and folders look meant for a training, and what to do about them."""
+    flag = f"--instance_data_dir {folder}"
+    if files:
+        warn(
+            f"{flag}: {files[0]} is not read ({len(files)} such), captions are in NAME.txt or NAME.caption beside "
+            f"NAME.png, or in a {METADATA}"
+        )
+    inside = [path.name for path in sorted(folder.iterdir()) if _has_images(path)]
+    if inside:
+        hint = ""
+        if of_kohya := REPEATS_AND_PROMPT.fullmatch(inside[0]):
+            hint = f': give "{of_kohya[1]}" as --instance_prompt, and the folder itself as --instance_data_dir'
+        warn(f"{flag}: the images in {inside[0]} are not looked at ({len(inside)} such folders){hint}")
+
+
+def _has_images(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and not folder.name.startswith(".") and bool(list_images(folder))
+    except OSError:
+        return False
+
+
+def _caption_of(image: Path, of_folder: dict[str, str], beside: list[Path]) -> str:
+    """Returns the caption of an image; empty where there is none.
+
+    Args:
+        image: has at most one.
+        of_folder: captions by file name, of the folder's metadata.jsonl.
+        beside: the files that have one each.
+    """
+    places = [METADATA] * (image.name in of_folder) + [file.name for file in beside]
+    if len(places) > 1:
+        raise UserError(f"{image} has two captions, in {places[0]} and in {places[1]}: remove one")
+    if not beside:
+        return of_folder.get(image.name, "")
+    try:
+        return _checked(beside[0].read_text(encoding="utf-8-sig"), str(beside[0]))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the caption {beside[0]}: {_reason(error)}") from error
+
+
+def _read_metadata(folder: Path, column: str) -> dict[str, str]:
+    """Returns the captions of a folder's metadata.jsonl by file name; its other fields are passed over.
+
+    The layout is that of the `datasets` library's imagefolder: a JSON object a line, `file_name` and a caption.
+    """
+    path = folder / METADATA
+    captions: dict[str, str] = {}
+    if not path.exists():
+        return captions
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            name = row["file_name"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{where} is not a JSON object with a file_name") from error
+        if not isinstance(name, str) or os.path.dirname(name) or not (folder / name).is_file():
+            raise UserError(f"{where}: there is no image {name!r} in the folder")
+        if name in captions:
+            raise UserError(f"{where}: a second caption of {name}")
+        if column not in row:
+            raise UserError(f"{where} has no {column!r}; --caption_column names the field of the captions")
+        if row[column] is not None:
+            captions[name] = _checked(row[column], where)
+    return captions
+
+
+def _of_dataset(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+    """Returns the images of --dataset_name's train split with their captions, empty where there is none.
+
+    And whether it has a column of captions.
+    """
+    rows = _load_dataset(args)
+    flag = f"--dataset_name {args.dataset_name}"
+    columns = rows.column_names
+    if args.image_column not in columns:
+        raise UserError(f"{flag} has no column {args.image_column!r} but {', '.join(columns)}: see --image_column")
+    has_captions = args.caption_column in columns
+    if not has_captions and args.instance_prompt is None:
+        raise UserError(
+            f"{flag} has no column {args.caption_column!r} but {', '.join(columns)}: "
+            "see --caption_column, or give all images an --instance_prompt"
+        )
+    wanted = images_to_use(args, len(rows))
+    if not wanted:
+        raise UserError(f"{flag} has no rows")
+    images = rows.select_columns([args.image_column])
+    captions = rows.select_columns([args.caption_column]) if has_captions else None
+
+    def photo(number: int) -> Photo:
+        name = f"{args.dataset_name} row {number}"
+        caption = None if captions is None else captions[number][args.caption_column]
+        prompt = "" if caption is None else _checked(caption, name)
+        found = Photo(name, prompt, functools.partial(_file_in, images, number, args.image_column))
+        return look_at(found, args.resolution) if number % place.world_size == place.rank else found
+
+    return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
+
+
+def _load_dataset(args: argparse.Namespace):
+    """Returns the rows of the train split, their images as they are stored."""
+    import datasets  # takes seconds, which only those who need it should pay
+
+    datasets.disable_progress_bars()
+    name, config = args.dataset_name, args.dataset_config_name
+    flag = f"--dataset_name {name}"
+    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag} is neither a folder nor a file")
+    try:
+        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+            splits = datasets.load_from_disk(name)
+        elif os.path.isfile(name):
+            splits = datasets.load_dataset(Path(name).suffix[1:], config, data_files=name)
+        else:
+            splits = datasets.load_dataset(name, config)
+    except Exception as error:  # The library raises whatever its readers and the network lead it to.
+        raise UserError(f"{flag} cannot be loaded: {first_line(error)}") from error
+    if isinstance(splits, datasets.Dataset):
+        rows = splits
+    elif "train" in splits:
+        rows = splits["train"]
+    else:
+        raise UserError(f"{flag} has no split named train but {', '.join(splits)}")
+    if isinstance(rows.features.get(args.image_column), datasets.Image):
+        rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
+    return rows
+
+
+def _file_in(rows, number: int, column: str) -> bytes:
+    """Returns the image file in a row: its bytes, or those of the path that stands for them."""
+    image = rows[number][column]
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+        return image["bytes"]
+    if isinstance(image, dict) and isinstance(image.get("path"), str):
+        return Path(image["path"]).read_bytes()
+    raise ValueError(f"the column {column!r} holds no image")
+
+
+def _checked(caption: object, where: str) -> str:
+    """Returns a caption on one line.
+
+    Raises:
+        UserError: if it is no text, or blank.
+    """
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: the caption is no text")
+    caption = " ".join(caption.split())
+    if re.search("[\ud800-\udfff]", caption):
+        raise UserError(f"{where}: the caption is not valid UTF-8")
+    if not any(c.isprintable() and not c.isspace() for c in caption):
+        raise UserError(f"{where}: the caption is blank; write one, or remove it")
+    return caption
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)

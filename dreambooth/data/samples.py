@@ -1,0 +1,240 @@
+"""From images to the samples of each step."""
+
+import argparse
+import functools
+import multiprocessing.queues
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dreambooth.command_line.console import UserError
+from dreambooth.data.images import Photo, crop_to_square, scaled_image
+from dreambooth.data.randomness import Stream, generator
+from dreambooth.data.schedule import Schedule
+from dreambooth.processes.ranks import Ranks
+from dreambooth.processes.signals import SIGNALS
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(seed: int, order: Stream, pass_number: int, length: int) -> np.ndarray:
+    """Returns the order in which pass `pass_number` takes `length` images, as indices."""
+    return generator(seed, order, pass_number).permutation(length)
+
+
+class Examples:
+    """A set of images as an endless, reshuffled sequence of training examples.
+
+    Args:
+        photos: the images.
+        prompt_indices: the number of each of the run's prompts.
+        seed: of the run.
+        order: stream of the shuffling; pass p over the images has an order of its own.
+        draws: stream of the examples' own draws.
+        resolution: side of the images, in pixels.
+        center_crop: whether images that are not square are cropped at the centre.
+        latent_shape: (channels, height, width) of the latents.
+        num_timesteps: timesteps of the noise schedule.
+        noise_offset: standard deviation of the shift that the noise of a whole channel gets (Guttenberg, "Diffusion
+            with offset noise", 2023): with it a model learns to make images that are dark or bright all over.
+    """
+
+    def __init__(
+        self,
+        photos: list[Photo],
+        *,
+        prompt_indices: dict[str, int],
+        seed: int,
+        order: Stream,
+        draws: Stream,
+        resolution: int,
+        center_crop: bool,
+        latent_shape: tuple[int, int, int],
+        num_timesteps: int,
+        noise_offset: float = 0.0,
+    ):
+        self.photos = photos
+        self.prompt_indices = prompt_indices
+        self.seed = seed
+        self.order = order
+        self.draws = draws
+        self.resolution = resolution
+        self.center_crop = center_crop
+        self.latent_shape = latent_shape
+        self.num_timesteps = num_timesteps
+        self.noise_offset = noise_offset
+        # By place in `photos`: mean and deviation of the VAE's posterior, times its scaling factor, for those that are
+        # cached; (2, *latent_shape), float32.
+        self.moments: dict[int, torch.Tensor] = {}
+
+    def has_fixed_crop(self, place: int) -> bool:
+        """Returns whether every example of an image shows the same pixels."""
+        return self.center_crop or self.photos[place].is_square
+
+    def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
+        """Returns a square of an image, as `crop_to_square` does of one whose shorter side is `resolution` or less."""
+        image = scaled_image(self.photos[place], self.resolution)
+        return crop_to_square(image, self.resolution, 0.5 if self.center_crop else position)
+
+    def place_of(self, n: int) -> int:
+        """Returns the place in `photos` of example `n`'s image: every pass takes each image once."""
+        pass_number, turn = divmod(n, len(self.photos))
+        return int(shuffled(self.seed, self.order, pass_number, len(self.photos))[turn])
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        """Returns example `n`, a function of the seed and `n` alone.
+
+        Returns:
+            latents: `latent_shape`, float32, a sample of the VAE's posterior times its scaling factor; or, of an image
+                that is not in the cache, what makes one:
+            pixel_values: (3, resolution, resolution), float32, in [-1, 1].
+            posterior_noise: `latent_shape`, float32, standard normal.
+
+            noise: `latent_shape`, float32, standard normal but for its offset; what the UNet has to find.
+            timesteps: (), int64, from 0 to num_timesteps - 1.
+            prompt_indices: (), int64.
+        """
+        draw = generator(self.seed, self.draws, n)
+        # Drawn in any case, so that the draws after it do not depend on the crop.
+        position = draw.random()
+        posterior_noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
+        place = self.place_of(n)
+        if place in self.moments:
+            mean, deviation = self.moments[place]
+            image = {"latents": mean + deviation * posterior_noise}
+        else:
+            image = {"pixel_values": self.pixel_values(place, position), "posterior_noise": posterior_noise}
+        noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
+        timesteps = torch.tensor(int(draw.integers(self.num_timesteps)))
+        if self.noise_offset:
+            shifts = draw.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
+            noise += self.noise_offset * torch.from_numpy(shifts)
+        prompt_index = self.prompt_indices[self.photos[place].prompt]
+        return image | {"noise": noise, "timesteps": timesteps, "prompt_indices": torch.tensor(prompt_index)}
+
+
+class DreamBoothDataset(Dataset):
+    """Sample n is instance example n and, with prior preservation, class example n.
+
+    Args:
+        instance, prior: the examples; no prior is no prior preservation.
+        prompts: all prompts of the run, to which the examples' prompt_indices point.
+    """
+
+    def __init__(self, instance: Examples, prior: Examples | None, prompts: list[str]):
+        self.parts = [instance] if prior is None else [instance, prior]
+        self.prompts = prompts
+
+    @property
+    def examples_per_sample(self) -> int:
+        """2 with prior preservation, else 1."""
+        return len(self.parts)
+
+    def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
+        return [part[n] for part in self.parts]
+
+
+def build_dataset(
+    args: argparse.Namespace,
+    instance_images: list[Photo],
+    class_images: list[Photo],
+    *,
+    seed: int,
+    latent_shape: tuple[int, int, int],
+    num_timesteps: int,
+) -> DreamBoothDataset:
+    """Returns the run's samples.
+
+    Args:
+        instance_images: at least one.
+        class_images: none where there is no prior preservation.
+        seed, latent_shape, num_timesteps: as of `Examples`.
+    """
+    prompts = list(dict.fromkeys(photo.prompt for photo in [*instance_images, *class_images]))
+    settings = {
+        "prompt_indices": {prompt: number for number, prompt in enumerate(prompts)},
+        "seed": seed,
+        "resolution": args.resolution,
+        "center_crop": args.center_crop,
+        "latent_shape": latent_shape,
+        "num_timesteps": num_timesteps,
+        "noise_offset": args.noise_offset,
+    }
+    instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
+    prior = None
+    if class_images:
+        prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
+    return DreamBoothDataset(instance, prior, prompts)
+
+
+def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Stacks samples: first all instance examples, then all class examples, ready for one forward pass.
+
+    Examples with and without latents may meet in a batch: `latents` has those of the first kind, `pixel_values` and
+    `posterior_noise` those of the second, and `rows`, (batch,), int64, where in both together each example is.
+    """
+    examples = [sample[part] for part in range(len(samples[0])) for sample in samples]
+    keys = dict.fromkeys(key for example in examples for key in example)
+    batch = {key: torch.stack([example[key] for example in examples if key in example]) for key in keys}
+    latents_first = sorted(range(len(examples)), key=lambda row: "latents" not in examples[row])
+    return batch | {"rows": torch.tensor(latents_first).argsort()}
+
+
+def _leave_all_but_images_to_the_trainer(worker: int) -> None:
+    """In a worker process: signals to the whole process group are the trainer's to answer, and errors its to tell.
+
+    It gets those that images cause. One in sending images, for want of shared memory, ends the worker, which it sees.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))
+
+
+def build_loader(
+    dataset: DreamBoothDataset,
+    schedule: Schedule,
+    ranks: Ranks,
+    first_step: int = 0,
+    workers: int | None = None,
+    prompts: torch.Tensor | None = None,
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yields this rank's batches of each step of the schedule, on its device.
+
+    Args:
+        dataset: of the samples.
+        schedule: which samples a step takes.
+        ranks: which share of them is this process's.
+        first_step: steps that are passed over.
+        workers: processes that make the batches. By default, on a GPU machine, four decode while the GPU computes; on
+            the CPU they would only take its cores.
+        prompts: (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices name; None gives
+            it none.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+    loader = DataLoader(
+        dataset,
+        batch_sampler=schedule.batches(ranks.rank, first_step),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=_leave_all_but_images_to_the_trainer,
+        pin_memory=on_gpu,
+    )
+    try:
+        batches = []
+        for batch in loader:
+            if prompts is not None:
+                rows = prompts[batch["prompt_indices"]]
+                batch["prompts"] = rows.pin_memory() if on_gpu else rows
+            batches.append({key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()})
+            if len(batches) == schedule.accumulation:
+                yield batches
+                batches = []
+    except UserError as error:
+        # A worker process sends its traceback too, with the line last.
+        raise UserError(error.args[0].rpartition("UserError: ")[2].removesuffix(r"\n")) from error

@@ -1,0 +1,118 @@
+"""AdamW and the learning rate, the same in both trainers."""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+
+from dreambooth.data.schedule import Schedule
+from dreambooth.engine.state import Checkpoint
+from dreambooth.model.denoiser import Denoiser, Part
+
+# What AdamW keeps of a parameter besides the number of updates; that of bitsandbytes the moments in 8 bits and the
+# scales of their blocks (of a small parameter the first two only, in fp32).
+STATE = ("exp_avg", "exp_avg_sq")
+STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
+
+
+def adamw_settings(args: argparse.Namespace, schedule: Schedule) -> dict:
+    """Returns the settings of AdamW, as keyword arguments of torch's."""
+    return {
+        "lr": args.learning_rate * (schedule.total_batch if args.scale_lr else 1),
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+
+
+def build_adamw(
+    args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], schedule: Schedule
+) -> torch.optim.Optimizer:
+    """Returns torch's fused AdamW, or with --use_8bit_adam that of bitsandbytes.
+
+    The latter keeps the moments of large parameters in 8 bits (Dettmers et al., arXiv 2110.02861).
+    """
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # only where it is wanted
+
+        return AdamW8bit(parameters, **adamw_settings(args, schedule))
+    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(args, schedule))
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Returns the names of the tensors that an AdamW keeps of a parameter."""
+    return STATE if isinstance(optimizer, torch.optim.AdamW) else STATE_8BIT
+
+
+def adam_step(optimizer: torch.optim.Optimizer) -> int:
+    """Returns how many updates an AdamW has made of the parameters that this rank holds."""
+    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, denoiser: Denoiser) -> dict[tuple[str, str], torch.Tensor]:
+    """Returns what an AdamW keeps of whole weights, on the CPU, by (name in its state, name of the weight)."""
+    kept = {}
+    for part in denoiser.parts():
+        state = optimizer.state[part.state_key]
+        for name in state_names(optimizer):
+            if name in state and denoiser.is_flat:
+                kept[name, part.name] = part.of(state[name]).view(denoiser.shapes[part.name]).cpu()
+            elif name in state:
+                kept[name, part.name] = state[name].cpu()
+    return kept
+
+
+@torch.no_grad()
+def resume_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[Part], checkpoint: Checkpoint) -> None:
+    """Gives an AdamW that has not begun the state of a checkpoint.
+
+    Args:
+        optimizer: torch's, or that of bitsandbytes.
+        parts: what this rank holds of the weights; all whole for the latter, each in a parameter of its own.
+        checkpoint: of any number of ranks.
+    """
+    for part in parts:
+        kept = checkpoint.optimizer_state(part.name, state_names(optimizer)) if part.first < part.last else {}
+        if not kept:
+            continue
+        state, device = optimizer.state[part.state_key], part.tensor.device
+        if not isinstance(optimizer, torch.optim.AdamW):
+            state |= _state_8bit(optimizer, kept, device) | {"step": checkpoint.adam_step}
+            continue
+        if not state:
+            state["step"] = torch.tensor(float(checkpoint.adam_step), device=device)
+            state |= {name: torch.zeros_like(part.tensor, dtype=torch.float32) for name in kept}
+        for name, tensor in kept.items():
+            part.of(state[name]).copy_(tensor.flatten()[part.first : part.last])
+
+
+def _state_8bit(optimizer: torch.optim.Optimizer, kept: dict[str, torch.Tensor], device: torch.device) -> dict:
+    state = {name: tensor.to(device) for name, tensor in kept.items()}
+    if "absmax1" in state:  # the values that the 8 bits stand for
+        optimizer.fill_qmap()
+        maps = optimizer.name2qmap
+        state |= {"qmap1": maps["dynamic"].to(device), "qmap2": maps["udynamic"].to(device)}
+    return state
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
+    """Returns the scheduler of --lr_scheduler; to be stepped once per optimizer step, on any number of ranks."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=schedule.steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def resume_lr_scheduler(lr_scheduler: LambdaLR, state: dict) -> None:
+    """Puts a new scheduler where another one was, with its own learning rates and their course."""
+    rates, factors = lr_scheduler.base_lrs, lr_scheduler.lr_lambdas
+    now = [rate * factor(state["last_epoch"]) for rate, factor in zip(rates, factors, strict=True)]
+    lr_scheduler.load_state_dict(state | {"base_lrs": rates, "_last_lr": now})
+    for group, lr in zip(lr_scheduler.optimizer.param_groups, now, strict=True):
+        group["lr"] = lr

@@ -1,0 +1,111 @@
+"""Plugin, placement and precision: which combinations there are, and which one the flags mean."""
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from dreambooth.command_line.console import UserError
+from dreambooth.model.precision import DTYPES, choose_precision
+
+# Which placements each plugin can serve.
+PLACEMENTS = {
+    "torch_ddp": ("cuda",),
+    "torch_ddp_fp16": ("cuda",),
+    "low_level_zero": ("cuda", "cpu"),
+    "gemini": ("cuda", "cpu", "auto"),
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Plugin, placement and precision: a combination that this machine can run."""
+
+    plugin: str
+    placement: str
+    precision: str
+    offload_optim_frac: float = 0.0
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}"
+
+    @property
+    def shards(self) -> bool:
+        """Whether the plugin splits the fp32 master weights over the ranks and computes in a half-precision copy."""
+        return self.plugin in ("low_level_zero", "gemini")
+
+    @property
+    def zero_offloads(self) -> bool:
+        """Whether low_level_zero keeps the master weights and optimizer state in host memory."""
+        return self.plugin == "low_level_zero" and self.placement == "cpu"
+
+    def fetches_weights(self, weights: int, gpu_memory: int) -> bool:
+        """Returns whether the plugin fetches a weight for each operation, and lets go of it after.
+
+        That takes the least memory and the most time. Otherwise weights are whole on each GPU from a forward pass to
+        their gradients; with `auto`, if they take no more than a fifth of the GPU's memory, which is what Gemini's own
+        policy leaves to weights as long as it does not know what else is needed.
+
+        Args:
+            weights: their number.
+            gpu_memory: of the smallest GPU, in bytes.
+        """
+        if self.plugin != "gemini" or self.placement == "cuda":
+            return False
+        return self.placement == "cpu" or weights * self.weights_dtype.itemsize > gpu_memory / 5
+
+    @property
+    def spares_memory(self) -> bool:
+        """Whether it is chosen to need little GPU memory, at the price of time."""
+        return self.plugin == "gemini" or self.placement == "cpu"
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Dtype of the weights that the forward pass uses."""
+        return DTYPES[self.precision] if self.shards else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Returns the context of the forward pass; Booster and the sharding plugins bring their own."""
+        if self.shards or self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def choose_strategy(args: argparse.Namespace) -> Strategy:
+    """Returns the strategy of the flags.
+
+    Raises:
+        UserError: if the flags do not go together, or this machine cannot run them.
+    """
+    on_gpu = torch.cuda.is_available()
+    plugin = args.plugin or ("torch_ddp" if args.placement == "cuda" else "gemini")
+    chosen = f"--plugin {plugin}" if args.plugin else f"--placement {args.placement} (plugin {plugin})"
+    if args.placement not in PLACEMENTS[plugin]:
+        raise UserError(f"{chosen} goes with --placement {' or '.join(PLACEMENTS[plugin])}, not {args.placement}")
+    if not on_gpu and plugin != "torch_ddp":
+        raise UserError(
+            f"{chosen} needs a CUDA GPU, and none was found: --plugin torch_ddp --placement cuda trains on the CPU"
+        )
+    sharded = plugin in ("low_level_zero", "gemini")
+    if plugin == "torch_ddp_fp16" and args.mixed_precision not in (None, "fp16"):
+        raise UserError(f"{chosen} computes in fp16, not --mixed_precision {args.mixed_precision}: use torch_ddp")
+    if sharded and args.mixed_precision == "no":
+        raise UserError(f"{chosen} computes in bf16 or fp16: --mixed_precision no goes with --plugin torch_ddp")
+    if sharded and args.use_8bit_adam:
+        raise UserError(
+            f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
+            "use it with --plugin torch_ddp, or in train_dreambooth.py"
+        )
+    for name in ("compile", "cuda_graphs"):
+        if getattr(args, name) and plugin == "gemini":
+            raise UserError(f"--{name} cannot see what {chosen} does with the weights: use it with another plugin")
+    offload = args.offload_optim_frac
+    if offload is not None and (plugin != "gemini" or args.placement == "auto"):
+        raise UserError(
+            f"--offload_optim_frac goes with --plugin gemini and --placement cuda or cpu, not with {chosen}"
+        )
+    if offload is None:
+        offload = 0.0 if args.placement == "cuda" else 1.0
+    precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
+    return Strategy(plugin, args.placement, precision, offload)

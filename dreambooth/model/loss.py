@@ -1,0 +1,156 @@
+"""The loss of DreamBooth (Ruiz et al., arXiv 2208.12242, equation 2) on a latent diffusion model.
+
+A step of training is, for images x with prompts c, noise e and timesteps t:
+
+    z = scaling_factor * (mean(x) + std(x) * e')      a sample of the VAE's posterior
+    z_t = sqrt(abar_t) * z + sqrt(1 - abar_t) * e     the noise schedule
+    loss = |unet(z_t, t, c) - target|^2               mean over instance examples
+           + prior_loss_weight * the same             mean over class examples
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch import Tensor
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Tensor) -> Tensor:
+    """Samples the VAE's posterior of images, with the noise given.
+
+    Args:
+        vae: frozen, in the run's precision.
+        pixel_values: (batch, 3, height, width), in [-1, 1], any float dtype.
+        posterior_noise: (batch, channels, height / f, width / f), float32, standard normal.
+
+    Returns:
+        Latents of the shape of `posterior_noise`, float32, multiplied by the VAE's scaling factor.
+    """
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float() + posterior.std.float() * posterior_noise
+    # The VAE's attention may leave the channels last in memory. The UNet would go on so, up to the gradients of its
+    # weights, of which Gemini takes only those that lie as the weights do.
+    return (latents * vae.config.scaling_factor).contiguous()
+
+
+def latents_of(batch: dict[str, Tensor], vae: AutoencoderKL) -> Tensor:
+    """Returns the latents of a batch of `dreambooth.data.samples.collate`, encoding the images that are not yet.
+
+    Returns:
+        (batch, channels, height, width), float32, multiplied by the VAE's scaling factor.
+    """
+    parts = [batch["latents"]] if "latents" in batch else []
+    if "pixel_values" in batch:
+        parts.append(encode_images(vae, batch["pixel_values"], batch["posterior_noise"]))
+    return torch.cat(parts)[batch["rows"]]
+
+
+def target_of(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Returns what the UNet has to predict: the noise, or v = sqrt(abar_t) e - sqrt(1 - abar_t) z.
+
+    v-prediction: Salimans and Ho, "Progressive distillation for fast sampling of diffusion models", arXiv 2202.00512.
+
+    Args:
+        latents, noise: (batch, channels, height, width), float32.
+        timesteps: (batch,), int64.
+
+    Returns:
+        Tensor of the shape of `noise`, float32.
+    """
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    assert noise_scheduler.config.prediction_type == "epsilon", noise_scheduler.config.prediction_type
+    return noise
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Returns the weights min(snr, gamma) / snr, or for v-prediction min(snr, gamma) / (snr + 1).
+
+    snr = abar_t / (1 - abar_t), the ratio of signal to noise. From Hang et al., "Efficient diffusion training via
+    min-SNR weighting strategy", arXiv 2303.09556: it keeps timesteps of little noise from ruling the gradient.
+
+    Args:
+        timesteps: (batch,), int64.
+        gamma: above 0.
+
+    Returns:
+        Tensor of shape (batch,), float32.
+    """
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # 1 where there is no signal at all
+
+
+def dreambooth_loss(
+    prediction: Tensor, target: Tensor, prior_loss_weight: float | None, weights: Tensor | None = None
+) -> Tensor:
+    """Mean squared error in float32: the instance term, plus the weighted prior term.
+
+    Args:
+        prediction, target: (batch, channels, height, width); with a prior, the first half of the batch are
+            instance examples and the second half class examples.
+        prior_loss_weight: weight of the prior term; None where there is no prior.
+        weights: (batch,), float32, of the examples within their term; None is 1 for each.
+
+    Returns:
+        Scalar, float32.
+    """
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+    if weights is not None:
+        errors = errors * weights
+    if prior_loss_weight is None:
+        return errors.mean()
+    instance_errors, class_errors = errors.chunk(2)
+    return instance_errors.mean() + prior_loss_weight * class_errors.mean()
+
+
+def example_inputs(
+    samples: int, latent_shape: tuple[int, ...], prompts: Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `training_loss` would hand to the denoiser: zeros, of the same shapes and dtypes.
+
+    Args:
+        samples: in a batch, class examples included.
+        latent_shape: (channels, height, width).
+        prompts: of the run, of which a batch has rows.
+        dtype: that of `training_loss`.
+        device: the denoiser's.
+    """
+    latents = torch.zeros(samples, *latent_shape, dtype=dtype, device=device)
+    timesteps = torch.zeros(samples, dtype=torch.int64, device=device)
+    return latents, timesteps, prompts[:1].to(device).repeat_interleave(samples, dim=0)
+
+
+def training_loss(
+    denoiser: torch.nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    vae: AutoencoderKL,
+    noise_scheduler: DDPMScheduler,
+    dtype: torch.dtype,
+    prior_loss_weight: float | None,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """Returns the loss of one batch.
+
+    Args:
+        denoiser: called as `dreambooth.model.denoiser.Denoiser`, wrapped or not.
+        batch: what `dreambooth.data.samples.collate` makes, on the denoiser's device, and its prompts: (batch, tokens),
+            int64, or (batch, tokens, width), as the denoiser takes them.
+        vae: frozen, on the same device where the batch has images to encode.
+        noise_scheduler: adds the noise and defines the target.
+        dtype: of the denoiser's weights, hence of its inputs.
+        prior_loss_weight: weight of the prior term; None where the batch has no class examples.
+        snr_gamma: of `min_snr_weights`; None weighs all timesteps alike.
+
+    Returns:
+        Scalar, float32, with gradient.
+    """
+    latents = latents_of(batch, vae)
+    noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
+    target = target_of(noise_scheduler, latents, batch["noise"], batch["timesteps"])
+    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], batch["prompts"])
+    weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    return dreambooth_loss(prediction, target, prior_loss_weight, weights)

@@ -1,0 +1,50 @@
+"""Work in threads of this process, on what lets go of Python's lock: reading and decoding images."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from dreambooth.command_line.console import is_rank_0, progress
+from dreambooth.processes.environment import Place
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+MAX_THREADS = 16  # each may hold a photo of 100 MB
+SHOWN_FROM = 500  # items, which are done in a moment below that
+
+
+def cores_of(place: Place) -> int:
+    """Returns how many of the cores that this machine's processes may use are one process's share."""
+    return max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], *, threads: int, desc: str | None = None
+) -> Iterator[Result]:
+    """Yields `work` of each item in order, done in threads a little ahead of who asks, so that memory has a limit.
+
+    Args:
+        work: its first error in the order of the items is raised.
+        items: what is worked on.
+        threads: at most MAX_THREADS of them.
+        desc: of the progress, which many items show on rank 0; None shows none.
+    """
+    threads = min(threads, MAX_THREADS)
+    shown = desc is not None and is_rank_0() and len(items) >= SHOWN_FROM
+    ahead: deque[Future] = deque()
+    most_ahead = 2 * threads
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress(len(items), desc=desc or "", unit="image", shown=shown) as bar,
+    ):
+        try:
+            for number in range(len(items) + most_ahead):
+                if number < len(items):
+                    ahead.append(pool.submit(work, items[number]))
+                if number >= most_ahead:
+                    yield ahead.popleft().result()
+                    bar.update()
+        finally:
+            for future in ahead:
+                future.cancel()

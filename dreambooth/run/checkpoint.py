@@ -1,0 +1,306 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+checkpoint-N/
+    unet/                    fp32 weights, which `UNet2DConditionModel.from_pretrained` loads
+    text_encoder/            likewise, where it is trained
+    optimizer.safetensors    what AdamW keeps of each parameter, "exp_avg.unet.conv_in.bias" and so on
+    state.json               step, learning rate schedule, loss scale, the run's settings, library versions
+
+Nothing in it is pickled. No state of a random generator is needed: every draw follows from the seed and the number of
+its sample (dreambooth/data/randomness.py). No part depends on the plugin or the number of ranks.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dreambooth.command_line.arguments import EFFECT_NEEDS, build_parser
+from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, say, warn
+from dreambooth.data.images import Photo
+from dreambooth.data.randomness import shared_seed
+from dreambooth.data.schedule import Schedule
+from dreambooth.engine.state import OPTIMIZER, Checkpoint, Training
+from dreambooth.processes.ranks import compare, from_rank_0, until_found
+from dreambooth.run.folders import discard, readable, written_whole
+from dreambooth.run.output import bytes_of, leave_out_paths
+
+NAME = re.compile(r"checkpoint-(\d+)")
+PARTS = ("unet", "text_encoder")
+STATE = "state.json"
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
+# Files of the checkpoints that diffusers' scripts and others write with accelerate.
+OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
+# Flags that change what the steps compute. Where files are is not among them: photos, prompts and the model's parts
+# are compared by what they hold.
+SETTINGS = (
+    "train_text_encoder",
+    "resolution",
+    "center_crop",
+    "test_run",
+    "with_prior_preservation",
+    "class_prompt",
+    "num_class_images",
+    "prior_loss_weight",
+    "snr_gamma",
+    "noise_offset",
+    "learning_rate",
+    "scale_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
+    "max_grad_norm",
+    "use_8bit_adam",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+)
+SETTINGS_ON_GPUS = ("allow_tf32",)
+# Courses of the learning rate that do not depend on where they end.
+ENDLESS = ("constant", "constant_with_warmup")
+
+
+def seed_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+    """Returns the seed of the run: --seed, or that of the run that it goes on with, or one drawn for all ranks."""
+    earlier = None if checkpoint is None else checkpoint.settings.get("seed")
+    return shared_seed(earlier if args.seed is None else args.seed)
+
+
+def flag_settings(args: argparse.Namespace, schedule: Schedule, *, seed: int, precision: str) -> dict:
+    """Returns the settings that two runs have to share so that one can go on where the other stopped.
+
+    Args:
+        args: the flags; those that have no effect beside the others do not count.
+        schedule: ranks and batch per rank may change, if their product does not.
+        seed, precision: of the run, whether the flags name them or not.
+    """
+    names = SETTINGS + (SETTINGS_ON_GPUS if torch.cuda.is_available() else ())
+    idle = {name for needed, names in EFFECT_NEEDS.items() if not getattr(args, needed) for name in names}
+    flags = {name: getattr(args, name) for name in names if name not in idle}
+    steps = {"steps": schedule.steps, "samples per step": schedule.total_batch}
+    return flags | {"seed": seed, "mixed_precision": precision} | steps
+
+
+def image_settings(images: list[Photo]) -> dict:
+    """Returns what two such runs have to share besides: images of the subject and of the class, and their prompts."""
+    digest = hashlib.sha256()
+    for photo in images:
+        digest.update(photo.facts.digest + hashlib.sha256(photo.prompt.encode()).digest())
+    return {"images": digest.hexdigest()[:16]}
+
+
+def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    """Returns the checkpoint of --resume_from_checkpoint: the one named, or the newest; None without any.
+
+    To be called on every rank, once rank 0 has entered the output folder.
+
+    Raises:
+        UserError: if the one named is missing, broken, or of another program.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    folder = from_rank_0(lambda: _folder_to_resume(args.resume_from_checkpoint, Path(args.output_dir)))
+    if folder is None:
+        return None
+    checkpoint = until_found(lambda: _read(folder))
+    compare("contents of the checkpoint", lambda: [checkpoint.step, checkpoint.written_at, checkpoint.settings])
+    for library, found in versions().items():
+        if found != checkpoint.versions.get(library):
+            warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")
+    return checkpoint
+
+
+def _folder_to_resume(wanted: str, output_dir: Path) -> Path | None:
+    """Returns the folder wanted: the newest checkpoint, or that of a path, or of a name in the output folder."""
+    if wanted == "latest":
+        folders = list_checkpoints(output_dir)
+        if not folders:
+            others = sorted(path.name for path in output_dir.glob("checkpoint-*"))
+            but = f"; {others[0]} is of another program" if others else ""
+            warn(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, starting from the beginning{but}")
+        return folders[-1] if folders else None
+    folder = Path(wanted)
+    return output_dir / folder if not folder.is_dir() and (output_dir / folder).is_dir() else folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns this program's checkpoints in a folder, in the order in which they were written.
+
+    That is not that of their steps where a new run was started beside an old one's. One that was not finished has
+    another name.
+    """
+    folders = {path: _state_of(path).get("written_at") for path in output_dir.glob("checkpoint-*")}
+    ours = [path for path, written_at in folders.items() if NAME.fullmatch(path.name) and written_at is not None]
+    return sorted(ours, key=lambda path: (folders[path], step_of(path)))
+
+
+def step_of(folder: Path) -> int:
+    """Returns the step in a checkpoint's name."""
+    return int(NAME.fullmatch(folder.name)[1])
+
+
+def _state_of(folder: Path) -> dict:
+    """Returns what the state.json of a checkpoint of this program says; of anything else, nothing."""
+    try:
+        state = dict(json.loads((folder / STATE).read_text()))
+        return state if isinstance(state["written_at"], float | int) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def not_ours(folder: Path) -> str | None:
+    """Returns what of a checkpoint-N, if it is there, this program did not write, and neither replaces nor removes."""
+    if folder.is_symlink():
+        return f"{folder.name} is a link"
+    if not folder.exists():
+        return None
+    if not _state_of(folder):
+        return f"{folder.name} was not written by this program"
+    ours = {*PARTS, OPTIMIZER, STATE}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
+    return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
+
+
+def check_names(output_dir: Path, first_step: int, steps: int) -> None:
+    """Finds what stands where a run may write a checkpoint, after `first_step` and up to its last.
+
+    Raises:
+        UserError: naming it, if this program did not write it.
+    """
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        if NAME.fullmatch(path.name) and first_step < step_of(path) <= steps and (problem := not_ours(path)):
+            raise UserError(
+                f"--output_dir {output_dir}: {problem}, and the run would write one of that name: "
+                "move it away, or name another folder"
+            )
+
+
+def _read(folder: Path) -> Checkpoint:
+    foreign = [name for name in OF_ACCELERATE if (folder / name).exists()]
+    if foreign and not _state_of(folder):
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} is a checkpoint of another program, with accelerate's {foreign[0]}: "
+            f"--external_unet_path {folder / 'unet'} starts a run from its UNet"
+        )
+    try:
+        if not folder.is_dir():
+            raise OSError("there is no such folder, nor one of that name in --output_dir")
+        state = json.loads((folder / STATE).read_text())
+        with safe_open(folder / OPTIMIZER, framework="pt"):
+            return Checkpoint(folder=folder, **state)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder} is not a whole checkpoint: {first_line(error)}"
+        ) from error
+
+
+def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway: bool) -> None:
+    """Compares settings of this run with those of the run that wrote the checkpoint, if there is one.
+
+    A flag that the checkpoint does not name was not there when it was written: it counts as its default then.
+
+    Raises:
+        UserError: naming each that differs, unless `resume_anyway`, and what is trained is the same; or if there is
+            nothing left to train.
+    """
+    if checkpoint is None:
+        return
+    resumed = f"--resume_from_checkpoint {checkpoint.folder}"
+    if settings.get("steps", checkpoint.step) < checkpoint.step:
+        raise UserError(
+            f"{resumed}: nothing is left to train, it has {checkpoint.step} steps and the run {settings['steps']}: "
+            "give more --max_train_steps"
+        )
+    parser = build_parser("")
+    flags = {action.dest for action in parser._actions}
+    earlier = {name: parser.get_default(name) if name in flags else value for name, value in settings.items()}
+    earlier |= checkpoint.settings
+    if settings.get("lr_scheduler") in ENDLESS:
+        earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does
+    differing = {
+        name: f"{name} was {earlier[name]!r} and is {value!r}"
+        for name, value in sorted(json.loads(json.dumps(settings)).items())
+        if value != earlier[name]
+    }
+    if not differing:
+        return
+    parts_differ = "train_text_encoder" in differing
+    told = "; ".join(differing.values())
+    if parts_differ or not resume_anyway:
+        hint = "a run trains the same parts to its end" if parts_differ else "see --resume_anyway"
+        raise UserError(f"{resumed}: {told}; {hint}")
+    warn(f"--resume_anyway: the run goes on, but not as it would have: {told}")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that compute."""
+    return {library: version(library) for library in LIBRARIES}
+
+
+def save_checkpoint(
+    args: argparse.Namespace, settings: dict, training: Training, step: int, *, interim: bool = False
+) -> None:
+    """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
+
+    An `interim` one, which no flag asks for, goes when there is a later one.
+
+    Raises:
+        RunError: if it cannot be written, or the weights are not finite; earlier checkpoints stay as they are.
+    """
+    started = time.monotonic()
+    weights, progress = training.weights(), training.progress(step)
+    if not is_rank_0():
+        return
+    output_dir = Path(args.output_dir)
+    folder = output_dir / f"checkpoint-{step}"
+    if problem := not_ours(folder):
+        raise RunError(f"cannot write {folder}: {problem}")
+    parts = training.denoiser.parts_with(weights)
+    tensors = {f"{name}.{parameter}": tensor for (name, parameter), tensor in progress.optimizer.items()}
+    size = bytes_of(parts.values()) + sum(tensor.nbytes for tensor in tensors.values())
+    with written_whole(folder, size) as partial:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name, safe_serialization=True)
+        leave_out_paths(partial)
+        save_file(tensors, partial / OPTIMIZER)
+        state = {
+            "written_at": time.time(),
+            "step": step,
+            "adam_step": progress.adam_step,
+            "lr_scheduler": progress.lr_scheduler,
+            "grad_scaler": progress.grad_scaler,
+            "settings": settings,
+            "versions": versions(),
+            "interim": interim,
+        }
+        (partial / STATE).write_text(json.dumps(state, indent=1))
+    say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
+    remove_interim_checkpoints(output_dir, before=step)
+    if args.checkpoints_total_limit:
+        remove_checkpoints(list_checkpoints(output_dir)[: -args.checkpoints_total_limit])
+
+
+def remove_interim_checkpoints(output_dir: Path, before: float = math.inf) -> None:
+    """Removes the checkpoints before step `before` that no flag has asked for."""
+    states = {folder: _state_of(folder) for folder in list_checkpoints(output_dir)}
+    remove_checkpoints(folder for folder, state in states.items() if state.get("interim") and state["step"] < before)
+
+
+def remove_checkpoints(folders: Iterable[Path]) -> None:
+    """Removes checkpoints, but for what this program did not write."""
+    for folder in folders:
+        if problem := not_ours(folder):
+            warn(f"{folder} is kept: {problem}")
+        else:
+            discard(folder)

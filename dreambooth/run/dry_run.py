@@ -1,0 +1,58 @@
+"""What a run would take, told by a --dry_run."""
+
+import argparse
+
+from diffusers import StableDiffusionPipeline
+
+from dreambooth.command_line.console import say, warn
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.processes.ranks import Ranks
+from dreambooth.run.folders import readable
+from dreambooth.run.output import bytes_of, hub_name, parts_of
+from dreambooth.run.room import room_of, too_little
+from dreambooth.run.tracker import Tracker
+
+
+def tell_plan(
+    args: argparse.Namespace,
+    tracker: Tracker,
+    ranks: Ranks,
+    *,
+    first_step: int,
+    denoiser: Denoiser,
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
+
+    Args:
+        args: the flags.
+        tracker: that has seen the steps; the last one is what others are taken to be like.
+        ranks: of the run.
+        first_step: steps that an earlier run has done.
+        denoiser: what is trained; the shapes of its weights count.
+        pipeline: what the run would save, in fp32.
+    """
+    steps = max(0, tracker.schedule.steps - first_step)
+    say(f"steps: {tracker.schedule}, {steps} of them to do")
+    if steps > 0:
+        seconds = tracker.seconds_per_step
+        say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
+        on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
+        say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
+    size = bytes_of(parts_of(pipeline))
+    room = room_of(args, tracker.schedule, first_step=first_step, weights=denoiser.numel(), pipeline=size)
+    say(f"disk: {room}")
+    if room.free < room.needed:
+        warn(too_little(args, room))
+    if args.push_to_hub:
+        say(f"upload: {readable(size)} to {hub_name(args)}")
+    say("nothing was written")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words, rounded as an estimate is."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,102 @@
+"""Files that show images to a person: written whole, and never over one that another program has made.
+
+    python -m dreambooth.run.image_file comparison.png
+
+checks that images can be written to a file, as the launchers do before they train.
+"""
+
+from dreambooth.command_line.console import RunError, UserError, first_line, quiet_libraries, run
+
+quiet_libraries()  # before the imports that warn
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from dreambooth.command_line.arguments import unwritable
+from dreambooth.data.images import partial_name
+
+SOFTWARE, PROGRAM = 0x0131, "dreambooth"  # the EXIF tag that names the program that made an image
+
+
+def format_of(path: Path) -> str:
+    """Returns Pillow's name of the format that a file's name ends with."""
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is an image that `save_image` has written; formats without EXIF cannot tell."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(SOFTWARE) == PROGRAM
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
+        return False
+
+
+def check_image_file(path: Path, flag: str) -> None:
+    """Finds what would keep images from being written to a file.
+
+    Raises:
+        UserError: if the name is not that of an image, or is that of something else, or nothing can be written there.
+    """
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), format_of(path))
+    except (KeyError, OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: the name has to end as a colour image's does, such as .png") from error
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file")
+    problems = unwritable(flag, str(path.parent))
+    if problems:
+        raise UserError(problems[0])
+    try:
+        partial_name(path).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be made: {error.strerror}") from error
+    if path.exists() and not is_ours(path):
+        raise UserError(
+            f"{flag} {path} is there, and does not say that this program has made it: name another file, or remove it"
+        )
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes an image under another name and renames it: it is a whole file, or what was there before.
+
+    Raises:
+        RunError: if it cannot be written; the message says where it is then, if it could be written as a PNG.
+    """
+    file = Path(os.path.realpath(path))  # a link stays one
+    partial = partial_name(file)
+    exif = Image.Exif()
+    exif[SOFTWARE] = PROGRAM
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format_of(path), exif=exif)
+        os.replace(partial, file)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        if format_of(path) == "PNG":
+            raise RunError(f"cannot write {path}: {first_line(error)}") from error
+        other = free_name(path)  # which may be larger than a JPEG or WebP
+        save_image(image, other)
+        raise RunError(f"cannot write {path}: {first_line(error)}; the images are in {other}") from error
+
+
+def free_name(path: Path) -> Path:
+    """Returns the name of a PNG beside `path` that is not there, or is of this program."""
+    names = (path.with_name(f"{path.name}{number or ''}.png") for number in range(sys.maxsize))
+    return next(name for name in names if not name.exists() or is_ours(name))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (file,) = sys.argv[1:] if argv is None else argv
+    check_image_file(Path(file), "COMPARISON")
+
+
+if __name__ == "__main__":
+    run(main, "comparison")

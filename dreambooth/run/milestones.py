@@ -1,0 +1,86 @@
+"""What happens after a step besides the next one: figures, checkpoints, validation images, an early end."""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from dreambooth.engine.state import Training
+from dreambooth.processes.ranks import from_rank_0, meet, stop_early
+from dreambooth.run.checkpoint import save_checkpoint
+from dreambooth.run.room import has_room_to_spare
+from dreambooth.run.tracker import Tracker
+
+DRY_RUN_STEPS = 2  # the first one warms up
+
+
+class Milestones:
+    """Does what is due after a step; to be called after every step, on every rank.
+
+    Args:
+        args: the flags.
+        settings: of the run, for its checkpoints.
+        training: what checkpoints are made of.
+        tracker: that shows the figures, and knows when to stop.
+        validate: draws the validation images after `step`, its one argument.
+        pipeline_size: what has to stay free on the disk at the end, in bytes.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        settings: dict,
+        training: Training,
+        tracker: Tracker,
+        validate: Callable[..., None],
+        pipeline_size: int,
+    ):
+        self.args = args
+        self.settings = settings
+        self.training = training
+        self.tracker = tracker
+        self.validate = validate
+        self.pipeline_size = pipeline_size
+        self.steps_seen = 0
+
+    def after(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
+        """Does what is due after `step`, whose figures are those of `Tracker.step`.
+
+        Returns:
+            Whether a dry run is at its end.
+
+        Raises:
+            RunError: if figures are not finite, or something cannot be written.
+            Stopped: after a checkpoint, if a signal has asked for it.
+        """
+        args, steps = self.args, self.tracker.schedule.steps
+        stop, save = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        self.steps_seen += 1
+        if args.dry_run:
+            return stop or self.steps_seen == DRY_RUN_STEPS
+        asked = step % args.save_steps == 0  # by a flag, so that it is kept
+        saves = asked or stop or (save and step < steps)
+        validates = args.validation_prompt and not stop and (step % args.validation_steps == 0 or step == steps)
+        if saves or validates:
+            self.tracker.settle()
+            with self.tracker.request.unhurried():
+                if saves:
+                    self._save(step, interim=not (asked or stop))
+                if validates:
+                    self.validate(step=step)
+                meet()
+            self.tracker.restart_clock()
+        if stop:
+            stop_early(self.tracker.request.name, step, steps)
+        return False
+
+    def _save(self, step: int, *, interim: bool) -> None:
+        """Writes a checkpoint; an interim one, which no flag asks for, only where the disk has room to spare."""
+        started = time.monotonic()
+        sizes = {"weights": self.training.denoiser.numel(), "pipeline": self.pipeline_size}
+        has_room = functools.partial(has_room_to_spare, self.args, self.tracker.schedule, step=step, **sizes)
+        if not interim or from_rank_0(has_room):
+            save_checkpoint(self.args, self.settings, self.training, step, interim=interim)
+        self.tracker.saved(time.monotonic() - started)

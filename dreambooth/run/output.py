@@ -1,0 +1,329 @@
+"""What a run leaves behind: the trained pipeline in its output folder, and its copy on the Hub.
+
+The pipeline's files, and no others, are listed in dreambooth.json beside them, which is how this program knows later
+what it may replace, and what it uploads.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from dreambooth.command_line.arguments import PIPELINE
+from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, warn
+from dreambooth.model.libraries import save_whole_pipeline
+from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_whole
+
+LISTING, INDEX = "dreambooth.json", "model_index.json"
+# A folder with the earlier pipeline while another takes its place, and a file in it that says which.
+ASIDE, CHANGE = "aside", "change.json"
+# By which the libraries tell where on this machine a part came from.
+PATHS = ("_name_or_path", "name_or_path")
+
+
+def enter_output_dir(args: argparse.Namespace) -> None:
+    """Keeps other runs out of --output_dir, if it is there, and ends what a run that was killed has begun in it.
+
+    Does so on rank 0, and not in a --dry_run.
+
+    Raises:
+        UserError: if another run writes into the folder, or nobody can, or what the pipeline would replace was not
+            written by this program.
+    """
+    output_dir = Path(args.output_dir)
+    if not is_rank_0() or not output_dir.is_dir():
+        return
+    try:
+        if not args.dry_run:
+            lock(output_dir)
+            put_right(output_dir)
+            for aside in output_dir.glob(f".*.{ASIDE}"):
+                if left := _settle(aside):
+                    warn(f"a run was killed while it put its pipeline in place: it is whole in {left}")
+        _check_parts(output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
+
+
+def prepare_output_dir(args: argparse.Namespace) -> None:
+    """Creates --output_dir, and enters it; on rank 0, and not in a --dry_run.
+
+    Raises:
+        UserError: as `enter_output_dir` does.
+    """
+    output_dir = Path(args.output_dir)
+    if is_rank_0() and not args.dry_run:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
+    enter_output_dir(args)
+
+
+def pipeline_files(folder: Path) -> list[str]:
+    """Returns the files of the pipeline that this program has written into a folder, by their paths inside."""
+    try:
+        files = json.loads((folder / LISTING).read_text())["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    if not isinstance(files, list) or not all(isinstance(name, str) and _is_inside(name) for name in files):
+        return []
+    return files
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and len(path.parts) > 0
+
+
+def _check_parts(output_dir: Path) -> None:
+    """Compares what is where the pipeline's parts go with the list of its files.
+
+    Raises:
+        UserError: naming a part that this program did not write, or a link.
+    """
+    files = pipeline_files(output_dir)
+    for name in files:
+        if link := _link_in(output_dir, name):
+            raise UserError(
+                f"--output_dir {output_dir}: {link} is a link, which is neither replaced nor written through: "
+                "remove it, or name another folder"
+            )
+    for part in (INDEX, *PIPELINE, LISTING):
+        path = output_dir / part
+        ours = files if part == LISTING else [name for name in files if PurePosixPath(name).parts[0] == part]
+        is_there = os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
+        if is_there and not ours:
+            raise UserError(
+                f"--output_dir {output_dir} has a {part} that this program did not write, as {LISTING} would tell: "
+                "move it away, or name another folder"
+            )
+
+
+def _link_in(folder: Path, name: str) -> str | None:
+    """Returns the first link on the way from a folder to a file inside."""
+    path = PurePosixPath(name)
+    steps = [*reversed(path.parents), path][1:]
+    return next((str(step) for step in steps if (folder / step).is_symlink()), None)
+
+
+def bytes_of(parts: Iterable[torch.nn.Module]) -> int:
+    """Returns the size of models' parameters and buffers."""
+    return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+
+
+def parts_of(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
+    """Returns the models of a pipeline."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def save_pipeline(
+    output_dir: Path, pipeline: StableDiffusionPipeline, *, step: int, base: str, settings: dict
+) -> None:
+    """Writes the whole pipeline into `output_dir`, beside the checkpoints, in place of an earlier one.
+
+    It is whole in a folder of its own before any file is replaced. What a user has put beside the earlier one's files
+    stays.
+
+    Args:
+        output_dir: that has been prepared.
+        pipeline: on the CPU.
+        step: optimizer steps done.
+        base: the model that was trained, a Hub id or a folder; the latter is told nobody.
+        settings: of the run.
+
+    Raises:
+        RunError: saying where the pipeline is; if it cannot be put in place, in a folder that no run removes; if the
+            disk takes no more, in the system's folder for temporary files.
+    """
+    hub_id = None if os.path.isdir(base) else base
+    origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
+    size = bytes_of(parts_of(pipeline))
+
+    def write(folder: Path) -> None:
+        with written_whole(folder, size) as partial:
+            save_whole_pipeline(pipeline, partial)
+            leave_out_paths(partial, hub_id)
+            files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
+            listing = origin | {"files": sorted({*files} - {MARK})}
+            (partial / LISTING).write_text(json.dumps(listing, indent=1))
+
+    name = f"pipeline-step-{step}"
+    try:
+        staged = _unused(output_dir / name)
+        write(staged)
+    except RunError as error:
+        try:
+            elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
+            write(elsewhere)
+        except (RunError, OSError) as second:
+            raise RunError(f"{error}; {first_line(second)}") from error
+        raise RunError(f"{error}; the trained pipeline is whole in {elsewhere} instead") from error
+    try:
+        _put_in_place(staged, output_dir)
+    except OSError as error:
+        raise RunError(
+            f"cannot put the trained pipeline in its place: {first_line(error)}; it is whole in {staged}"
+        ) from error
+
+
+def leave_out_paths(folder: Path, hub_id: str | None = None) -> None:
+    """Takes out of the JSON files in a folder where a model was on this machine; the index names a Hub id instead."""
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        names_one = path.name == INDEX and hub_id
+        if not names_one and not any(f'"{name}"' in text for name in PATHS):
+            continue
+        told = json.loads(text, object_hook=lambda content: {k: v for k, v in content.items() if k not in PATHS})
+        if names_one:
+            told["_name_or_path"] = hub_id
+        path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _unused(folder: Path) -> Path:
+    """Returns `folder`, or with a number at its end if there is something of that name."""
+    number, path = 1, folder
+    while os.path.lexists(path):
+        number += 1
+        path = folder.with_name(f"{folder.name}-{number}")
+    return path
+
+
+def _put_in_place(staged: Path, output_dir: Path) -> None:
+    """Moves the files of a whole pipeline to where they belong, and those of the earlier one out of their way.
+
+    The index goes first and comes last: a folder that has it is whole. Until then all can be taken back.
+
+    Raises:
+        OSError: if it cannot be done; then the earlier pipeline is back, and the new one whole in `staged`.
+    """
+    aside = beside(output_dir / "pipeline", ASIDE)
+    new, earlier = _index_first(pipeline_files(staged)), _index_first(pipeline_files(output_dir))
+    try:
+        with written_whole(aside, 0) as folder:
+            (folder / CHANGE).write_text(json.dumps({"staged": staged.name, "new": new, "earlier": earlier}))
+    except RunError as error:
+        raise OSError(str(error)) from error
+    try:
+        for name in earlier:
+            _move(name, output_dir, aside)
+        for name in reversed(new):
+            _move(name, staged, output_dir)
+    finally:
+        _settle(aside)
+
+
+def _index_first(files: list[str]) -> list[str]:
+    """Returns the files of a pipeline, and their listing, in the order in which they go."""
+    return sorted([*files, LISTING] if files else [], key=lambda name: (name != INDEX, name))
+
+
+def _move(name: str, source: Path, target: Path) -> None:
+    """Moves a file, if it is there, to the same place in another folder, where there is none."""
+    if not os.path.lexists(source / name):
+        return
+    for folder in (source, target):
+        if link := _link_in(folder, name):
+            raise OSError(f"{folder / link} is a link")
+    if os.path.lexists(target / name):
+        raise OSError(f"{target / name} is there, and not of an earlier pipeline of this program")
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source / name, target / name)
+
+
+def _settle(aside: Path) -> Path | None:
+    """Ends a change of pipelines, begun by this process or by one that was killed.
+
+    The new pipeline stays if all of it is in place, and the earlier one goes. Else each goes back to where it was.
+
+    Returns:
+        Where the new pipeline is, if not in its place.
+    """
+    output_dir = aside.parent
+    try:
+        change = json.loads((aside / CHANGE).read_text())
+        staged, new, earlier = output_dir / change["staged"], change["new"], change["earlier"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # not ours
+    done = (output_dir / INDEX).exists() and not (staged / INDEX).exists()
+    if not done:
+        for name in new:
+            if not os.path.lexists(staged / name):
+                _move(name, output_dir, staged)
+        for name in reversed(earlier):
+            _move(name, aside, output_dir)
+    for folder in _folders_of(earlier + new, output_dir):
+        if done:
+            _remove_if_empty(folder)
+        if folder.is_dir():
+            flush(folder)
+    if done:
+        for folder in _folders_of(new, staged):
+            _remove_if_empty(folder)
+    discard(aside)
+    return None if done else staged
+
+
+def _folders_of(files: list[str], folder: Path) -> list[Path]:
+    """Returns the folders, `folder` among them, in which some files are, each before the one that it is in."""
+    return sorted({folder / parent for name in files for parent in PurePosixPath(name).parents}, reverse=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # has something in it
+        folder.rmdir()
+
+
+def hub_name(args: argparse.Namespace) -> str:
+    """Returns the repository that --push_to_hub uploads to, as far as the flags name it."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def prepare_hub(args: argparse.Namespace) -> str | None:
+    """Creates the repository that --push_to_hub names, before any time is spent on training; on rank 0.
+
+    Returns:
+        The repository's full name; None where nothing is to be uploaded.
+
+    Raises:
+        UserError: if the Hub cannot be reached or refuses.
+    """
+    if not args.push_to_hub or args.dry_run or not is_rank_0():
+        return None
+    name = hub_name(args)
+    try:
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
+        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {first_line(error)}") from error
+
+
+def upload(args: argparse.Namespace, repo_id: str) -> None:
+    """Uploads the trained pipeline's files, and nothing else of the output folder.
+
+    Raises:
+        RunError: if the Hub cannot be reached or refuses.
+    """
+    output_dir = Path(args.output_dir)
+    files = pipeline_files(output_dir)
+    try:
+        HfApi(token=args.hub_token).create_commit(
+            repo_id=repo_id,
+            operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=output_dir / name) for name in files],
+            commit_message="DreamBooth training",
+        )
+    except Exception as error:  # whatever the network and the Hub can answer
+        parts = sorted({PurePosixPath(name).parts[0] for name in files})
+        include = " ".join(part if part == INDEX else f"'{part}/*'" for part in parts)
+        raise RunError(
+            f"--push_to_hub: {first_line(error)}; the pipeline is whole in {output_dir}: "
+            f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
+        ) from error

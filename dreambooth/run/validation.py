@@ -1,0 +1,92 @@
+"""Images of --validation_prompt while the training goes on."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dreambooth.command_line.console import UserError, doing, is_rank_0, say, warn
+from dreambooth.command_line.limits import explain
+from dreambooth.data.class_images import one_cpu_thread
+from dreambooth.data.images import NotFinite, pictures_of
+from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.engine.state import Training
+from dreambooth.model.precision import name_of
+from dreambooth.processes.ranks import Ranks
+from dreambooth.run.grid import captioned_grid
+from dreambooth.run.image_file import check_image_file, save_image
+from dreambooth.run.tracker import Tracker
+
+INFERENCE_STEPS = 25
+
+
+def validate(
+    args: argparse.Namespace,
+    training: Training,
+    load_pipeline: Callable[..., StableDiffusionPipeline],
+    tracker: Tracker,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    step: int,
+) -> None:
+    """Draws --num_validation_images from the weights after `step`; to be called on every rank, rank 0 draws.
+
+    Image i starts from latents that follow from the seed and i alone, whatever the step. They go to
+    output_dir/validation/step-N.png and to TensorBoard. No random generator of the training is touched. Images that
+    cannot be had, or be written, are told and end nothing: they are not what the training is for.
+
+    Args:
+        args: the flags.
+        training: whose weights are gathered.
+        load_pipeline: returns a pipeline of a dtype with some of its parts replaced.
+        tracker: that logs.
+        seed: of the run.
+        dtype: to draw in.
+        ranks: whose device rank 0 draws on.
+        step: optimizer steps done.
+    """
+    weights = training.weights()
+    if not is_rank_0():
+        return
+    pictures, reason = [], None
+    try:
+        with doing("drawing validation images", takes_less="no --validation_prompt"):
+            parts = training.denoiser.parts_with(weights)
+            pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **parts).to(ranks.device)
+            pictures = pictures_of(_draw(pipeline, args.validation_prompt, args.num_validation_images, seed))
+    except NotFinite as error:
+        reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
+    except torch.OutOfMemoryError as error:
+        reason = explain(error)
+    pipeline = None
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if reason:
+        warn(f"no validation images of step {step}: {reason}")
+        return
+    path = Path(args.output_dir, "validation", f"step-{step}.png")
+    try:
+        check_image_file(path, "validation images:")
+        save_image(captioned_grid([pictures], [args.validation_prompt], []), path)
+    except UserError as error:
+        warn(str(error))
+    else:
+        say(f"validation: {path}")
+    tracker.show_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step)
+
+
+def _draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> np.ndarray:
+    """Returns images of a prompt, drawn one at a time: (images, height, width, 3), floats in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": INFERENCE_STEPS, "output_type": "np"}
+    with one_cpu_thread():
+        made = [
+            pipeline(prompt, **settings, **starting_points(pipeline, seed, Stream.VALIDATION, [number])).images
+            for number in range(count)
+        ]
+    return np.concatenate(made)
