@@ -10,7 +10,7 @@ another model stand beside them, from the same seeds; with --instance_data_dir, 
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
 """
 
-from dreambooth.command_line.console import UserError, quiet_libraries, run
+from dreambooth.command_line.console import UserError, quiet_libraries, run_program
 
 quiet_libraries()  # before the imports that warn
 
@@ -223,4 +223,4 @@ def counted(images: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main, os.path.basename(__file__))
+    run_program(main, os.path.basename(__file__))

@@ -11,17 +11,15 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.command_line.console import doing, quiet_libraries, run, say
+from dreambooth.command_line.console import doing, quiet_libraries, run_program, say
 
 quiet_libraries()  # before the imports that warn
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from colossalai.booster import Booster
@@ -30,39 +28,29 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 
 from dreambooth.command_line import arguments
 from dreambooth.command_line.limits import remember_cheaper_flags
-from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
-from dreambooth.data.images import check_crops, facts_of_all, images_per_epoch
-from dreambooth.data.instance_images import find_instance_images
-from dreambooth.data.latents import cache_latents
-from dreambooth.data.samples import build_dataset, build_loader
-from dreambooth.data.schedule import Schedule, plan
+from dreambooth.data.schedule import Schedule
 from dreambooth.engine.boosted import Boosted
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.engine.plugins import ShardAdamW
 from dreambooth.engine.strategy import PLACEMENTS, Strategy, choose_strategy
-from dreambooth.model import stable_diffusion as models
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.folder import find_model
-from dreambooth.model.loss import example_inputs, training_loss
-from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE, sampling_dtype, set_tf32
+from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
 from dreambooth.processes.environment import find_place
-from dreambooth.processes.ranks import compare, join, leave
-from dreambooth.run.checkpoint import (
-    check_settings,
-    find_checkpoint,
-    flag_settings,
-    image_settings,
-    remove_interim_checkpoints,
-    seed_of,
-)
-from dreambooth.run.dry_run import tell_plan
+from dreambooth.processes.ranks import join
 from dreambooth.run.folders import unlocked_at_the_end
 from dreambooth.run.milestones import Milestones
-from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
-from dreambooth.run.room import check_room
-from dreambooth.run.tracker import Tracker
-from dreambooth.run.validation import validate
+from dreambooth.run.stages import (
+    agree,
+    check_inputs,
+    load_parts,
+    loss_by,
+    milestones_of,
+    prepare_class_images,
+    prepare_samples,
+    publish,
+    save,
+)
 
 
 def build_parser() -> arguments.Parser:
@@ -192,87 +180,19 @@ def train(boosted: Boosted, steps: Iterable[list], loss_of: Callable, milestones
 @unlocked_at_the_end()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(build_parser(), argv)
-    place = find_place()
     strategy = choose_strategy(args)
     remember_cheaper_flags(args, sharded=strategy.shards, has_plugins=True)
-    instance_images = find_instance_images(args, place)
-    check_crops(args, instance_images)
-    class_images = check_class_images(args, place)
-    enter_output_dir(args)
-    model_folder = find_model(args)
-    check_origins(args, class_images, model_folder)
-    ranks = join(place)
-    set_tf32(args.allow_tf32)
-    instance_images = facts_of_all(instance_images, args.resolution)
-    checkpoint = find_checkpoint(args)
-    first_step = 0 if checkpoint is None else checkpoint.step
-    seed = seed_of(args, checkpoint)
-    schedule = plan(args, ranks.world_size, images_per_epoch(args, instance_images))
-    settings = flag_settings(args, schedule, seed=seed, precision=strategy.precision)
-    compare("settings", lambda: settings)
-    check_settings(checkpoint, settings, args.resume_anyway)
-    repo_id = prepare_hub(args)
+    inputs = check_inputs(args)
+    run = agree(args, inputs, join(inputs.place), strategy.precision)
 
     # The parts of the model; those that are trained come from the checkpoint, if there is one.
-    trained = None if checkpoint is None else checkpoint.folder
-    tokenizer = models.load_tokenizer(model_folder, args.tokenizer_name)
-    text_encoder = models.load_text_encoder(model_folder, trained, variant=args.variant)
-    vae = models.load_vae(model_folder, args.resolution, variant=args.variant)
-    unet = models.load_unet(model_folder, trained or args.external_unet_path, variant=args.variant)
-    models.check_parts_fit(tokenizer, text_encoder, vae, unet)
-    models.check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
-    noise_scheduler = models.load_noise_scheduler(model_folder)
-    load_pipeline = functools.partial(models.load_pipeline, model_folder, variant=args.variant, tokenizer=tokenizer)
-
-    # What is frozen is not in a checkpoint, and each rank has it from its own disk.
-    frozen = {"frozen parts": models.fingerprint(vae, *([] if args.train_text_encoder else [text_encoder]))}
-    compare("model weights", functools.partial(models.fingerprint, unet, text_encoder, vae))
-    check_settings(checkpoint, frozen, args.resume_anyway)
-    pipeline_size = check_room(args, schedule, first_step=first_step, unet=unet, text_encoder=text_encoder, vae=vae)
-    prepare_output_dir(args)
+    parts = load_parts(run)
 
     # Class images, generated by the model as it is before training.
-    if args.with_prior_preservation:
-        prior_dtype = sampling_dtype(strategy.precision, args.prior_generation_precision)
-        load_prior_unet = functools.partial(models.load_unet, model_folder, args.external_unet_path, prior_dtype)
-        class_images = generate_class_images(
-            args,
-            class_images,
-            lambda: load_pipeline(dtype=prior_dtype, unet=load_prior_unet(variant=args.variant)),
-            model_folder,
-            seed=seed,
-            ranks=ranks,
-        )
+    class_images = prepare_class_images(run, parts)
 
-    # Samples, and which rank takes which.
-    latent_shape = models.latent_shape(vae, args.resolution)
-    dataset = build_dataset(
-        args,
-        instance_images,
-        class_images,
-        seed=seed,
-        latent_shape=latent_shape,
-        num_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
-    settings_of_images = image_settings(instance_images + class_images)
-    compare("images", lambda: settings_of_images)
-    check_settings(checkpoint, settings_of_images, args.resume_anyway)
-    settings |= frozen | settings_of_images
-
-    # The frozen parts, in the run's precision. A text encoder that is trained reads tokens in every step.
-    dtype = DTYPES[strategy.precision]
-    prompts = models.tokenize(dataset.prompts, tokenizer, text_encoder)
-    if args.train_text_encoder:
-        denoiser = Denoiser(unet, text_encoder)
-    else:
-        prompts = models.embed(prompts.to(ranks.device), text_encoder, dtype)
-        denoiser = Denoiser(unet)
-    del text_encoder
-    with doing("caching latents"):
-        cache_latents(args, dataset, vae, ranks, dtype=dtype)
-    steps = build_loader(dataset, schedule, ranks, first_step, args.dataloader_num_workers, prompts)
-
-    # The optimizer, and the plugin around it and what is trained.
+    # Samples, and which rank takes which; and what is trained on them.
+    samples, denoiser = prepare_samples(run, parts, class_images)
     denoiser.train()
     if not strategy.shards:
         denoiser.normalize_in_half()
@@ -282,48 +202,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         discard_activations(denoiser.unet)
     if args.compile:
         denoiser.compile_blocks()
-    fetches_weights = strategy.fetches_weights(denoiser.numel(), ranks.gpu_memory())
+    fetches_weights = strategy.fetches_weights(denoiser.numel(), run.ranks.gpu_memory())
     if not (fetches_weights or args.use_8bit_adam):  # these two go by single parameters
-        denoiser.flatten(multiple_of=ranks.world_size)
-    optimizer = build_optimizer(args, strategy, denoiser, schedule)
-    lr_scheduler = build_lr_scheduler(args, optimizer, schedule)
-    samples = args.train_batch_size * (1 + args.with_prior_preservation)
-    inputs = example_inputs(samples, latent_shape, prompts, strategy.weights_dtype, ranks.device)
-    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs)
-    if checkpoint is not None:
-        boosted.resume(checkpoint)
+        denoiser.flatten(multiple_of=run.ranks.world_size)
 
-    # Train.
-    loss_of = functools.partial(
-        training_loss,
-        vae=vae,
-        noise_scheduler=noise_scheduler,
-        dtype=strategy.weights_dtype,
-        prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
-        snr_gamma=args.snr_gamma,
-    )
-    say(f"{strategy} on {ranks}, {schedule}, seed {seed}")
-    with Tracker(args, schedule, ranks, dataset, first_step=first_step, skips=strategy.precision == "fp16") as tracker:
-        half = sampling_dtype(strategy.precision)
-        draw = functools.partial(validate, args, boosted, load_pipeline, tracker, seed=seed, dtype=half, ranks=ranks)
-        milestones = Milestones(args, settings, boosted, tracker, draw, pipeline_size)
+    # The optimizer, and the plugin around it and what is trained.
+    optimizer = build_optimizer(args, strategy, denoiser, run.schedule)
+    lr_scheduler = build_lr_scheduler(args, optimizer, run.schedule)
+    example = samples.example_inputs(dtype=strategy.weights_dtype)
+    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler, example)
+    if run.checkpoint is not None:
+        boosted.resume(run.checkpoint)
+
+    # Steps, and what is due after them; then the trained pipeline.
+    say(f"{strategy} on {run.ranks}, {run.schedule}, seed {run.seed}")
+    with milestones_of(run, parts, samples, boosted) as milestones:
         with doing("training"):
-            train(boosted, steps, loss_of, milestones, first_step)
-        tracker.finish()
-        if args.dry_run:
-            tell_plan(args, tracker, ranks, first_step=first_step, denoiser=denoiser, pipeline=load_pipeline())
-            return leave()
-
-        # Save; the upload, which may take long, keeps no other rank waiting.
-        weights = boosted.weights()
-        if ranks.rank == 0:
-            pipeline, base = load_pipeline(**denoiser.parts_with(weights)), args.pretrained_model_name_or_path
-            save_pipeline(Path(args.output_dir), pipeline, step=schedule.steps, base=base, settings=settings)
-            remove_interim_checkpoints(Path(args.output_dir))
-        leave()
-    if repo_id:
-        upload(args, repo_id)
+            train(boosted, samples.steps, loss_by(run, parts, strategy.weights_dtype), milestones, run.first_step)
+        save(run, parts, boosted, milestones)
+    publish(run)
 
 
 if __name__ == "__main__":
-    run(main, os.path.basename(__file__))
+    run_program(main, os.path.basename(__file__))

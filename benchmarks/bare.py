@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dreambooth.command_line.console import is_rank_0, run
+from dreambooth.command_line.console import is_rank_0, run_program
 from dreambooth.processes.ranks import leave
 
 
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, os.path.basename(__file__))
+    run_program(main, os.path.basename(__file__))

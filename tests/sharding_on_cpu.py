@@ -21,7 +21,6 @@ from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
 from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 import train_dreambooth_colossalai as trainer
-from dreambooth.command_line.console import run
 
 GPU_MEMORY = 2**30  # bytes
 
@@ -135,7 +134,7 @@ def play_a_gpu() -> None:
 
 def main() -> None:
     play_a_gpu()
-    run(trainer.main, os.path.basename(__file__))
+    run_program(trainer.main, os.path.basename(__file__))
 
 
 if __name__ == "__main__":

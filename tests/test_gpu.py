@@ -325,7 +325,7 @@ def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
     more = {"instance_data_dir": folder, "max_train_steps": 10**5, "save_steps": 20, "cache_latents": "off"}
     keeps_none = f"""
 import runpy, sys
-from dreambooth.data.samples import images
+from dreambooth.data import images
 images._scaled.limit, sys.argv[0] = 0, {COLOSSALAI!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -429,11 +429,11 @@ def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
 # A trainer whose ranks do not share their class folders.
 APART = """
 import os, sys
-from dreambooth.data.samples import class_images
-from dreambooth.command_line.console import run
+from dreambooth.data import class_images
+from dreambooth.command_line.console import run_program
 import {module} as trainer
 class_images.APPEARS_WITHIN_S = 1
-run(lambda: trainer.main([word.replace("@RANK", os.environ["RANK"]) for word in sys.argv[1:]]), "apart")
+run_program(lambda: trainer.main([word.replace("@RANK", os.environ["RANK"]) for word in sys.argv[1:]]), "apart")
 """
 
 

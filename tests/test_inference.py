@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import inference
 from benchmarks import random_model
 from dreambooth.command_line.console import RunError, UserError
-from dreambooth.data.samples import images as images_module
+from dreambooth.data import images as images_module
 from dreambooth.run.image_file import check_image_file, save_image
 
 

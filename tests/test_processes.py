@@ -319,10 +319,10 @@ def test_ranks_that_find_different_things_do_not_train(script, flags, prior, tin
 LITTLE_MEMORY = """
 import resource, sys
 import train_dreambooth
-from dreambooth.command_line.console import run
+from dreambooth.command_line.console import run_program
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1000 << 20),) * 2)
-run(lambda: train_dreambooth.main(sys.argv[1:]), "train_dreambooth.py")
+run_program(lambda: train_dreambooth.main(sys.argv[1:]), "train_dreambooth.py")
 """
 
 

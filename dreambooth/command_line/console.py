@@ -116,7 +116,7 @@ def doing(what: str, *, takes_less: str | None = None) -> Iterator[None]:
         raise
 
 
-def run(main: Callable[[], None], program: str) -> None:
+def run_program(main: Callable[[], None], program: str) -> None:
     """Runs `main`, and ends the process with what a person has to know: of an error that he can mend, one line.
 
     The exit status is 0, 2 for settings that cannot work, 1 for a run that failed, 75 for one that was asked to stop.

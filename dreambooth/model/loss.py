@@ -137,7 +137,7 @@ def training_loss(
 
     Args:
         denoiser: called as `dreambooth.model.denoiser.Denoiser`, wrapped or not.
-        batch: what `dreambooth.data.samples.collate` makes, on the denoiser's device, and its prompts: (batch, tokens),
+        batch: what `dreambooth.data.samples.collate` makes, on the denoiser's device, with prompts (batch, tokens),
             int64, or (batch, tokens, width), as the denoiser takes them.
         vae: frozen, on the same device where the batch has images to encode.
         noise_scheduler: adds the noise and defines the target.

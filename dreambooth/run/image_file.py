@@ -5,7 +5,7 @@
 checks that images can be written to a file, as the launchers do before they train.
 """
 
-from dreambooth.command_line.console import RunError, UserError, first_line, quiet_libraries, run
+from dreambooth.command_line.console import RunError, UserError, first_line, quiet_libraries, run_program
 
 quiet_libraries()  # before the imports that warn
 
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "comparison")
+    run_program(main, "comparison")

@@ -1,0 +1,281 @@
+"""The stages of a run that both trainers go through, in the order of their `main`; each to be called on every rank."""
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dreambooth.command_line.console import doing
+from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
+from dreambooth.data.images import Photo, check_crops, facts_of_all, images_per_epoch
+from dreambooth.data.instance_images import find_instance_images
+from dreambooth.data.latents import cache_latents
+from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
+from dreambooth.data.schedule import Schedule, plan
+from dreambooth.engine.state import Checkpoint, Training
+from dreambooth.model import stable_diffusion as models
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.folder import find_model
+from dreambooth.model.loss import example_inputs, training_loss
+from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
+from dreambooth.processes.environment import Place, find_place
+from dreambooth.processes.ranks import Ranks, compare, leave
+from dreambooth.run.checkpoint import (
+    check_settings,
+    find_checkpoint,
+    flag_settings,
+    image_settings,
+    remove_interim_checkpoints,
+    seed_of,
+)
+from dreambooth.run.dry_run import tell_plan
+from dreambooth.run.milestones import Milestones
+from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
+from dreambooth.run.room import check_room
+from dreambooth.run.tracker import Tracker
+from dreambooth.run.validation import validate
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the flags name, found and looked at while no process has to wait for another."""
+
+    place: Place
+    instance_images: list[Photo]
+    class_images: list[Photo]
+    model_folder: Path
+
+
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Finds the files that a run reads, and enters the folder that it writes to.
+
+    Raises:
+        UserError: if one of them cannot serve.
+    """
+    place = find_place()
+    instance_images = find_instance_images(args, place)
+    check_crops(args, instance_images)
+    class_images = check_class_images(args, place)
+    enter_output_dir(args)
+    model_folder = find_model(args)
+    check_origins(args, class_images, model_folder)
+    return Inputs(place, instance_images, class_images, model_folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the processes of a run have agreed on.
+
+    Args:
+        args: the flags.
+        ranks: of the run.
+        precision: "no", "bf16" or "fp16".
+        instance_images, class_images: those that were found, with their facts.
+        model_folder: of the model to train.
+        checkpoint: from which the run goes on; None for a new one.
+        seed: of every draw.
+        schedule: of steps and samples.
+        settings: that a run has to share to go on from this one's checkpoints; the stages add theirs.
+        repo_id: on the Hub, for the upload; None for none.
+    """
+
+    args: argparse.Namespace
+    ranks: Ranks
+    precision: str
+    instance_images: list[Photo]
+    class_images: list[Photo]
+    model_folder: Path
+    checkpoint: Checkpoint | None
+    seed: int
+    schedule: Schedule
+    settings: dict = field(default_factory=dict)
+    repo_id: str | None = None
+
+    @property
+    def first_step(self) -> int:
+        """Steps that an earlier run has done."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    def settle(self, what: str, settings: dict) -> None:
+        """Adds settings, which have to be those of all ranks and of the checkpoint.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        compare(what, lambda: settings)
+        check_settings(self.checkpoint, settings, self.args.resume_anyway)
+        self.settings.update(settings)
+
+
+def agree(args: argparse.Namespace, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
+    """Settles on the checkpoint, the seed, the schedule and the flags that change numbers.
+
+    Raises:
+        UserError: if ranks have found different things, or the checkpoint is of another run.
+    """
+    set_tf32(args.allow_tf32)
+    instance_images = facts_of_all(inputs.instance_images, args.resolution)
+    checkpoint = find_checkpoint(args)
+    seed = seed_of(args, checkpoint)
+    schedule = plan(args, ranks.world_size, images_per_epoch(args, instance_images))
+    found = instance_images, inputs.class_images, inputs.model_folder
+    run = Run(args, ranks, precision, *found, checkpoint, seed, schedule)
+    run.settle("settings", flag_settings(args, schedule, seed=seed, precision=precision))
+    return replace(run, repo_id=prepare_hub(args))
+
+
+@dataclass
+class Parts:
+    """The parts of the model, fp32, on the CPU.
+
+    Args:
+        load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
+        pipeline_size: its bytes in fp32.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: torch.nn.Module
+    noise_scheduler: DDPMScheduler
+    load_pipeline: Callable[..., StableDiffusionPipeline]
+    pipeline_size: int
+
+
+def load_parts(run: Run) -> Parts:
+    """Loads the model, what is trained of it from the checkpoint if there is one, and makes the output folder.
+
+    Raises:
+        UserError: if parts do not fit, or are not those of the checkpoint or of other ranks, or the disk is too small.
+    """
+    args, folder = run.args, run.model_folder
+    trained = None if run.checkpoint is None else run.checkpoint.folder
+    tokenizer = models.load_tokenizer(folder, args.tokenizer_name)
+    text_encoder = models.load_text_encoder(folder, trained, variant=args.variant)
+    vae = models.load_vae(folder, args.resolution, variant=args.variant)
+    unet = models.load_unet(folder, trained or args.external_unet_path, variant=args.variant)
+    models.check_parts_fit(tokenizer, text_encoder, vae, unet)
+    models.check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
+    noise_scheduler = models.load_noise_scheduler(folder)
+    # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
+    frozen = [vae] if args.train_text_encoder else [vae, text_encoder]
+    compare("model weights", functools.partial(models.fingerprint, unet, text_encoder, vae))
+    run.settle("frozen parts", {"frozen parts": models.fingerprint(*frozen)})
+    sizes = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
+    pipeline_size = check_room(args, run.schedule, first_step=run.first_step, **sizes)
+    prepare_output_dir(args)
+    load_pipeline = functools.partial(models.load_pipeline, folder, variant=args.variant, tokenizer=tokenizer)
+    return Parts(tokenizer, text_encoder, vae, unet, noise_scheduler, load_pipeline, pipeline_size)
+
+
+def prepare_class_images(run: Run, parts: Parts) -> list[Photo]:
+    """Generates the class images that are missing, by the model as it is before training; none without a prior."""
+    args = run.args
+    if not args.with_prior_preservation:
+        return []
+    dtype = sampling_dtype(run.precision, args.prior_generation_precision)
+
+    def load() -> StableDiffusionPipeline:
+        unet = models.load_unet(run.model_folder, args.external_unet_path, dtype, variant=args.variant)
+        return parts.load_pipeline(dtype=dtype, unet=unet)
+
+    return generate_class_images(args, run.class_images, load, run.model_folder, seed=run.seed, ranks=run.ranks)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the steps are made of.
+
+    Args:
+        dataset: of all samples.
+        steps: this rank's batches of each step.
+        example_inputs: returns what the denoiser is called with, zeros in place of latents, of a dtype.
+    """
+
+    dataset: DreamBoothDataset
+    steps: Iterator[list]
+    example_inputs: Callable[[torch.dtype], tuple[torch.Tensor, ...]]
+
+
+def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[Samples, Denoiser]:
+    """Lays out which rank takes which samples, and has the frozen parts do now what they would do in each step.
+
+    A text encoder that is trained reads tokens in every step; a frozen one has done its work afterwards.
+
+    Returns:
+        The samples, and what is trained on them.
+    """
+    args, ranks = run.args, run.ranks
+    latent_shape = models.latent_shape(parts.vae, args.resolution)
+    dataset = build_dataset(
+        args,
+        run.instance_images,
+        class_images,
+        seed=run.seed,
+        latent_shape=latent_shape,
+        num_timesteps=parts.noise_scheduler.config.num_train_timesteps,
+    )
+    run.settle("images", image_settings(run.instance_images + class_images))
+    dtype = DTYPES[run.precision]
+    prompts = models.tokenize(dataset.prompts, parts.tokenizer, parts.text_encoder)
+    denoiser = Denoiser(parts.unet, parts.text_encoder if args.train_text_encoder else None)
+    if not args.train_text_encoder:
+        prompts = models.embed(prompts.to(ranks.device), parts.text_encoder, dtype)
+    del parts.text_encoder, parts.unet  # the denoiser's, or of no more use
+    with doing("caching latents"):
+        cache_latents(args, dataset, parts.vae, ranks, dtype=dtype)
+    steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, prompts)
+    batch = args.train_batch_size * dataset.examples_per_sample
+    inputs = functools.partial(example_inputs, batch, latent_shape, prompts, device=ranks.device)
+    return Samples(dataset, steps, inputs), denoiser
+
+
+def loss_by(run: Run, parts: Parts, dtype: torch.dtype) -> Callable:
+    """Returns the loss as a function of the denoiser, whose weights are of `dtype`, and a batch."""
+    return functools.partial(
+        training_loss,
+        vae=parts.vae,
+        noise_scheduler=parts.noise_scheduler,
+        dtype=dtype,
+        prior_loss_weight=run.args.prior_loss_weight if run.args.with_prior_preservation else None,
+        snr_gamma=run.args.snr_gamma,
+    )
+
+
+@contextlib.contextmanager
+def milestones_of(run: Run, parts: Parts, samples: Samples, training: Training) -> Iterator[Milestones]:
+    """Yields what is to be told of each step; signals that end a process wait for it while the context lasts."""
+    args, ranks = run.args, run.ranks
+    skips = run.precision == "fp16"
+    with Tracker(args, run.schedule, ranks, samples.dataset, first_step=run.first_step, skips=skips) as tracker:
+        draws = {"seed": run.seed, "dtype": sampling_dtype(run.precision), "ranks": ranks}
+        draw = functools.partial(validate, args, training, parts.load_pipeline, tracker, **draws)
+        yield Milestones(args, run.settings, training, tracker, draw, parts.pipeline_size)
+
+
+def save(run: Run, parts: Parts, training: Training, milestones: Milestones) -> None:
+    """Writes the trained pipeline and lets the ranks leave; after a dry run, tells what a real one would take."""
+    args, tracker, denoiser = run.args, milestones.tracker, training.denoiser
+    tracker.finish()
+    if args.dry_run:
+        pipeline = parts.load_pipeline()
+        tell_plan(args, tracker, run.ranks, first_step=run.first_step, denoiser=denoiser, pipeline=pipeline)
+        return leave()
+    weights = training.weights()
+    if run.ranks.rank == 0:
+        pipeline, base = parts.load_pipeline(**denoiser.parts_with(weights)), args.pretrained_model_name_or_path
+        save_pipeline(Path(args.output_dir), pipeline, step=run.schedule.steps, base=base, settings=run.settings)
+        remove_interim_checkpoints(Path(args.output_dir))
+    leave()
+
+
+def publish(run: Run) -> None:
+    """Uploads what was saved, if the flags say so; it may take long, and keeps no other rank waiting."""
+    if run.repo_id and not run.args.dry_run:
+        upload(run.args, run.repo_id)
