@@ -21,6 +21,7 @@ from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
 from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 import train_dreambooth_colossalai as trainer
+from dreambooth.command_line.console import run_program
 
 GPU_MEMORY = 2**30  # bytes
 
