@@ -34,7 +34,7 @@ from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_sc
 from dreambooth.engine.plugins import ShardAdamW
 from dreambooth.engine.strategy import PLACEMENTS, Strategy, choose_strategy
 from dreambooth.model.activations import discard_activations
-from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
@@ -142,7 +142,7 @@ def boost(
     denoiser: Denoiser,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    inputs: tuple[torch.Tensor, ...],
+    inputs: tuple[torch.Tensor, torch.Tensor, Conditioning],
 ) -> Boosted:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
 

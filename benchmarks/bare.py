@@ -54,7 +54,7 @@ class Stopwatch:
         return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(self.marks)]
 
 
-def bare_loss(inputs: tuple[torch.Tensor, ...], model: torch.nn.Module, batch: dict) -> torch.Tensor:
+def bare_loss(inputs: tuple, model: torch.nn.Module, batch: dict) -> torch.Tensor:
     """Returns the squared error of a prediction of noise from `inputs`, which are the denoiser's."""
     return F.mse_loss(model(*inputs).float(), batch["noise"])
 
@@ -64,7 +64,7 @@ def train_bare(train: Callable, max_steps: int, *positional) -> None:
     *first, steps, loss_of, _, _ = positional
     batch = next(iter(steps))[0]
     known = loss_of.keywords
-    inputs = batch["noise"].to(known["dtype"]), batch["timesteps"], batch["prompts"]
+    inputs = batch["noise"].to(known["dtype"]), batch["timesteps"], batch["conditioning"]
     stopwatch = Stopwatch(max_steps)
     train(*first, itertools.repeat([batch]), functools.partial(bare_loss, inputs), stopwatch, 0)
     seconds = stopwatch.seconds()

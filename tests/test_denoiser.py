@@ -35,12 +35,12 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
         optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
         for step in range(3):
             torch.manual_seed(step)
-            latents, timesteps, prompts = (
+            latents, timesteps, conditioning = (
                 torch.randn(2, 4, 16, 16),
                 torch.randint(1000, (2,)),
-                torch.randint(99, (2, 7)),
+                {"input_ids": torch.randint(99, (2, 7))},
             )
-            loss = one(latents, timesteps, prompts).square().mean()
+            loss = one(latents, timesteps, conditioning).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -64,7 +64,7 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
             one.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     torch.manual_seed(0)
-    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
     inputs = [tensor.to(device) for tensor in inputs]
     wanted = plain(*inputs)
     assert torch.equal(half(*inputs), wanted)
@@ -115,7 +115,7 @@ def test_discarded_activations_are_the_same_again(precision, tiny_model):
     keeping, discarding = build(tiny_model), build(tiny_model)
     discard_activations(discarding.unet)
     torch.manual_seed(0)
-    inputs = torch.randn(2, 4, 16, 16, dtype=precision), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    inputs = torch.randn(2, 4, 16, 16, dtype=precision), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
     kept, gradients = [], []
     for one in (keeping, discarding):
         one.to(precision).flatten(multiple_of=1)
@@ -155,7 +155,7 @@ class FetchesWeights(ColoParamOpHook):
 
 
 def test_what_is_made_again_needs_no_weights_that_gemini_has_let_go_of(tiny_model):
-    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
     whole, fetching = build(tiny_model), build(tiny_model)
     discard_activations(fetching.unet)
     for module in fetching.modules():
@@ -198,9 +198,10 @@ def test_parts_with_other_weights_compute_with_them(tiny_model):
     assert {f"{part}.{name}" for part, model in parts.items() for name, _ in model.named_parameters()} == set(weights)
     by_hand = build(tiny_model)
     by_hand.load_state_dict(weights)
-    latents, timesteps, prompts = torch.ones(1, 4, 16, 16), torch.tensor([3]), torch.tensor([[1, 2, 3]])
+    latents, timesteps = torch.ones(1, 4, 16, 16), torch.tensor([3])
+    tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
     again = denoiser.Denoiser(**parts)
-    assert torch.equal(again(latents, timesteps, prompts), by_hand(latents, timesteps, prompts))
+    assert torch.equal(again(latents, timesteps, tokens), by_hand(latents, timesteps, tokens))
     for broken in (torch.nan, torch.inf, -torch.inf):
         weights["unet.conv_in.bias"][0] = broken
         with pytest.raises(RunError, match="not finite, in unet.conv_in.bias"):

@@ -509,5 +509,5 @@ def test_prompts_are_embedded_in_fp32_and_travel_with_their_batch(tiny_model, ph
     args = argparse.Namespace(resolution=32, center_crop=True, noise_offset=0.0)
     found = [replace(photo, prompt=f"{n % 2}") for n, photo in enumerate(find_images(photos, "--x", resolution=32))]
     dataset = build_dataset(args, found, [], seed=1, latent_shape=(4, 16, 16), num_timesteps=10)
-    for (batch,) in build_loader(dataset, Schedule(3, 1, 2), CPU, prompts=prompts):
-        assert torch.equal(batch["prompts"], prompts[batch["prompt_indices"]])
+    for (batch,) in build_loader(dataset, Schedule(3, 1, 2), CPU, conditioning={"encoder_hidden_states": prompts}):
+        assert torch.equal(batch["conditioning"]["encoder_hidden_states"], prompts[batch["prompt_indices"]])

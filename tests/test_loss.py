@@ -42,8 +42,9 @@ def known_case(prediction_type: str, prior_loss_weight: float | None, snr_gamma:
         "posterior_noise": torch.tensor([0.5, -1.0]).view(2, 1, 1, 1),
         "noise": torch.tensor([2.0, -2.0]).view(2, 1, 1, 1),
         "timesteps": torch.tensor([0, 1]),
-        "prompts": torch.tensor([[[7.0]], [[8.0]]]),
+        "conditioning": {"encoder_hidden_states": torch.tensor([[[7.0]], [[8.0]]])},
         "rows": torch.tensor([0, 1]),
+        "weights": torch.tensor([[1.0, 1.0]] if prior_loss_weight is None else [[1.0], [prior_loss_weight]]),
     }
     scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=BETAS, prediction_type=prediction_type)
     denoiser = ConstantDenoiser(0.1)
@@ -53,10 +54,11 @@ def known_case(prediction_type: str, prior_loss_weight: float | None, snr_gamma:
         vae=IdentityVAE(),
         noise_scheduler=scheduler,
         dtype=torch.float32,
-        prior_loss_weight=prior_loss_weight,
         snr_gamma=snr_gamma,
     )
-    assert denoiser.called_with[2].flatten().tolist() == [7.0, 8.0], "each example has its prompt"
+    assert denoiser.called_with[2]["encoder_hidden_states"].flatten().tolist() == [7.0, 8.0], (
+        "each example has its prompt"
+    )
     return loss
 
 
@@ -112,7 +114,7 @@ def test_min_snr_weights_without_any_signal():
 
 def test_mean_squared_error_is_taken_in_fp32():
     """In fp16 the square of 300 overflows."""
-    loss = dreambooth_loss(torch.full((2, 1), 300.0).half(), torch.zeros(2, 1).half(), None)
+    loss = dreambooth_loss(torch.full((2, 1), 300.0).half(), torch.zeros(2, 1).half(), torch.ones(1, 2))
     assert loss.dtype == torch.float32 and loss.item() == 90000
 
 

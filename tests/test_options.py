@@ -247,7 +247,7 @@ trainer.join(trainer.find_place())
 denoiser = Denoiser(models.load_unet(sys.argv[2], None))
 optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
 lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), torch.ones(1, 77, 32))
+inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), {"encoder_hidden_states": torch.ones(1, 77, 32)})
 boosted = trainer.boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs)
 (ddp,) = (module for module in boosted.model.modules() if isinstance(module, DistributedDataParallel))
 reduced = []

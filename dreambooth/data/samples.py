@@ -38,6 +38,7 @@ class Examples:
         center_crop: whether images that are not square are cropped at the centre.
         latent_shape: (channels, height, width) of the latents.
         num_timesteps: timesteps of the noise schedule.
+        weight: of the examples' errors in the loss.
         noise_offset: standard deviation of the shift that the noise of a whole channel gets (Guttenberg, "Diffusion
             with offset noise", 2023): with it a model learns to make images that are dark or bright all over.
     """
@@ -54,6 +55,7 @@ class Examples:
         center_crop: bool,
         latent_shape: tuple[int, int, int],
         num_timesteps: int,
+        weight: float = 1.0,
         noise_offset: float = 0.0,
     ):
         self.photos = photos
@@ -65,6 +67,7 @@ class Examples:
         self.center_crop = center_crop
         self.latent_shape = latent_shape
         self.num_timesteps = num_timesteps
+        self.weight = weight
         self.noise_offset = noise_offset
         # By place in `photos`: mean and deviation of the VAE's posterior, times its scaling factor, for those that are
         # cached; (2, *latent_shape), float32.
@@ -96,6 +99,7 @@ class Examples:
             noise: `latent_shape`, float32, standard normal but for its offset; what the UNet has to find.
             timesteps: (), int64, from 0 to num_timesteps - 1.
             prompt_indices: (), int64.
+            weights: (), float32.
         """
         draw = generator(self.seed, self.draws, n)
         # Drawn in any case, so that the draws after it do not depend on the crop.
@@ -112,8 +116,12 @@ class Examples:
         if self.noise_offset:
             shifts = draw.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
             noise += self.noise_offset * torch.from_numpy(shifts)
-        prompt_index = self.prompt_indices[self.photos[place].prompt]
-        return image | {"noise": noise, "timesteps": timesteps, "prompt_indices": torch.tensor(prompt_index)}
+        return image | {
+            "noise": noise,
+            "timesteps": timesteps,
+            "prompt_indices": torch.tensor(self.prompt_indices[self.photos[place].prompt]),
+            "weights": torch.tensor(self.weight),
+        }
 
 
 class DreamBoothDataset(Dataset):
@@ -166,6 +174,7 @@ def build_dataset(
     instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
     prior = None
     if class_images:
+        settings["weight"] = args.prior_loss_weight
         prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
     return DreamBoothDataset(instance, prior, prompts)
 
@@ -175,12 +184,14 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
 
     Examples with and without latents may meet in a batch: `latents` has those of the first kind, `pixel_values` and
     `posterior_noise` those of the second, and `rows`, (batch,), int64, where in both together each example is.
+    `weights` is (examples of a sample, samples).
     """
     examples = [sample[part] for part in range(len(samples[0])) for sample in samples]
     keys = dict.fromkeys(key for example in examples for key in example)
     batch = {key: torch.stack([example[key] for example in examples if key in example]) for key in keys}
     latents_first = sorted(range(len(examples)), key=lambda row: "latents" not in examples[row])
-    return batch | {"rows": torch.tensor(latents_first).argsort()}
+    weights = batch["weights"].view(-1, len(samples))
+    return batch | {"rows": torch.tensor(latents_first).argsort(), "weights": weights}
 
 
 def _leave_all_but_images_to_the_trainer(worker: int) -> None:
@@ -200,7 +211,7 @@ def build_loader(
     ranks: Ranks,
     first_step: int = 0,
     workers: int | None = None,
-    prompts: torch.Tensor | None = None,
+    conditioning: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Yields this rank's batches of each step of the schedule, on its device.
 
@@ -211,8 +222,8 @@ def build_loader(
         first_step: steps that are passed over.
         workers: processes that make the batches. By default, on a GPU machine, four decode while the GPU computes; on
             the CPU they would only take its cores.
-        prompts: (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices name; None gives
-            it none.
+        conditioning: by prompts, (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices
+            name; None gives it none.
     """
     on_gpu = ranks.device.type == "cuda"
     if workers is None:
@@ -225,13 +236,16 @@ def build_loader(
         worker_init_fn=_leave_all_but_images_to_the_trainer,
         pin_memory=on_gpu,
     )
+
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(ranks.device, non_blocking=True)
+
     try:
         batches = []
         for batch in loader:
-            if prompts is not None:
-                rows = prompts[batch["prompt_indices"]]
-                batch["prompts"] = rows.pin_memory() if on_gpu else rows
-            batches.append({key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()})
+            rows = {name: by_prompt[batch["prompt_indices"]] for name, by_prompt in (conditioning or {}).items()}
+            rows = {name: to_device(one.pin_memory() if on_gpu else one) for name, one in rows.items()}
+            batches.append({key: to_device(value) for key, value in batch.items()} | {"conditioning": rows})
             if len(batches) == schedule.accumulation:
                 yield batches
                 batches = []

@@ -15,6 +15,10 @@ from transformers import CLIPTextModel
 from dreambooth.command_line.console import RunError
 from dreambooth.model.precision import all_finite
 
+# What a prediction depends on besides latents and timesteps: tensors whose first dimension is the batch, by the names
+# of the arguments of the module that takes them. A frozen text encoder leaves the UNet's, encoder_hidden_states
+# (batch, tokens, width); one that is trained takes input_ids (batch, tokens), int64.
+Conditioning = dict[str, Tensor]
 # Size of a flat parameter: so many elements that few are left, and so few that the first gradients are shared among
 # ranks while others are computed.
 FLAT_ELEMENTS = 64 * 2**20
@@ -88,7 +92,7 @@ class Piece:
 
 
 class Denoiser(torch.nn.Module):
-    """A UNet that is told what an image shows: by embeddings, or in tokens that its own text encoder reads.
+    """The UNet, and the text encoder if it is trained too.
 
     The names of its weights begin with the part that they belong to, "unet." or "text_encoder.".
 
@@ -114,21 +118,22 @@ class Denoiser(torch.nn.Module):
         """Returns the number of its weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the UNet's prediction.
 
         Args:
             noisy_latents: (batch, channels, height, width), in the dtype of the weights.
             timesteps: (batch,), int64.
-            prompts: (batch, tokens), int64, for the text encoder; without it (batch, tokens, width), its embeddings.
+            conditioning: what the text encoder takes; without it, what the UNet takes besides.
 
         Returns:
             Tensor of the shape of `noisy_latents`.
         """
         if self.is_flat:
             self._hand_out_weights(noisy_latents.device.type)
-        embeddings = prompts if self.text_encoder is None else self.text_encoder(prompts)[0]
-        return self.unet(noisy_latents, timesteps, embeddings).sample
+        if self.text_encoder is not None:
+            conditioning = {"encoder_hidden_states": self.text_encoder(**conditioning)[0]}
+        return self.unet(noisy_latents, timesteps, **conditioning).sample
 
     def _hand_out_weights(self, device_type: str) -> None:
         """Gives each module its piece of the flat parameters; under autocast in half precision, all at once."""
@@ -159,17 +164,19 @@ class Denoiser(torch.nn.Module):
             if isinstance(block, ResnetBlock2D | Transformer2DModel):
                 block.compile(dynamic=False)
 
-    def record(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, autocast: torch.dtype | None) -> None:
+    def record(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, autocast: torch.dtype | None
+    ) -> None:
         """Records the forward and backward pass as CUDA graphs: what the host would launch piece by piece, at once.
 
         To be done before the module is wrapped, with its weights on the GPU, where they have to stay in place.
 
         Args:
-            noisy_latents, timesteps, prompts: as in `forward`, of the shapes and dtypes of all that will follow.
+            noisy_latents, timesteps, conditioning: as in `forward`, of the shapes and dtypes of all that will follow.
             autocast: dtype of the autocast context in which the denoiser will be called; None for none.
         """
         with torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self, (noisy_latents, timesteps, prompts))
+            torch.cuda.make_graphed_callables(self, (noisy_latents, timesteps, conditioning))
         torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
 
     def flatten(self, multiple_of: int) -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
+from dreambooth.model.denoiser import Conditioning
+
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Tensor) -> Tensor:
@@ -84,43 +86,41 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: fl
 
 
 def dreambooth_loss(
-    prediction: Tensor, target: Tensor, prior_loss_weight: float | None, weights: Tensor | None = None
+    prediction: Tensor, target: Tensor, weights: Tensor, timestep_weights: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error in float32: the instance term, plus the weighted prior term.
+    """Mean squared error in float32: a mean over samples, of the weighted sum over a sample's examples.
 
     Args:
-        prediction, target: (batch, channels, height, width); with a prior, the first half of the batch are
-            instance examples and the second half class examples.
-        prior_loss_weight: weight of the prior term; None where there is no prior.
-        weights: (batch,), float32, of the examples within their term; None is 1 for each.
+        prediction, target: (examples * samples, channels, height, width): the first example of each sample, then the
+            second of each.
+        weights: (examples, samples), float32: 1 of instance examples, prior_loss_weight of class examples.
+        timestep_weights: (examples * samples,), float32; None is 1 for each.
 
     Returns:
         Scalar, float32.
     """
     errors = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    if weights is not None:
-        errors = errors * weights
-    if prior_loss_weight is None:
-        return errors.mean()
-    instance_errors, class_errors = errors.chunk(2)
-    return instance_errors.mean() + prior_loss_weight * class_errors.mean()
+    if timestep_weights is not None:
+        errors = errors * timestep_weights
+    return (errors.view_as(weights) * weights).mean(1).sum()
 
 
 def example_inputs(
-    samples: int, latent_shape: tuple[int, ...], prompts: Tensor, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+    examples: int, latent_shape: tuple[int, ...], conditioning: Conditioning, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Conditioning]:
     """Returns what `training_loss` would hand to the denoiser: zeros, of the same shapes and dtypes.
 
     Args:
-        samples: in a batch, class examples included.
+        examples: in a batch, class examples included.
         latent_shape: (channels, height, width).
-        prompts: of the run, of which a batch has rows.
+        conditioning: by all prompts of the run, of which a batch has rows.
         dtype: that of `training_loss`.
         device: the denoiser's.
     """
-    latents = torch.zeros(samples, *latent_shape, dtype=dtype, device=device)
-    timesteps = torch.zeros(samples, dtype=torch.int64, device=device)
-    return latents, timesteps, prompts[:1].to(device).repeat_interleave(samples, dim=0)
+    latents = torch.zeros(examples, *latent_shape, dtype=dtype, device=device)
+    timesteps = torch.zeros(examples, dtype=torch.int64, device=device)
+    rows = {name: one[:1].to(device).repeat_interleave(examples, dim=0) for name, one in conditioning.items()}
+    return latents, timesteps, rows
 
 
 def training_loss(
@@ -130,19 +130,17 @@ def training_loss(
     vae: AutoencoderKL,
     noise_scheduler: DDPMScheduler,
     dtype: torch.dtype,
-    prior_loss_weight: float | None,
     snr_gamma: float | None = None,
 ) -> Tensor:
     """Returns the loss of one batch.
 
     Args:
         denoiser: called as `dreambooth.model.denoiser.Denoiser`, wrapped or not.
-        batch: what `dreambooth.data.samples.collate` makes, on the denoiser's device, with prompts (batch, tokens),
-            int64, or (batch, tokens, width), as the denoiser takes them.
+        batch: what `dreambooth.data.samples.collate` makes, on the denoiser's device, with the conditioning by which
+            the denoiser is to predict.
         vae: frozen, on the same device where the batch has images to encode.
         noise_scheduler: adds the noise and defines the target.
         dtype: of the denoiser's weights, hence of its inputs.
-        prior_loss_weight: weight of the prior term; None where the batch has no class examples.
         snr_gamma: of `min_snr_weights`; None weighs all timesteps alike.
 
     Returns:
@@ -151,6 +149,6 @@ def training_loss(
     latents = latents_of(batch, vae)
     noisy_latents = noise_scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     target = target_of(noise_scheduler, latents, batch["noise"], batch["timesteps"])
-    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], batch["prompts"])
-    weights = None if snr_gamma is None else min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
-    return dreambooth_loss(prediction, target, prior_loss_weight, weights)
+    prediction = denoiser(noisy_latents.to(dtype), batch["timesteps"], batch["conditioning"])
+    of_timesteps = None if snr_gamma is None else min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    return dreambooth_loss(prediction, target, batch["weights"], of_timesteps)

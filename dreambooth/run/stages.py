@@ -20,7 +20,7 @@ from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_load
 from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.state import Checkpoint, Training
 from dreambooth.model import stable_diffusion as models
-from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.folder import find_model
 from dreambooth.model.loss import example_inputs, training_loss
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
@@ -200,7 +200,7 @@ class Samples:
 
     dataset: DreamBoothDataset
     steps: Iterator[list]
-    example_inputs: Callable[[torch.dtype], tuple[torch.Tensor, ...]]
+    example_inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, Conditioning]]
 
 
 def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[Samples, Denoiser]:
@@ -223,16 +223,17 @@ def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[
     )
     run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
-    prompts = models.tokenize(dataset.prompts, parts.tokenizer, parts.text_encoder)
+    conditioning = {"input_ids": models.tokenize(dataset.prompts, parts.tokenizer, parts.text_encoder)}
     denoiser = Denoiser(parts.unet, parts.text_encoder if args.train_text_encoder else None)
     if not args.train_text_encoder:
-        prompts = models.embed(prompts.to(ranks.device), parts.text_encoder, dtype)
+        embeddings = models.embed(conditioning["input_ids"].to(ranks.device), parts.text_encoder, dtype)
+        conditioning = {"encoder_hidden_states": embeddings}
     del parts.text_encoder, parts.unet  # the denoiser's, or of no more use
     with doing("caching latents"):
         cache_latents(args, dataset, parts.vae, ranks, dtype=dtype)
-    steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, prompts)
+    steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, conditioning)
     batch = args.train_batch_size * dataset.examples_per_sample
-    inputs = functools.partial(example_inputs, batch, latent_shape, prompts, device=ranks.device)
+    inputs = functools.partial(example_inputs, batch, latent_shape, conditioning, device=ranks.device)
     return Samples(dataset, steps, inputs), denoiser
 
 
@@ -243,7 +244,6 @@ def loss_by(run: Run, parts: Parts, dtype: torch.dtype) -> Callable:
         vae=parts.vae,
         noise_scheduler=parts.noise_scheduler,
         dtype=dtype,
-        prior_loss_weight=run.args.prior_loss_weight if run.args.with_prior_preservation else None,
         snr_gamma=run.args.snr_gamma,
     )
 
