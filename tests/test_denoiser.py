@@ -64,8 +64,8 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
             one.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     torch.manual_seed(0)
-    inputs = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
-    inputs = [tensor.to(device) for tensor in inputs]
+    latents, timesteps, tokens = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randint(99, (2, 7))
+    inputs = latents.to(device), timesteps.to(device), {"input_ids": tokens.to(device)}
     wanted = plain(*inputs)
     assert torch.equal(half(*inputs), wanted)
     dtypes.clear()
@@ -115,7 +115,8 @@ def test_discarded_activations_are_the_same_again(precision, tiny_model):
     keeping, discarding = build(tiny_model), build(tiny_model)
     discard_activations(discarding.unet)
     torch.manual_seed(0)
-    inputs = torch.randn(2, 4, 16, 16, dtype=precision), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
+    latents = torch.randn(2, 4, 16, 16, dtype=precision)
+    inputs = latents, torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
     kept, gradients = [], []
     for one in (keeping, discarding):
         one.to(precision).flatten(multiple_of=1)
