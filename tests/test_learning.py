@@ -21,8 +21,9 @@ SUBJECT, CLASS = "a sks dog", "a dog"
 PLACES = ("on the beach", "in the snow", "at night", "in the desert")  # in none of the instance images
 SEEDS = range(6)
 MARGIN = 0.05
-# Of the mean similarity between trainings that differ by little more than roundings: twelve on the CPU, whose learning
-# rates differ by parts in 10,000, six in fp32 (mean 0.611) and six in bf16 (0.612).
+# Of the mean similarity between trainings on GPUs that differ by little more than roundings: fifteen in bf16, whose
+# learning rates differ by parts in 10,000, with a rate that ends at 0, came to 0.014. At a constant rate the last few
+# steps decide which images show the subject: there it was 0.05, under torch_ddp as under the others.
 STANDARD_DEVIATION = 0.02
 
 FLAGS = {
@@ -102,7 +103,7 @@ def test_the_subject_is_learned_and_the_class_is_kept(changes):
 
 
 NPROC = min(torch.cuda.device_count(), 2) or 1
-GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 180}
+GPU_FLAGS = FLAGS | PRIOR | {"train_batch_size": 4 // NPROC, "max_train_steps": 350, "lr_scheduler": "cosine"}
 
 
 @pytest.fixture(scope="module")
