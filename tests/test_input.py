@@ -153,7 +153,6 @@ def test_on_several_ranks_the_line_appears_once(script, flags, photos, tmp_path)
     assert len(done.error_lines) == 1, done.stderr
     assert "cannot read the image" in done.error_lines[0] and "9.png" in done.error_lines[0]
     assert "exitcode  : 2" in done.stderr
-    assert done.seconds < 60
     assert not flags["output_dir"].exists()
 
 
@@ -169,7 +168,6 @@ def test_an_error_of_one_rank_alone_is_told(flags, photos, tmp_path):
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
     done = train(launcher, flags, nproc=2, check=False, env=env)
     assert len(done.error_lines) == 1 and "nowhere is not a folder" in done.error_lines[0]
-    assert done.seconds < 40
 
 
 def test_warnings(flags, tiny_model):
