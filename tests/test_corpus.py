@@ -976,7 +976,7 @@ def test_a_run_of_any_length_starts_at_once():
 
     class Numbers(torch.utils.data.Dataset):
         def __getitem__(self, n: int) -> list[dict]:
-            return [{"number": torch.tensor(n)}]
+            return [{"number": torch.tensor(n), "weights": torch.tensor(1.0)}]
 
     listed = []
 
