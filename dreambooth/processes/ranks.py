@@ -79,8 +79,9 @@ def join(place: Place) -> Ranks:
     if place.world_size > 1:  # accelerate and torch read these too
         os.environ |= {"LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(place.local_world_size)}
     if not dist.is_initialized():
-        rendezvous = {} if place.world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=IN_A_STEP, **rendezvous)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        where = alone if place.world_size == 1 else _where_to_meet()
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=IN_A_STEP, **where)
     found = dist.get_rank(), dist.get_world_size()
     if found != (place.rank, place.world_size):
         raise UserError(
@@ -89,6 +90,19 @@ def join(place: Place) -> Ranks:
         )
     _meeting_places[:] = _meeting_places or [dist.new_group(backend="gloo", timeout=APART)]
     return Ranks(*found, device)
+
+
+def _where_to_meet() -> dict:
+    """Returns the arguments of init_process_group by which ranks find each other, as torchrun has it.
+
+    torch 2.14 looks into the store of the attempt before where torchrun starts processes again, and finds the
+    addresses of some that are gone.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=IN_A_STEP))
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def meet() -> None:
