@@ -5,6 +5,7 @@
 
 project=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would heed it
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait for each other leave the cores to others
 
 # Prints how many GPUs torch sees: nvidia-smi also lists those that CUDA_VISIBLE_DEVICES hides, and parts of one. It is
 # asked first, as torch takes seconds to answer.

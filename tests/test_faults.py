@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, run out of disk or of numbers; each fault really happens."""
 
+import errno
 import json
 import os
 import random
@@ -29,6 +30,9 @@ from harness import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
+
+from dreambooth.run.tracker import Tracker
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 STEPS = 60
@@ -262,6 +266,20 @@ def test_a_disk_that_fills_up_loses_no_trained_pipeline(flags, tmp_path, report)
     assert done.returncode == 1 and f"the trained pipeline is whole in {saved} instead" in error
     assert StableDiffusionPipeline.from_pretrained(saved).unet.num_parameters() > 0
     report("disk full")
+
+
+def test_figures_that_cannot_be_written_end_nothing(tmp_path, capsys):
+    """As when others fill the disk during a run: TensorBoard's error does not even say which file it was about."""
+
+    def write(writer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tracker = object.__new__(Tracker)
+    tracker.writer = SummaryWriter(tmp_path)
+    tracker._log(write)
+    tracker._log(lambda writer: pytest.fail("it is written to again"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no figures go to TensorBoard from here on: ") and "No space left" in line
 
 
 def test_an_output_folder_that_takes_nothing_any_more(flags, tmp_path, report):

@@ -1,6 +1,7 @@
 """What a person sees on the terminal: one line for an error, once, and no noise from libraries."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -19,6 +20,8 @@ OTHERS_SPEAK_FIRST_S = 5
 # How often a log gets a line of progress.
 LOGGED_EVERY_S = 30
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+# Errors of a disk, of which a library may not say which file it was about.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def one_line(text: str) -> str:
@@ -136,7 +139,7 @@ def run_program(main: Callable[[], None], program: str) -> None:
     except KeyboardInterrupt:
         status = 130  # as a shell has it
         if is_rank_0():
-            print(f"{program}: interrupted before training began", file=sys.stderr)
+            print(f"{program}: interrupted, and nothing was to be saved", file=sys.stderr)
     except UserError as error:
         status = error.status
         _tell(program, str(error))
@@ -155,6 +158,8 @@ def run_program(main: Callable[[], None], program: str) -> None:
             print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename:
             _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
+        elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            _tell(program, f"while {getattr(error, 'doing', 'setting up the run')}: {error.strerror}")
         else:
             traceback.print_exc()
             _leave_to_torchrun(traceback.format_exc())

@@ -15,7 +15,8 @@ NAMES = (
     *("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGSTKFLT"),
 )
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-# A signal to torchrun reaches its processes more than once within moments; a session that ends sends two kinds.
+# A signal to torchrun, `timeout` or a shell's job reaches a process more than once within moments; a session that ends
+# sends two kinds.
 REPEATED_S = 2
 # torchrun also sends SIGTERM when a rank has died, to ranks that may wait for it in a collective for ever. They leave
 # when they have not got on for so long, and for so many times the longest step; torchrun kills them 30 s after the
@@ -32,7 +33,7 @@ class StopRequest:
 
     def __init__(self):
         self.name: str | None = None  # of the signal
-        self._number, self._since = 0, 0.0
+        self._since = 0.0
         self._heeded = threading.Event()
         self._got_on: float | None = None  # when; None before the first step, which may take as long as it likes
         self._longest_step = 0.0
@@ -85,10 +86,9 @@ class StopRequest:
 
     def _receive(self, number: int, frame: object) -> None:
         if not self:
-            self.name, self._number, self._since = signal.Signals(number).name, number, time.monotonic()
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
             return
-        launched = "TORCHELASTIC_RUN_ID" in os.environ
-        if time.monotonic() - self._since > REPEATED_S or (number == self._number and not launched):
+        if time.monotonic() - self._since > REPEATED_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from dreambooth.command_line.console import RunError, progress
+from dreambooth.command_line.console import RunError, first_line, progress, warn
 from dreambooth.data.samples import DreamBoothDataset
 from dreambooth.data.schedule import Schedule
 from dreambooth.processes.ranks import Ranks
@@ -135,8 +136,17 @@ class Tracker:
 
     def _close(self) -> None:
         self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
+        self._log(lambda writer: writer.close())
+
+    def _log(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Has TensorBoard's writer write; from where it cannot any more on, the run goes on without."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            self.writer = None
+            warn(f"no figures go to TensorBoard from here on: {first_line(error)}")
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one; `settle` has been called."""
@@ -214,8 +224,7 @@ class Tracker:
         self._take(math.inf)
         if self.failed_since < math.inf:
             raise self._failure()
-        if self.writer is not None:
-            self.writer.flush()
+        self._log(lambda writer: writer.flush())
 
     def show_images(self, name: str, images: np.ndarray, step: int) -> None:
         """Logs images after `step`.
@@ -225,7 +234,7 @@ class Tracker:
             images: (images, height, width, 3), uint8.
             step: optimizer steps done.
         """
-        self.writer.add_images(name, images, step, dataformats="NHWC")
+        self._log(lambda writer: writer.add_images(name, images, step, dataformats="NHWC"))
 
     def _take(self, last: float) -> None:
         """Takes the figures that have arrived, and waits for those up to step `last`."""
@@ -279,9 +288,8 @@ class Tracker:
         figures["images_per_second"] = images / self.seconds_per_step
         figures["peak_memory_gib"] = self.peak_memory_gib
         figures["peak_host_memory_gib"] = self.peak_host_memory_gib
-        if self.writer is not None:
-            for name, value in figures.items():
-                self.writer.add_scalar(name, value, step)
+        for name, value in figures.items():
+            self._log(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
         self.progress.set_postfix_str(
             f"loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
             f"{figures['images_per_second']:.1f} images/s, peak {figures['peak_memory_gib']:.1f} GiB"
