@@ -123,10 +123,10 @@ class Running:
 
 def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, on_gpu: bool = False, **options) -> Run:
     """Runs a trainer, on the CPU unless `on_gpu`; several processes through torchrun itself there, or if asked to."""
-    more = options.get("env", {})
-    # huggingface_hub reads its variables when it is imported.
-    forks = script in (COLOSSALAI, TRADITIONAL) and not any(name.startswith("HF_") for name in more)
-    if forks and not (torchrun or on_gpu):
+    # huggingface_hub reads its variables when it is imported; scripts of a test's own may be about torchrun's.
+    ours = script in (COLOSSALAI, TRADITIONAL)
+    fresh = "env" in options and not (ours and not any(name.startswith("HF_") for name in options["env"]))
+    if not (torchrun or on_gpu or fresh):
         return Running(script, command_line(flags), nproc, options.pop("env", None)).wait(**options)
     launcher = [sys.executable]
     if nproc > 1 or torchrun:

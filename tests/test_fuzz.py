@@ -137,7 +137,7 @@ class Numbered(DreamBoothDataset):
 
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
         images = [part.place_of(n) for part in self.parts]
-        return [{"number": torch.tensor(n), "images": torch.tensor(images)}]
+        return [{"number": torch.tensor(n), "images": torch.tensor(images), "weights": torch.tensor(1.0)}]
 
 
 def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
