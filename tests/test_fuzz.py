@@ -167,7 +167,7 @@ def test_the_stream_of_samples(instance_images, class_images, seed, world_size, 
         ranks = Ranks(rank, world_size, torch.device("cpu"))
         steps = list(build_loader(dataset, schedule, ranks, first_step))
         assert all(len(one["number"]) == batch for step in steps for one in step)
-        return [{key: sum((one[key].tolist() for one in step), []) for key in step[0]} for step in steps]
+        return [{key: sum((one[key].tolist() for one in step), []) for key in ("number", "images")} for step in steps]
 
     by_rank = [batches(rank) for rank in range(world_size)]
     taken = Counter(n for one_rank in by_rank for step in one_rank for n in step["number"])
