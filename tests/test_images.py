@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth.command_line.console import RunError, UserError
+from dreambooth.data import images
 from dreambooth.data.class_images import (
     Origin,
     check_class_images,
@@ -39,7 +40,7 @@ from dreambooth.data.images import (
 from dreambooth.data.instance_images import find_instance_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.randomness import Stream, starting_points
-from dreambooth.data.samples import build_dataset, build_loader, images
+from dreambooth.data.samples import build_dataset, build_loader
 from dreambooth.data.schedule import Schedule
 from dreambooth.model import stable_diffusion as models
 from dreambooth.processes.environment import Place
