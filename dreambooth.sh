@@ -10,4 +10,7 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/dreambooth/launch.sh"
 
+if [ -n "${PLUGIN:-}${PLACEMENT:-}" ]; then
+  echo "${0##*/}: warning: PLUGIN and PLACEMENT have no effect here, but on colossalai.sh" >&2
+fi
 train_and_compare train_dreambooth.py "$@"

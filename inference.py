@@ -10,11 +10,12 @@ another model stand beside them, from the same seeds; with --instance_data_dir, 
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
 """
 
-from dreambooth.command_line.console import UserError, quiet_libraries, run_program
+from dreambooth.command_line.console import UserError, before_imports, run_program
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dreambooth.command_line.arguments import MAX_SEED, OUTPUT_DIR, Parser, number
-from dreambooth.command_line.console import RunError, progress, say
+from dreambooth.command_line.console import RunError, counted, progress, say
+from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
 from dreambooth.model.folder import find_folder
 from dreambooth.model.precision import DTYPES
@@ -62,6 +64,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument(
         "model",
+        type=path,
         metavar="MODEL",
         nargs="?",
         default=OUTPUT_DIR,
@@ -71,12 +74,13 @@ def build_parser() -> Parser:
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
     parser.add_argument(
         "--compare_with",
+        type=path,
         metavar="MODEL",
         help="model to show beside, as before the training: a folder or a Hub id (default: none)",
     )
     parser.add_argument(
         "--instance_data_dir",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="photos of the subject: a row of them below (default: none)",
     )
@@ -92,6 +96,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--output",
+        type=path,
         default="image.png",
         metavar="FILE",
         help="image to write, over an earlier one of this program but no other file (default: image.png)",
@@ -143,7 +148,7 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
     pipeline.to(device)
     warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
     total = len(args.prompt) * args.num_images
-    pipeline.set_progress_bar_config(disable=total > 1)
+    pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in args.prompt:
             for number in range(args.num_images):
@@ -208,18 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not drawn:
             raise
         save_image(sheet(args, models, photos), output)
-        kept = f"{output} has the {counted(drawn)} drawn before"
+        kept = f"{output} has the {counted(drawn, 'image')} drawn before"
         if isinstance(error, UserError):
             raise RunError(f"{error}; {kept}") from error
         say(kept)
         raise
     save_image(sheet(args, models, photos), output)
-    say(f"{output}: {counted(sum(len(model.pictures) for model in models))}")
-
-
-def counted(images: int) -> str:
-    """Returns a number of images in words."""
-    return f"{images} image{'' if images == 1 else 's'}"
+    say(f"{output}: {counted(sum(len(model.pictures) for model in models), 'image')}")
 
 
 if __name__ == "__main__":

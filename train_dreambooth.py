@@ -13,9 +13,9 @@ On one GPU (or, with `accelerate launch --multi_gpu`, on several):
 Without a CUDA GPU it trains on the CPU.
 """
 
-from dreambooth.command_line.console import doing, quiet_libraries, run_program, say
+from dreambooth.command_line.console import before_imports, doing, run_program, say
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import argparse
 import contextlib

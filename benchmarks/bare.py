@@ -6,9 +6,9 @@ runs a trainer with its flags up to its first step, takes the steps on one batch
 each as JSON. `benchmarks.speed --bare` calls it to tell what all the rest of a trainer costs.
 """
 
-from dreambooth.command_line.console import quiet_libraries
+from dreambooth.command_line.console import before_imports
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import functools
 import importlib

@@ -10,9 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from dreambooth.command_line.console import quiet_libraries
+from dreambooth.command_line.console import before_imports
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel

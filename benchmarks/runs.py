@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dreambooth.command_line.console import quiet_libraries
+from dreambooth.command_line.console import before_imports
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import numpy as np
 import torch

@@ -9,9 +9,9 @@ GPU in fp32, without the latent cache, with the same batch, measured in the same
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
 
-from dreambooth.command_line.console import quiet_libraries
+from dreambooth.command_line.console import before_imports
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import argparse
 import itertools

@@ -7,6 +7,12 @@ project=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would heed it
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait for each other leave the cores to others
 
+# Ends the launcher with a line.
+fail() {
+  echo "${0##*/}: error: $1" >&2
+  exit 2
+}
+
 # Prints how many GPUs torch sees: nvidia-smi also lists those that CUDA_VISIBLE_DEVICES hides, and parts of one. It is
 # asked first, as torch takes seconds to answer.
 count_gpus() {
@@ -21,6 +27,8 @@ count_gpus() {
 
 if [ -z "${NPROC:-}" ]; then
   gpus=$(count_gpus)
+elif [[ ! $NPROC =~ ^[1-9][0-9]*$ ]]; then
+  fail "NPROC=$NPROC is no number of processes, such as 2"
 fi
 if [ -z "${MODEL_NAME:-}" ]; then
   MODEL_NAME=$project/assets/tiny-stable-diffusion
@@ -72,9 +80,7 @@ train_and_compare() {
   shift
   for argument in "$@"; do
     if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
-      echo "$script: error: ${argument%%=*}: set ${SETTINGS[${argument%%=*}]} in the environment instead, which" \
-        "the comparison follows too" >&2
-      exit 2
+      fail "${argument%%=*}: set ${SETTINGS[${argument%%=*}]} in the environment instead, which the comparison follows too"
     fi
     case $previous$argument in
       --revision=* | --variant=*) before+=("$previous$argument") ;;  # of the model before the training
@@ -84,15 +90,13 @@ train_and_compare() {
       --revision | --variant) previous=$argument= ;;
       --external_unet_path* | --externel_unet_path*)
         if [ -n "$COMPARISON" ]; then
-          echo "$script: error: ${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the" \
-            "training; set COMPARISON= for none" >&2
-          exit 2
+          fail "${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the training; set COMPARISON= for none"
         fi
         ;;
       --dry_run | --help | -h) COMPARISON= ;;  # after which there is nothing to compare
     esac
   done
-  if [ -n "$COMPARISON" ] && [ -e "$COMPARISON" ]; then  # known now, and not after the training
+  if [ -n "$COMPARISON" ]; then  # known now, and not after the training
     PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.run.image_file "$COMPARISON"
   fi
   if [ "$NPROC" -gt 1 ]; then  # one process needs no launcher, and then no process group either

@@ -1,6 +1,7 @@
 """A tiny model and a few photos, made once."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from harness import SHARED_DATA
+from harness import COLOSSALAI, SHARED_DATA, train
 from PIL import Image
 
 from benchmarks import random_model
@@ -92,13 +93,32 @@ def flags(tiny_model, photos, tmp_path):
     }
 
 
+# Prior preservation with seven class images, which no sampling batch divides.
+PRIOR = {
+    "with_prior_preservation": True,
+    "class_prompt": "a photo of dog",
+    "num_class_images": 7,
+    "sample_batch_size": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def class_images(once, tiny_model, photos):
+    """The class images that a run generates, which takes longer than most tests."""
+
+    def make(folder):
+        run = {
+            "pretrained_model_name_or_path": tiny_model,
+            "instance_data_dir": photos,
+            "instance_prompt": "a sks dog",
+        }
+        run |= {"resolution": 32, "max_train_steps": 1, "seed": 1, "output_dir": folder / "out"}
+        train(COLOSSALAI, run | PRIOR | {"class_data_dir": folder / "class_images"})
+
+    return once("class images", make) / "class_images"
+
+
 @pytest.fixture
-def prior(tmp_path):
-    """Flags of prior preservation with seven generated class images, which no sampling batch divides."""
-    return {
-        "with_prior_preservation": True,
-        "class_data_dir": tmp_path / "class_images",
-        "class_prompt": "a photo of dog",
-        "num_class_images": 7,
-        "sample_batch_size": 2,
-    }
+def prior(class_images, tmp_path):
+    """Flags of prior preservation; the class images are there."""
+    return PRIOR | {"class_data_dir": shutil.copytree(class_images, tmp_path / "class_images")}

@@ -664,7 +664,7 @@ MODELS = {
         {"tokenizer_name": ROOT / "assets/tiny-stable-diffusion/tokenizer"},
         "917 tokens, of which the text encoder knows",
     ),
-    "tokenizer missing": Case({"tokenizer_name": "./nowhere"}, "cannot load the tokenizer of ./nowhere"),
+    "tokenizer missing": Case({"tokenizer_name": "./nowhere"}, "--tokenizer_name ./nowhere is not a folder"),
     "prediction of the sample": Case(
         change_json("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type 'sample'"
     ),

@@ -342,6 +342,14 @@ def test_class_images_of_ones_own_and_of_older_versions_are_used(tiny_model, tmp
     assert "00001.png is of one colour (1 such)" in warning
 
 
+def test_class_images_that_are_all_there_may_be_on_a_disk_that_takes_none(tiny_model, tmp_path, monkeypatch):
+    generate(class_flags(tiny_model, tmp_path, num_class_images=2))
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert len(check_class_images(class_flags(tiny_model, tmp_path, num_class_images=2), ALONE)) == 2
+    with pytest.raises(UserError, match="--class_data_dir .*: no permission to read and write"):
+        check_class_images(class_flags(tiny_model, tmp_path, num_class_images=3), ALONE)
+
+
 def test_a_dry_run_stands_in_for_class_images(tiny_model, tmp_path, capfd):
     args = class_flags(tiny_model, tmp_path / "class", dry_run=True)
     photos = generate(args)

@@ -190,8 +190,17 @@ def test_only_images_of_this_program_are_written_over(suffix, tmp_path):
     text.write_text("mine")
     link.symlink_to(photo)
     for path in (photo, text, link):
-        with pytest.raises(UserError, match=rf"--output {path} is there, and does not say that this program has made"):
+        with pytest.raises(UserError, match=rf"--output {path} is there, and is not as this program makes"):
             check_image_file(path, "--output")
     for _ in range(2):
         check_image_file(ours, "--output")
         save_image(picture, ours)
+    with Image.open(ours) as image:
+        image.load()
+        exif = image.getexif()
+    image.putpixel((1, 1), (0, 0, 255))  # edited, by a program that keeps what the file says of its maker
+    image.save(ours, exif=exif)
+    with pytest.raises(UserError, match="is not as this program makes"):
+        check_image_file(ours, "--output")
+    with pytest.raises(UserError, match="has to end in .png"):  # a format that says nothing of its maker
+        check_image_file(tmp_path / "picture.bmp", "--output")

@@ -11,6 +11,7 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, t
 from PIL import Image
 
 from benchmarks import random_model
+from dreambooth.command_line.arguments import build_parser
 
 # Flags changed from those of a good run, and what the error line has to say.
 BAD_FLAGS = {
@@ -38,6 +39,15 @@ BAD_FLAGS = {
         "0.png has no caption: give it one, or all without one an --instance_prompt",
     ),
     "fp16 on the CPU": ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a CUDA GPU"),
+    "output into the photos": ({"output_dir": "{photos}"}, "--output_dir is the folder of --instance_data_dir"),
+    "tokenizer out of reach": (
+        {"tokenizer_name": "no/such"},
+        "no/such is no folder, and cannot be had from the Hub: ",
+    ),
+    "data set out of reach": (
+        {"dataset_name": "no/such", "instance_data_dir": None},
+        "no/such is neither a folder nor a file, and cannot be had from the Hub: no answer; see to the network",
+    ),
     "several": (
         {"instance_data_dir": "nowhere", "with_prior_preservation": True, "class_prompt": "a dog"},
         "also needs --class_data_dir; --instance_data_dir nowhere is not a folder",
@@ -78,12 +88,24 @@ def assert_one_line(done, expected: str) -> None:
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(case, flags):
+def test_bad_flags(case, flags, photos):
     changed, expected = BAD_FLAGS[case]
     # Both scripts share the parser; each meets half of the cases.
     script = (COLOSSALAI, TRADITIONAL)[sorted(BAD_FLAGS).index(case) % 2]
-    assert_one_line(train(script, flags | changed, check=False), expected)
+    changed = {name: str(photos) if value == "{photos}" else value for name, value in changed.items()}
+    done = train(script, flags | changed, check=False, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert_one_line(done, expected)
+    assert len(done.stderr.splitlines()) <= 2, "besides, that there is no GPU"
     assert not flags["output_dir"].exists()
+
+
+def test_a_home_directory_behind_an_equal_sign(monkeypatch):
+    """A shell leaves it there as it is."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    words = ["--pretrained_model_name_or_path=~/sd", "--output_dir=~/out", "--instance_prompt=~ sks"]
+    args = build_parser("").parse_args(words)
+    assert args.pretrained_model_name_or_path == "/home/someone/sd" and args.output_dir == "/home/someone/out"
+    assert args.instance_prompt == "~ sks"
 
 
 @pytest.mark.parametrize("case", BAD_PLUGINS)
@@ -125,7 +147,7 @@ def test_hub_id_that_cannot_be_had(flags):
         check=False,
         env={"HF_HUB_OFFLINE": "1"},
     )
-    assert_one_line(done, "nobody/nothing is no folder, and cannot be had from the Hub: Cannot reach")
+    assert_one_line(done, "nobody/nothing is no folder, and cannot be had from the Hub: HF_HUB_OFFLINE is set")
 
 
 def test_output_path_that_is_a_file(flags, tmp_path):
@@ -226,8 +248,8 @@ def test_hub_that_cannot_be_reached_is_known_before_training(flags):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end as a colour image"),
-        (["nowhere", "--prompt", "a dog", "--output", "dog.xbm"], "--output dog.xbm: the name has to end as a"),
+        (["nowhere", "--prompt", "a dog", "--output", "dog"], "--output dog: the name has to end in .png"),
+        (["nowhere", "--prompt", "a dog", "--output", "dog.xbm"], "--output dog.xbm: the name has to end in .png"),
         (["nowhere", "--prompt", "a dog", "--device", "cuda"], "--device cuda: no CUDA GPU was found"),
         (["nowhere", "--prompt", "a dog", "--num_images", "0"], "'0' is not a whole number of at least 1"),
     ],
@@ -239,4 +261,4 @@ def test_inference(words, expected):
 def test_inference_with_a_hub_id_that_cannot_be_had():
     env = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = run([sys.executable, "inference.py", "nowhere", "--prompt", "a dog"], env=env, check=False)
-    assert_one_line(done, "MODEL nowhere is no folder, and cannot be had from the Hub: Cannot reach")
+    assert_one_line(done, "MODEL nowhere is no folder, and cannot be had from the Hub: HF_HUB_OFFLINE is set")

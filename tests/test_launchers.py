@@ -20,7 +20,7 @@ SETTINGS = {
 }
 # In place of the real ones where only their words count: each prints its name, its threads and its words, a line each.
 STUB = """#!/bin/sh
-if [ "$1" = -c ]; then echo "$TORCH_GPUS"; exit; fi
+case $1 in -c) echo "$TORCH_GPUS"; exit ;; -m) exit ;; esac
 printf '%s\\n' "${0##*/}" "threads ${OMP_NUM_THREADS-all}" "$@" ""
 """
 
@@ -78,7 +78,7 @@ def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, p
     settings = {"MODEL_NAME": "model", "INSTANCE_DIR": "photos", "COMPARISON": "", "NPROC": nproc, "CLASS_DIR": ""}
     more = ["--resolution", "32", "--num_class_images", "2", "--max_train_steps", "3"]
     done = launch(launcher, tmp_path, settings, *more)
-    assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} samples" in done.stdout
+    assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} sample" in done.stdout
     assert len(scalars(tmp_path / "a folder with spaces", "loss")) == 3, "the later --max_train_steps wins"
     StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "a folder with spaces", "class_images"}
@@ -88,7 +88,7 @@ def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, p
 def test_with_nothing_set_the_small_model_is_trained_and_compared(tmp_path):
     """A step of 4 samples on any number of processes; pictures of 128 px. What sets them is the same in both."""
     done = launch("colossalai.sh", tmp_path, {}, "--max_train_steps", "1", "--num_class_images", "4")
-    assert f"on {min(2, os.cpu_count())} x cpu, 1 steps of 4 samples" in done.stdout
+    assert f"on {min(2, os.cpu_count())} x cpu, 1 step of 4 samples" in done.stdout
     comparison = Image.open(tmp_path / "comparison.png")
     assert comparison.width == 4 * (128 + 8) + 8 and comparison.height > 8 * 128, "six prompts and the instance images"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
@@ -154,6 +154,22 @@ def test_a_picture_of_somebody_else_is_not_written_over(launcher, tmp_path):
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
     assert "COMPARISON comparison.png is there" in done.error_lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+    done = launch(launcher, tmp_path, {"COMPARISON": "sheets/c.txt"}, check=False)
+    assert done.returncode == 2 and "COMPARISON sheets/c.txt: the name has to end in .png" in done.error_lines[0]
+
+
+@pytest.mark.parametrize("nproc", ["0", "two", "-1"])
+def test_processes_that_are_no_number(nproc, tmp_path):
+    done = launch("dreambooth.sh", tmp_path, {"NPROC": nproc}, check=False)
+    assert (
+        done.returncode == 2
+        and done.stderr == f"dreambooth.sh: error: NPROC={nproc} is no number of processes, such as 2\n"
+    )
+
+
+def test_a_plugin_for_the_process_that_has_none(tmp_path):
+    done = launch("dreambooth.sh", tmp_path, {"PLUGIN": "gemini", "COMPARISON": ""}, "--help")
+    assert "PLUGIN and PLACEMENT have no effect here" in done.stderr
 
 
 def test_defaults_are_those_of_the_project(tmp_path):

@@ -34,7 +34,7 @@ FLAGS = {
     "learning_rate": 5e-4,
     "seed": 0,
 }
-PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 24}
+PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 12}
 
 
 def similarities(model, prompt: str) -> torch.Tensor:
@@ -68,7 +68,7 @@ def changes(before, tmp_path_factory):
     """How much each image's similarity changes in two trainings on the CPU, by (training, prompt)."""
     folder = tmp_path_factory.mktemp("learning")
     trainings = {
-        "with prior": PRIOR | {"class_data_dir": folder / "class_images", "max_train_steps": 180},
+        "with prior": PRIOR | {"class_data_dir": folder / "class_images", "max_train_steps": 110},
         "without prior": {"max_train_steps": 70},
     }
     changes = {}

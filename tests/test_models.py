@@ -28,6 +28,7 @@ from dreambooth.model.stable_diffusion import (
     load_tokenizer,
     load_unet,
     load_vae,
+    warn_of_dropout,
 )
 from dreambooth.model.weights import choose_weights
 
@@ -38,6 +39,19 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 def model(tiny_model, tmp_path):
     """A model to change."""
     return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_dropout_is_told(tiny_model, capfd):
+    """It draws what no seed of a run fixes."""
+    unet, text_encoder = load_unet(tiny_model, None), load_text_encoder(tiny_model, None)
+    warn_of_dropout(unet, text_encoder)
+    assert not capfd.readouterr().err
+    unet.mid_block.resnets[0].dropout.p = 0.25
+    warn_of_dropout(unet, text_encoder)
+    assert "the model has dropout of 0.25" in capfd.readouterr().err
+    text_encoder.text_model.encoder.layers[0].self_attn.dropout = 0.5
+    warn_of_dropout(unet, text_encoder)
+    assert "the model has dropout of 0.5" in capfd.readouterr().err
 
 
 def into_shards(folder, part, variant=None):

@@ -329,6 +329,17 @@ def test_noise_offset_shifts_whole_channels_and_no_other_draw(photos):
     assert len(shifts.unique()) == shifts.numel()
 
 
+def test_a_picture_where_a_validation_image_goes_is_known_before_training(short):
+    output_dir = short["output_dir"]
+    (output_dir / "validation").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(output_dir / "validation" / "step-2.png")
+    options = {"validation_prompt": "a sks dog", "num_validation_images": 1}
+    done = train(COLOSSALAI, short | options | {"validation_steps": 2}, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1
+    assert "validation/step-2.png is there, and is not as this program makes them" in done.error_lines[0]
+    train(COLOSSALAI, short | options)  # which draws after the last step alone
+
+
 @BOTH
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_validation_draws_the_current_weights_and_changes_nothing(script, nproc, short, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from dreambooth.run.checkpoint import (
 )
 from dreambooth.run.room import room_of
 
+OUTSIDE = json.dumps({"files": {"../mine": asdict(output.Written(1, 1, ""))}})  # a listing that no run writes
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 
 
@@ -62,7 +64,9 @@ def a_checkpoint(folder: Path, text: str = "", **state) -> Path:
 def a_pipeline(folder: Path, text: str, *names: str) -> Path:
     """A small one: each file says which pipeline it is of."""
     names = ("model_index.json", "unet/config.json", *names)
-    return write(folder, dict.fromkeys(names, text) | {"dreambooth.json": json.dumps({"files": names, "is": text})})
+    write(folder, dict.fromkeys(names, text))
+    files = {name: asdict(output.Written.now(folder / name)) for name in names}
+    return write(folder, {"dreambooth.json": json.dumps({"files": files, "is": text})})
 
 
 def enter(output_dir: Path) -> None:
@@ -125,7 +129,11 @@ def test_only_what_the_listing_names_is_the_pipelines(tmp_path):
         ("vae", lambda path: write(path, {"a": ""}), "has a vae that this"),
         ("scheduler", lambda path: path.symlink_to("/nowhere"), "has a scheduler that this"),
         ("tokenizer", lambda path: path.mkdir(), None),
-        ("dreambooth.json", lambda path: path.write_text('{"files": ["../mine"]}'), "has a dreambooth.json that this"),
+        (
+            "dreambooth.json",
+            lambda path: path.write_text(OUTSIDE),
+            "has a dreambooth.json that this",
+        ),
         ("logs", lambda path: path.mkdir(), None),
     ):
         folder = tmp_path / name
@@ -145,6 +153,31 @@ def test_only_what_the_listing_names_is_the_pipelines(tmp_path):
         (linked / name).symlink_to(linked / "elsewhere")
         with pytest.raises(UserError, match=f"{name} is a link"):
             enter(linked)
+
+
+def test_a_file_that_was_changed_is_not_ours_any_more(tmp_path):
+    """One of another size, one of the same size, and one in whose place a folder is; a copy of all is as good."""
+    for name, change in (
+        ("longer", lambda file: file.write_text("earlier and merged")),
+        ("other", lambda file: file.write_text("EARLIER")),
+        ("folder", lambda file: (file.unlink(), file.mkdir(), (file / "mine").touch())),
+    ):
+        changed = a_pipeline(tmp_path / name, "earlier")
+        change(changed / "unet/config.json")
+        with pytest.raises(UserError, match="unet/config.json is not as this program has written it: move it away"):
+            enter(changed)
+        # And one that changes while a run trains: the new pipeline stays beside it.
+        before = files_in(changed)
+        staged = a_pipeline(changed / "pipeline-step-4", "new")
+        with pytest.raises(OSError, match="unet/config.json was changed meanwhile"):
+            output._put_in_place(staged, changed)
+        assert {file: body for file, body in files_in(changed).items() if not file.startswith("pipeline-")} == before
+    ours = a_pipeline(tmp_path / "ours", "earlier")
+    (ours / "unet/config.json").unlink()  # of which nothing can be lost
+    enter(ours)
+    copy = shutil.copytree(a_pipeline(tmp_path / "moved", "earlier"), tmp_path / "copy", copy_function=shutil.copy)
+    os.utime(copy / "unet/config.json", (1, 1))
+    enter(copy)
 
 
 def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):
@@ -196,7 +229,8 @@ def test_a_second_run_replaces_its_own_files_alone(script, flags, tiny_model):
     mine = {"unet/notes.txt": "mine", "samples/1.txt": "mine", "README.md": "mine"}
     write(output_dir, mine)
     first = unet_weights(output_dir / "unet")
-    train(script, flags | {"seed": 2})
+    done = train(script, flags | {"seed": 2})
+    assert f"{output_dir} has a pipeline of step 2, written 2" in done.stdout
     assert any(not torch.equal(tensor, first[name]) for name, tensor in unet_weights(output_dir / "unet").items())
     assert {name: (output_dir / name).read_text() for name in mine} == mine
     assert not list(output_dir.glob(".*")) and not list(output_dir.glob("pipeline*"))
@@ -288,7 +322,7 @@ def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(pipeline, tin
     output_dir.mkdir()
     save()
     listing = json.loads((output_dir / "dreambooth.json").read_text())
-    listing["files"].remove("vae/config.json")  # as if it were a user's
+    del listing["files"]["vae/config.json"]  # as if it were a user's
     (output_dir / "dreambooth.json").write_text(json.dumps(listing))
     earlier, staged = files_in(output_dir), output_dir / "pipeline-step-4"
     with pytest.raises(RunError, match=rf"vae/config.json is there.*; it is whole in {staged}$"):

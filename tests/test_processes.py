@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, unet_weights, wait_for
 from test_hub import Hub
 
 from benchmarks import random_model
@@ -50,6 +51,18 @@ def test_the_place_of_a_process(environment, words, place):
     assert find_place() == place
 
 
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL, "inference.py"])
+def test_an_interrupt_during_the_imports_is_quiet(script):
+    """They take seconds, in which many a person thinks better of it."""
+    command = [sys.executable, script, "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_for(lambda: "libtorch" in maps.read_text())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == -signal.SIGINT and not out and not err
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
@@ -80,7 +93,7 @@ def test_both_scripts_read_the_environment_alike(script, flags):
 def test_what_accelerate_launch_asks_for_acts_or_is_told(script, flags):
     asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     done = train(script, flags | {"max_train_steps": 1}, env=asked)
-    assert "precision bf16" in done.stdout and "1 steps of 2 samples" in done.stdout
+    assert "precision bf16" in done.stdout and "1 step of 2 samples" in done.stdout
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: no effect" in done.stderr
     done = train(script, flags | {"max_train_steps": 1, "mixed_precision": "no"}, env=asked)
     assert "precision no" in done.stdout

@@ -7,9 +7,9 @@ First the VAE is trained, then UNet and text encoder together on its latents; on
 from the weights in the output folder; `--vae_minutes 0` leaves the VAE as it is. `--sheet` draws sixteen prompts.
 """
 
-from dreambooth.command_line.console import quiet_libraries
+from dreambooth.command_line.console import before_imports
 
-quiet_libraries()  # before the imports that warn
+before_imports(__name__)
 
 import argparse
 import copy

@@ -12,6 +12,7 @@ import torch
 from setproctitle import getproctitle, setproctitle
 
 from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.paths import path, same_folder, unwritable
 
 OUTPUT_DIR = "dreambooth-model"
 MAX_SEED = 2**32 - 1  # numpy takes as much
@@ -122,6 +123,7 @@ def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
+        type=path,
         required=True,
         metavar="MODEL",
         help="Stable Diffusion 1.x or 2.x to start from: a folder in diffusers' layout, or a Hub id",
@@ -138,11 +140,15 @@ def _add_model(parser: Parser) -> None:
     group.add_argument(
         "--external_unet_path",
         "--externel_unet_path",
+        type=path,
         metavar="FOLDER",
         help="train the UNet of this folder instead of MODEL's (default: MODEL's)",
     )
     group.add_argument(
-        "--tokenizer_name", metavar="NAME", help="tokenizer to use: a folder or a Hub id (default: MODEL's)"
+        "--tokenizer_name",
+        type=path,
+        metavar="NAME",
+        help="tokenizer to use: a folder or a Hub id (default: MODEL's)",
     )
     group.add_argument(
         "--tokenizer_max_length",
@@ -161,6 +167,7 @@ def _add_data(parser: Parser) -> None:
     group = parser.add_argument_group("images of the subject")
     group.add_argument(
         "--instance_data_dir",
+        type=path,
         metavar="FOLDER",
         help="3 to 6 images of the subject: png, jpg, jpeg, webp or bmp; captions are in NAME.txt or NAME.caption "
         "beside NAME.png, or in a metadata.jsonl as file_name and text (default: none; this or --dataset_name is "
@@ -168,6 +175,7 @@ def _add_data(parser: Parser) -> None:
     )
     group.add_argument(
         "--dataset_name",
+        type=path,
         metavar="NAME",
         help="instead of a folder of images: the train split of a data set that the `datasets` library loads: a "
         "folder, a file such as a .parquet, or a Hub id (default: none)",
@@ -232,6 +240,7 @@ def _add_prior(parser: Parser) -> None:
     )
     group.add_argument(
         "--class_data_dir",
+        type=path,
         metavar="FOLDER",
         help="images of the class; those missing are generated into it before training",
     )
@@ -486,6 +495,7 @@ def _add_output(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_dir",
+        type=path,
         default=OUTPUT_DIR,
         metavar="FOLDER",
         help=f"where the trained pipeline goes (default: {OUTPUT_DIR})",
@@ -514,6 +524,7 @@ def _add_output(parser: Parser) -> None:
     )
     group.add_argument(
         "--resume_from_checkpoint",
+        type=path,
         metavar="latest|FOLDER",
         help="go on from a checkpoint: the newest in --output_dir, the one named, or the one of that name in "
         "--output_dir, such as checkpoint-500 (default: start anew)",
@@ -525,6 +536,7 @@ def _add_output(parser: Parser) -> None:
     )
     group.add_argument(
         "--logging_dir",
+        type=path,
         default="logs",
         metavar="FOLDER",
         help="TensorBoard folder inside --output_dir (default: logs)",
@@ -577,16 +589,18 @@ def _problems(args: argparse.Namespace) -> list[str]:
         missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(args, name)]
         if missing:
             problems.append(f"--with_prior_preservation also needs {' and '.join(missing)}")
-        elif args.instance_data_dir and _same_folder(args.class_data_dir, args.instance_data_dir):
+        elif args.instance_data_dir and same_folder(args.class_data_dir, args.instance_data_dir):
             problems.append("--class_data_dir is the folder of --instance_data_dir: class images need their own")
-        elif not missing:
-            problems += unwritable("--class_data_dir", args.class_data_dir)
+        elif args.output_dir and same_folder(args.class_data_dir, args.output_dir):
+            problems.append("--class_data_dir is the folder of --output_dir: class images need their own")
     problems += _problems_of_instance_images(args)
     problems += unwritable("--output_dir", args.output_dir)
     for part in (*PIPELINE, "validation"):
         if os.path.isfile(os.path.join(args.output_dir, part)):
             problems.append(f"--output_dir {args.output_dir} has a file named {part}, where a folder goes")
-    if _same_folder(args.output_dir, args.pretrained_model_name_or_path):
+    if args.instance_data_dir and same_folder(args.output_dir, args.instance_data_dir):
+        problems.append("--output_dir is the folder of --instance_data_dir: the trained pipeline needs its own")
+    if same_folder(args.output_dir, args.pretrained_model_name_or_path):
         problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
     logs = os.path.join(args.output_dir, args.logging_dir)
     if {*Path(os.path.normpath(args.logging_dir)).parts[:1]} & {*PIPELINE}:
@@ -618,31 +632,6 @@ def _problems_of_instance_images(args: argparse.Namespace) -> list[str]:
         return ["the images of the subject are missing: --instance_data_dir names a folder, --dataset_name a data set"]
     if folder and not os.path.isdir(folder):
         return [f"--instance_data_dir {folder} is not a folder"]
-    return []
-
-
-def _same_folder(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:  # one is not there
-        return False
-
-
-def unwritable(flag: str, folder: str) -> list[str]:
-    """Returns what keeps a run from writing into a folder, which need not be there yet; nothing is written."""
-    try:
-        os.lstat(folder)
-        if not os.path.isdir(folder):
-            return [f"{flag} {folder} is a file; name a folder"]
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        return [f"{flag} {folder} cannot be made: {error.strerror}"]
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
     return []
 
 

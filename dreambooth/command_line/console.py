@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,11 @@ def one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """Returns the first line of what a library says, or the kind of error where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class UserError(ValueError):
@@ -129,42 +135,57 @@ def run_program(main: Callable[[], None], program: str) -> None:
     has ended keep quiet. The first error is left to torchrun too, which repeats it at the end.
     """
     threading.excepthook = _thread_failed
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         return
-    except Stopped as stopped:
-        status = STOPPED_STATUS
-        if is_rank_0():
-            print(f"{program}: {stopped}", file=sys.stderr)
-    except KeyboardInterrupt:
-        status = 130  # as a shell has it
-        if is_rank_0():
-            print(f"{program}: interrupted, and nothing was to be saved", file=sys.stderr)
-    except UserError as error:
-        status = error.status
-        _tell(program, str(error))
-    except ToldByRank0 as told:
-        (status,) = told.args
-    except Exception as error:
-        # Not at the top: warnings are silenced before torch is imported.
-        from dreambooth.command_line.limits import explain
-
-        status = 1
-        if told := explain(error):
-            _tell(program, one_line(told))
-        elif _misses_a_rank(error):
-            time.sleep(OTHERS_SPEAK_FIRST_S)
-            print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
-        elif isinstance(error, OSError) and error.filename:
-            _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
-        elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
-            _tell(program, f"while {getattr(error, 'doing', 'setting up the run')}: {error.strerror}")
-        else:
-            traceback.print_exc()
-            _leave_to_torchrun(traceback.format_exc())
+    except (Exception, KeyboardInterrupt) as error:
+        _interrupts_end_at_once()
+        status = _report(program, error)
     # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
     sys.stderr.flush()
     os._exit(status)
+
+
+def _interrupts_end_at_once() -> None:
+    """Has Ctrl-C end this process as any other program, without the traceback of Python's own handler."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _report(program: str, error: BaseException) -> int:
+    """Prints what a person has to know of what has ended a program, and returns the exit status."""
+    if isinstance(error, Stopped):
+        if is_rank_0():
+            print(f"{program}: {error}", file=sys.stderr)
+        return STOPPED_STATUS
+    if isinstance(error, KeyboardInterrupt):
+        if is_rank_0():
+            print(f"{program}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
+    if isinstance(error, UserError):
+        _tell(program, str(error))
+        return error.status
+    if isinstance(error, ToldByRank0):
+        return error.args[0]
+    # Not at the top: warnings are silenced before torch is imported.
+    from dreambooth.command_line.limits import explain
+
+    if told := explain(error):
+        _tell(program, one_line(told))
+    elif _misses_a_rank(error):
+        time.sleep(OTHERS_SPEAK_FIRST_S)
+        print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
+    elif isinstance(error, OSError) and error.filename:
+        _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
+    elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        _tell(program, f"while {getattr(error, 'doing', 'setting up the run')}: {error.strerror}")
+    else:
+        traceback.print_exception(error)
+        _leave_to_torchrun("".join(traceback.format_exception(error)))
+    return 1
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
@@ -196,8 +217,16 @@ def _leave_to_torchrun(error: str) -> None:
             json.dump({"message": {"message": error, "extraInfo": details}}, file)
 
 
-def quiet_libraries() -> None:
-    """Keeps warnings out of sight that a user can do nothing about, and idle processes away; before the imports."""
+def before_imports(module: str) -> None:
+    """Keeps out of sight what libraries warn of and a user can do nothing about, and idle processes away.
+
+    Ctrl-C ends a program without a traceback meanwhile: the imports take seconds, and leave nothing to be saved.
+
+    Args:
+        module: name of the one that is going to import; a program's is "__main__".
+    """
+    if module == "__main__":
+        _interrupts_end_at_once()
     # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.command_line.console import RunError, UserError, doing, first_line, one_line, progress, say, warn
+from dreambooth.command_line.paths import PARTIAL, unwritable
 from dreambooth.data.images import (
-    PARTIAL,
     NotFinite,
     Photo,
     check_crops,
@@ -109,12 +109,17 @@ def check_class_images(args: argparse.Namespace, place: Place) -> list[Photo]:
     """Returns those of the images in --class_data_dir that a run uses, this process's share of them looked at.
 
     Raises:
-        UserError: if one cannot be used, or was generated for another prompt.
+        UserError: if one cannot be used, or was generated for another prompt, or some are missing and the folder takes
+            none.
     """
-    if not args.with_prior_preservation or not os.path.isdir(args.class_data_dir):
+    if not args.with_prior_preservation:
         return []
     folder, wanted = args.class_data_dir, images_to_use(args, args.num_class_images)
-    if not list_images(folder):
+    present = list_images(folder)[:wanted] if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK) else []
+    problems = unwritable("--class_data_dir", folder)
+    if problems and len(present) < wanted:
+        raise UserError(problems[0])
+    if not present:
         return []
     photos = find_images(folder, "--class_data_dir", wanted, resolution=args.resolution, place=place)
     _refuse_others(args, photos, prompt=args.class_prompt)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import functional as F
 
 from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.paths import partial_name
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import from_all_ranks
 from dreambooth.processes.threads import cores_of, in_threads
@@ -32,8 +32,6 @@ OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", "
 TEST_RUN_IMAGES = 10
 # Of the images that this process has decoded last, scaled; 250 of them at 512 pixels.
 CACHE_BYTES = 2**28
-# In the names of files that are not whole.
-PARTIAL = ".partial"
 # Of a PNG file: what it was generated from.
 ORIGIN = "dreambooth"
 ALONE = Place()
@@ -398,11 +396,6 @@ def pictures_of(images: np.ndarray) -> list[Image.Image]:
     if not finite.all():
         raise NotFinite(int(finite.argmin()))
     return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]
-
-
-def partial_name(path: Path) -> Path:
-    """Returns a hidden name beside `path`, for it to have while it is written, that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
 @contextlib.contextmanager

@@ -9,8 +9,12 @@ import os
 import re
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+
 from dreambooth.command_line.console import UserError, first_line, say, warn
 from dreambooth.data.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
+from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
 from dreambooth.processes.environment import Place
 from dreambooth.processes.threads import cores_of, in_threads
 
@@ -193,8 +197,10 @@ def _load_dataset(args: argparse.Namespace):
     datasets.disable_progress_bars()
     name, config = args.dataset_name, args.dataset_config_name
     flag = f"--dataset_name {name}"
-    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{flag} is neither a folder nor a file")
+    if not os.path.exists(name):
+        if not can_be_hub_id(name):
+            raise UserError(f"{flag} is neither a folder nor a file")
+        _ask_the_hub(name, flag)
     try:
         if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
             splits = datasets.load_from_disk(name)
@@ -213,6 +219,22 @@ def _load_dataset(args: argparse.Namespace):
     if isinstance(rows.features.get(args.image_column), datasets.Image):
         rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
     return rows
+
+
+def _ask_the_hub(name: str, flag: str) -> None:
+    """Finds out at once whether the Hub has a data set, which the library asks it for half a minute.
+
+    Raises:
+        UserError: if not, or nobody answers; where HF_HUB_OFFLINE is set, it is left to the library's cache.
+    """
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+    except OfflineModeIsEnabled:
+        return
+    except Exception as error:  # whatever the network and the Hub can answer
+        raise UserError(
+            f"{flag} is neither a folder nor a file, and cannot be had from the Hub: {hub_reason(error)}"
+        ) from error
 
 
 def _file_in(rows, number: int, column: str) -> bytes:
@@ -242,4 +264,6 @@ def _checked(caption: object, where: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8, which every editor can save it as"
     return getattr(error, "strerror", None) or first_line(error)

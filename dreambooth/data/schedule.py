@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dreambooth.command_line.console import counted
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -27,7 +29,8 @@ class Schedule:
 
     def __str__(self) -> str:
         times = f" x {self.accumulation}" if self.accumulation > 1 else ""
-        return f"{self.steps} steps of {self.total_batch} samples ({self.world_size} ranks x {self.batch}{times})"
+        steps, samples = counted(self.steps, "step"), counted(self.total_batch, "sample")
+        return f"{steps} of {samples} ({counted(self.world_size, 'rank')} x {self.batch}{times})"
 
     @property
     def total_batch(self) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from dreambooth.command_line.console import UserError, first_line, warn
+from dreambooth.command_line.console import UserError, warn
+from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
 from dreambooth.model.stable_diffusion import (
     INDEX,
     KINDS,
@@ -21,8 +22,6 @@ from dreambooth.model.stable_diffusion import (
     unet_folder,
 )
 from dreambooth.model.weights import Weights, shard_names, weight_files
-
-HUB_TIMEOUT_S = 30
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -50,6 +49,24 @@ def find_model(args: argparse.Namespace) -> Path:
     )
 
 
+def find_tokenizer(name: str | None) -> Path | None:
+    """Returns the folder of --tokenizer_name; a Hub id is downloaded, or found in the Hub's cache.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name is None or os.path.isdir(name):
+        return name and Path(name)
+    if os.path.isfile(name) or not can_be_hub_id(name):
+        raise UserError(f"--tokenizer_name {name} is not a folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=("*.json", "*.txt"), etag_timeout=HUB_TIMEOUT_S))
+    except Exception as error:  # whatever the network and the Hub can answer
+        raise UserError(
+            f"--tokenizer_name {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
+        ) from error
+
+
 def find_folder(
     name: str,
     flag: str,
@@ -75,8 +92,7 @@ def find_folder(
     """
     folder = Path(name)
     if not os.path.isdir(folder):
-        # A Hub id is "name" or "owner/name"; everything else can only have meant a path.
-        if os.path.isfile(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if os.path.isfile(folder) or not can_be_hub_id(name):
             raise UserError(f"{flag} {name} is not a folder")
         folder = _download(name, flag, parts, revision, variant)
     missing = sorted(part for part in parts if not (folder / part).is_dir())
@@ -139,7 +155,7 @@ def _download(name: str, flag: str, parts: Set[str], revision: str | None, varia
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             raise UserError(
-                f"{flag} {name} is no folder, and cannot be had from the Hub: {first_line(error)}"
+                f"{flag} {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
             ) from error
     files = [file.rfilename for file in info.siblings or ()]
     if INDEX not in files:
@@ -162,4 +178,4 @@ def _download(name: str, flag: str, parts: Set[str], revision: str | None, varia
     except UserError:
         raise
     except Exception as error:  # as above
-        raise UserError(f"{flag} {name} cannot be had from the Hub: {first_line(error)}") from error
+        raise UserError(f"{flag} {name} cannot be had from the Hub: {hub_reason(error)}") from error

@@ -141,11 +141,11 @@ def _fill(module: torch.nn.Module, files: list[Path], folder: Path) -> torch.nn.
     return module
 
 
-def load_tokenizer(model: Path, other: str | None) -> CLIPTokenizer | CLIPTokenizerFast:
-    """Loads the tokenizer of `model`, or of the folder or Hub id `other` where that is given."""
+def load_tokenizer(model: Path, other: Path | None) -> CLIPTokenizer | CLIPTokenizerFast:
+    """Loads the tokenizer of `model`, or that in the folder `other` where one is given."""
     folder = other or model / "tokenizer"
     # Newer releases of transformers save a tokenizer.json alone, which CLIPTokenizer of older ones cannot load.
-    files = os.listdir(folder) if os.path.isdir(folder) else ()
+    files = os.listdir(folder)
     kind = CLIPTokenizerFast if "tokenizer.json" in files and "vocab.json" not in files else CLIPTokenizer
     with loading("tokenizer", other or model):
         return kind.from_pretrained(folder)
@@ -191,6 +191,15 @@ def load_unet(
     folder = unet_folder(external or model)
     with loading("UNet", folder):
         return _load_weights("unet", folder, dtype, variant)
+
+
+def warn_of_dropout(*parts: torch.nn.Module) -> None:
+    """Warns of parts whose dropout is on in training: it draws what no seed and no checkpoint of a run fixes."""
+    modules = [module for part in parts for module in part.modules()]
+    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    rates += [module.dropout for module in modules if isinstance(vars(module).get("dropout"), float)]  # as CLIP has it
+    if max(rates, default=0.0) > 0:
+        warn(f"the model has dropout of {max(rates):g}, drawn anew in each run: a resumed one does not go on exactly")
 
 
 def load_noise_scheduler(model: Path) -> DDPMScheduler:

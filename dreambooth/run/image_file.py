@@ -5,10 +5,7 @@
 checks that images can be written to a file, as the launchers do before they train.
 """
 
-from dreambooth.command_line.console import RunError, UserError, first_line, quiet_libraries, run_program
-
-quiet_libraries()  # before the imports that warn
-
+import hashlib
 import io
 import os
 import sys
@@ -17,10 +14,10 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from dreambooth.command_line.arguments import unwritable
-from dreambooth.data.images import partial_name
+from dreambooth.command_line.console import RunError, UserError, first_line, run_program
+from dreambooth.command_line.paths import partial_name, unwritable
 
-SOFTWARE, PROGRAM = 0x0131, "dreambooth"  # the EXIF tag that names the program that made an image
+SOFTWARE = 0x0131  # the EXIF tag that names the program that made an image
 
 
 def format_of(path: Path) -> str:
@@ -28,11 +25,31 @@ def format_of(path: Path) -> str:
     return Image.registered_extensions()[path.suffix.lower()]
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is an image that `save_image` has written; formats without EXIF cannot tell."""
+def encoded(image: Image.Image, format: str) -> bytes:
+    """Returns an image file with a mark of this program, and of the pixels that a reader sees in it."""
+    plain = _encode(image, format, "")
+    with Image.open(io.BytesIO(plain)) as seen:
+        return _encode(image, format, _mark(seen))
+
+
+def _encode(image: Image.Image, format: str, software: str) -> bytes:
+    exif = Image.Exif()
+    exif[SOFTWARE] = software
+    file = io.BytesIO()
+    image.save(file, format, exif=exif)
+    return file.getvalue()
+
+
+def _mark(image: Image.Image) -> str:
+    return f"dreambooth {hashlib.sha256(image.convert('RGB').tobytes()).hexdigest()[:16]}"
+
+
+def is_ours(file: Path | io.BytesIO) -> bool:
+    """Whether an image file is as `save_image` has written it: not another's, and not edited since."""
     try:
-        with Image.open(path) as image:
-            return image.getexif().get(SOFTWARE) == PROGRAM
+        with Image.open(file) as image:
+            software = image.getexif().get(SOFTWARE)
+            return software is not None and software == _mark(image)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
         return False
 
@@ -41,12 +58,15 @@ def check_image_file(path: Path, flag: str) -> None:
     """Finds what would keep images from being written to a file.
 
     Raises:
-        UserError: if the name is not that of an image, or is that of something else, or nothing can be written there.
+        UserError: if the name is not that of an image which can be marked, or is that of something else, or nothing
+            can be written there.
     """
     try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), format_of(path))
-    except (KeyError, OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: the name has to end as a colour image's does, such as .png") from error
+        can_be_marked = is_ours(io.BytesIO(encoded(Image.new("RGB", (16, 16)), format_of(path))))
+    except (KeyError, OSError, ValueError):
+        can_be_marked = False
+    if not can_be_marked:
+        raise UserError(f"{flag} {path}: the name has to end in .png, .jpg, .jpeg, .webp or .tiff")
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
     problems = unwritable(flag, str(path.parent))
@@ -60,7 +80,7 @@ def check_image_file(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be made: {error.strerror}") from error
     if path.exists() and not is_ours(path):
         raise UserError(
-            f"{flag} {path} is there, and does not say that this program has made it: name another file, or remove it"
+            f"{flag} {path} is there, and is not as this program makes them: name another file, or move it away"
         )
 
 
@@ -72,11 +92,9 @@ def save_image(image: Image.Image, path: Path) -> None:
     """
     file = Path(os.path.realpath(path))  # a link stays one
     partial = partial_name(file)
-    exif = Image.Exif()
-    exif[SOFTWARE] = PROGRAM
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format_of(path), exif=exif)
+        partial.write_bytes(encoded(image, format_of(path)))
         os.replace(partial, file)
     except (OSError, ValueError) as error:
         partial.unlink(missing_ok=True)

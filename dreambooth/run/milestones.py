@@ -12,6 +12,7 @@ from dreambooth.processes.ranks import from_rank_0, meet, stop_early
 from dreambooth.run.checkpoint import save_checkpoint
 from dreambooth.run.room import has_room_to_spare
 from dreambooth.run.tracker import Tracker
+from dreambooth.run.validation import is_due
 
 DRY_RUN_STEPS = 2  # the first one warms up
 
@@ -62,7 +63,7 @@ class Milestones:
             return stop or self.steps_seen == DRY_RUN_STEPS
         asked = step % args.save_steps == 0  # by a flag, so that it is kept
         saves = asked or stop or (save and step < steps)
-        validates = args.validation_prompt and not stop and (step % args.validation_steps == 0 or step == steps)
+        validates = not stop and is_due(args, step, steps)
         if saves or validates:
             self.tracker.settle()
             with self.tracker.request.unhurried():

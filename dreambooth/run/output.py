@@ -1,17 +1,19 @@
 """What a run leaves behind: the trained pipeline in its output folder, and its copy on the Hub.
 
-The pipeline's files, and no others, are listed in dreambooth.json beside them, which is how this program knows later
-what it may replace, and what it uploads.
+The pipeline's files, and no others, are listed in dreambooth.json beside them, each with its size, its time and its
+digest. So this program knows later what it may replace, and what it uploads; what was changed since, it leaves alone.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -19,7 +21,8 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dreambooth.command_line.arguments import PIPELINE
-from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, warn
+from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, one_line, say, warn
+from dreambooth.model.hub import hub_reason
 from dreambooth.model.libraries import save_whole_pipeline
 from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_whole
 
@@ -67,17 +70,74 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
     enter_output_dir(args)
+    if (output_dir / INDEX).exists() and not args.dry_run:
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / INDEX).stat().st_mtime))
+        step = read_listing(output_dir).get("step")
+        say(f"{one_line(str(output_dir))} has a pipeline of step {step}, written {written}: this run replaces it")
 
 
-def pipeline_files(folder: Path) -> list[str]:
-    """Returns the files of the pipeline that this program has written into a folder, by their paths inside."""
+@dataclass(frozen=True)
+class Written:
+    """What a file was when this program wrote it.
+
+    Args:
+        size: in bytes.
+        mtime_ns: when it was written, in nanoseconds since the epoch.
+        sha256: of its content, hexadecimal.
+    """
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def now(cls, path: Path) -> "Written":
+        """Returns what a file is now."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, digest_of(path))
+
+    def is_still(self, path: Path) -> bool:
+        """Whether a file is what it was. It is read only where its time is another, as that of a copy is."""
+        status = path.stat()
+        if status.st_size != self.size:
+            return False
+        return status.st_mtime_ns == self.mtime_ns or digest_of(path) == self.sha256
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_listing(folder: Path) -> dict:
+    """Returns what the listing in a folder says; empty if there is none, or it is none of this program's.
+
+    Its "files" are those of the pipeline that this program has written into the folder, by their paths inside.
+    """
     try:
-        files = json.loads((folder / LISTING).read_text())["files"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
-    if not isinstance(files, list) or not all(isinstance(name, str) and _is_inside(name) for name in files):
-        return []
-    return files
+        listing = json.loads((folder / LISTING).read_text())
+        files = {name: Written(**written) for name, written in listing["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {"files": {}}
+    return listing | {"files": files if all(map(_is_inside, files)) else {}}
+
+
+def pipeline_files(folder: Path) -> dict[str, Written]:
+    """Returns the files of the pipeline that this program has written into a folder, by their paths inside."""
+    return read_listing(folder)["files"]
+
+
+def _changed(folder: Path, files: dict[str, Written]) -> str | None:
+    """Returns the first of the files that are there and are not what they were."""
+    return next((name for name, file in files.items() if _is_other(folder / name, file)), None)
+
+
+def _is_other(path: Path, file: Written) -> bool:
+    return path.exists() and not (path.is_file() and file.is_still(path))
 
 
 def _is_inside(name: str) -> bool:
@@ -98,13 +158,19 @@ def _check_parts(output_dir: Path) -> None:
                 f"--output_dir {output_dir}: {link} is a link, which is neither replaced nor written through: "
                 "remove it, or name another folder"
             )
+    if changed := _changed(output_dir, files):
+        raise UserError(
+            f"--output_dir {output_dir}: {changed} is not as this program has written it: "
+            "move it away, or name another folder"
+        )
     for part in (INDEX, *PIPELINE, LISTING):
         path = output_dir / part
         ours = files if part == LISTING else [name for name in files if PurePosixPath(name).parts[0] == part]
         is_there = os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
         if is_there and not ours:
+            told = "" if part == LISTING else f", as {LISTING} would tell"
             raise UserError(
-                f"--output_dir {output_dir} has a {part} that this program did not write, as {LISTING} would tell: "
+                f"--output_dir {output_dir} has a {part} that this program did not write{told}: "
                 "move it away, or name another folder"
             )
 
@@ -153,9 +219,9 @@ def save_pipeline(
         with written_whole(folder, size) as partial:
             save_whole_pipeline(pipeline, partial)
             leave_out_paths(partial, hub_id)
-            files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
-            listing = origin | {"files": sorted({*files} - {MARK})}
-            (partial / LISTING).write_text(json.dumps(listing, indent=1))
+            files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MARK)
+            states = {path.relative_to(partial).as_posix(): asdict(Written.now(path)) for path in files}
+            (partial / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))
 
     name = f"pipeline-step-{step}"
     try:
@@ -206,8 +272,11 @@ def _put_in_place(staged: Path, output_dir: Path) -> None:
     Raises:
         OSError: if it cannot be done; then the earlier pipeline is back, and the new one whole in `staged`.
     """
+    files = pipeline_files(output_dir)
+    if changed := _changed(output_dir, files):
+        raise OSError(f"{output_dir / changed} was changed meanwhile")
     aside = beside(output_dir / "pipeline", ASIDE)
-    new, earlier = _index_first(pipeline_files(staged)), _index_first(pipeline_files(output_dir))
+    new, earlier = _index_first(pipeline_files(staged)), _index_first(files)
     try:
         with written_whole(aside, 0) as folder:
             (folder / CHANGE).write_text(json.dumps({"staged": staged.name, "new": new, "earlier": earlier}))
@@ -222,7 +291,7 @@ def _put_in_place(staged: Path, output_dir: Path) -> None:
         _settle(aside)
 
 
-def _index_first(files: list[str]) -> list[str]:
+def _index_first(files: Iterable[str]) -> list[str]:
     """Returns the files of a pipeline, and their listing, in the order in which they go."""
     return sorted([*files, LISTING] if files else [], key=lambda name: (name != INDEX, name))
 
@@ -303,7 +372,7 @@ def prepare_hub(args: argparse.Namespace) -> str | None:
     try:
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
-        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {first_line(error)}") from error
+        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error)}") from error
 
 
 def upload(args: argparse.Namespace, repo_id: str) -> None:
@@ -324,6 +393,6 @@ def upload(args: argparse.Namespace, repo_id: str) -> None:
         parts = sorted({PurePosixPath(name).parts[0] for name in files})
         include = " ".join(part if part == INDEX else f"'{part}/*'" for part in parts)
         raise RunError(
-            f"--push_to_hub: {first_line(error)}; the pipeline is whole in {output_dir}: "
+            f"--push_to_hub: {hub_reason(error)}; the pipeline is whole in {output_dir}: "
             f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
         ) from error

@@ -21,7 +21,7 @@ from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.state import Checkpoint, Training
 from dreambooth.model import stable_diffusion as models
 from dreambooth.model.denoiser import Conditioning, Denoiser
-from dreambooth.model.folder import find_model
+from dreambooth.model.folder import find_model, find_tokenizer
 from dreambooth.model.loss import example_inputs, training_loss
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.processes.environment import Place, find_place
@@ -39,7 +39,7 @@ from dreambooth.run.milestones import Milestones
 from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.run.room import check_room
 from dreambooth.run.tracker import Tracker
-from dreambooth.run.validation import validate
+from dreambooth.run.validation import check_validation_images, validate
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Inputs:
     instance_images: list[Photo]
     class_images: list[Photo]
     model_folder: Path
+    tokenizer_folder: Path | None  # None where it is the model's
 
 
 def check_inputs(args: argparse.Namespace) -> Inputs:
@@ -65,7 +66,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     enter_output_dir(args)
     model_folder = find_model(args)
     check_origins(args, class_images, model_folder)
-    return Inputs(place, instance_images, class_images, model_folder)
+    return Inputs(place, instance_images, class_images, model_folder, find_tokenizer(args.tokenizer_name))
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Run:
         precision: "no", "bf16" or "fp16".
         instance_images, class_images: those that were found, with their facts.
         model_folder: of the model to train.
+        tokenizer_folder: of another tokenizer; None for the model's.
         checkpoint: from which the run goes on; None for a new one.
         seed: of every draw.
         schedule: of steps and samples.
@@ -91,6 +93,7 @@ class Run:
     instance_images: list[Photo]
     class_images: list[Photo]
     model_folder: Path
+    tokenizer_folder: Path | None
     checkpoint: Checkpoint | None
     seed: int
     schedule: Schedule
@@ -124,7 +127,7 @@ def agree(args: argparse.Namespace, inputs: Inputs, ranks: Ranks, precision: str
     checkpoint = find_checkpoint(args)
     seed = seed_of(args, checkpoint)
     schedule = plan(args, ranks.world_size, images_per_epoch(args, instance_images))
-    found = instance_images, inputs.class_images, inputs.model_folder
+    found = instance_images, inputs.class_images, inputs.model_folder, inputs.tokenizer_folder
     run = Run(args, ranks, precision, *found, checkpoint, seed, schedule)
     run.settle("settings", flag_settings(args, schedule, seed=seed, precision=precision))
     return replace(run, repo_id=prepare_hub(args))
@@ -156,12 +159,13 @@ def load_parts(run: Run) -> Parts:
     """
     args, folder = run.args, run.model_folder
     trained = None if run.checkpoint is None else run.checkpoint.folder
-    tokenizer = models.load_tokenizer(folder, args.tokenizer_name)
+    tokenizer = models.load_tokenizer(folder, run.tokenizer_folder)
     text_encoder = models.load_text_encoder(folder, trained, variant=args.variant)
     vae = models.load_vae(folder, args.resolution, variant=args.variant)
     unet = models.load_unet(folder, trained or args.external_unet_path, variant=args.variant)
     models.check_parts_fit(tokenizer, text_encoder, vae, unet)
     models.check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
+    models.warn_of_dropout(*([unet, text_encoder] if args.train_text_encoder else [unet]))
     noise_scheduler = models.load_noise_scheduler(folder)
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
     frozen = [vae] if args.train_text_encoder else [vae, text_encoder]
@@ -169,6 +173,7 @@ def load_parts(run: Run) -> Parts:
     run.settle("frozen parts", {"frozen parts": models.fingerprint(*frozen)})
     sizes = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
     pipeline_size = check_room(args, run.schedule, first_step=run.first_step, **sizes)
+    check_validation_images(args, first_step=run.first_step, steps=run.schedule.steps)
     prepare_output_dir(args)
     load_pipeline = functools.partial(models.load_pipeline, folder, variant=args.variant, tokenizer=tokenizer)
     return Parts(tokenizer, text_encoder, vae, unet, noise_scheduler, load_pipeline, pipeline_size)

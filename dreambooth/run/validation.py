@@ -1,6 +1,7 @@
 """Images of --validation_prompt while the training goes on."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,30 @@ from dreambooth.run.image_file import check_image_file, save_image
 from dreambooth.run.tracker import Tracker
 
 INFERENCE_STEPS = 25
+
+
+def check_validation_images(args: argparse.Namespace, *, first_step: int, steps: int) -> None:
+    """Finds files of somebody else's where the validation images of a run of `steps` steps go; on rank 0.
+
+    Args:
+        args: the flags.
+        first_step: steps that an earlier run has done.
+        steps: optimizer steps of the whole run.
+
+    Raises:
+        UserError: naming one.
+    """
+    if not args.validation_prompt or not is_rank_0():
+        return
+    for file in sorted(Path(args.output_dir, "validation").glob("step-*.png")):
+        step = int(number[1]) if (number := re.fullmatch(r"step-([1-9]\d*)\.png", file.name)) else 0
+        if first_step < step <= steps and is_due(args, step, steps):
+            check_image_file(file, "--validation_prompt:")
+
+
+def is_due(args: argparse.Namespace, step: int, steps: int) -> bool:
+    """Whether images are drawn after `step` of `steps`."""
+    return bool(args.validation_prompt) and (step % args.validation_steps == 0 or step == steps)
 
 
 def validate(

@@ -1,0 +1,45 @@
+"""Files and folders that flags name: what stands in the way of writing to them, known before any work."""
+
+import os
+import secrets
+from pathlib import Path
+
+PARTIAL = ".partial"  # ends the name of a file while it is written
+
+
+def path(text: str) -> str:
+    """Returns what a flag names, with ~ as the home directory: in --flag=~/folder a shell leaves it."""
+    return os.path.expanduser(text)
+
+
+def same_folder(one: str, other: str) -> bool:
+    """Whether two names are of one folder that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there
+        return False
+
+
+def unwritable(flag: str, folder: str) -> list[str]:
+    """Returns what keeps a run from writing into a folder, which need not be there yet; nothing is written."""
+    try:
+        os.lstat(folder)
+        if os.path.islink(folder) and not os.path.exists(folder):
+            return [f"{flag} {folder} is a link to {os.readlink(folder)}, which is not there: make that, or remove it"]
+        if not os.path.isdir(folder):
+            return [f"{flag} {folder} is a file; name a folder"]
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return [f"{flag} {folder} cannot be made: {error.strerror}"]
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
+    return []
+
+
+def partial_name(file: Path) -> Path:
+    """Returns a hidden name beside a file, for it to have while it is written, that no other process uses."""
+    return file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
