@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,7 @@ def run_on_small_disk(output_dir: Path, size: str, script: str) -> subprocess.Co
 def test_a_disk_too_small_is_known_before_any_time_is_spent(script, flags, prior, report):
     """Five checkpoints do not fit on 8 MiB beside the pipeline; no class image has been generated then."""
     output_dir = flags["output_dir"]
+    shutil.rmtree(prior["class_data_dir"])
     command = shlex.join([sys.executable, script, *command_line(flags | prior | {"save_steps": 2})])
     done = run_on_small_disk(output_dir, "8m", f"{command}; status=$?; ls -A {output_dir}; exit $status")
     assert done.returncode == 2 and done.stdout.split() == []
@@ -354,6 +356,7 @@ def test_a_rank_that_fails_in_the_data(flags, tmp_path, report):
 @BOTH
 def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, report):
     """An image of the second batch cannot be written, whichever rank takes it: a folder has its name."""
+    shutil.rmtree(prior["class_data_dir"])
     (prior["class_data_dir"] / "00002.png").mkdir(parents=True)
     run = start_torchrun(script, flags | prior, tmp_path / "log")
     wait_for((prior["class_data_dir"] / "00000.png").is_file)

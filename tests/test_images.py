@@ -200,17 +200,18 @@ def test_work_in_threads_is_in_order_and_not_far_ahead():
     assert done == list(range(50))
 
 
-def test_two_runs_write_one_image_at_once(tmp_path):
+def test_two_runs_write_one_image_at_once(tmp_path, monkeypatch):
     """The second begins and ends while the first has yet to give its file the name."""
     path, red, blue = tmp_path / "00000.png", *(Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 
-    class Slow(Image.Image):
-        def save(self, file, format, exif):
-            red.save(file, format=format, exif=exif)
-            save_image(blue, path)
-            assert save_new(png_of(blue, ""), tmp_path / "new.png")
+    def slow(*names):
+        monkeypatch.undo()
+        save_image(blue, path)
+        assert save_new(png_of(blue, ""), tmp_path / "new.png")
+        os.replace(*names)
 
-    save_image(Slow(), path)
+    monkeypatch.setattr(os, "replace", slow)
+    save_image(red, path)
     assert not save_new(png_of(red, ""), tmp_path / "new.png")
     found = [load_image(photo_of(one)).tobytes() for one in (path, tmp_path / "new.png")]
     assert found == [red.tobytes(), blue.tobytes()]

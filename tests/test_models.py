@@ -225,8 +225,9 @@ def test_models_in_shards_and_variants_train(model, flags, prior, tmp_path):
     """As the plain ones do, to the bit; with class images and validation images, which pipelines of their own draw."""
     flags |= prior | {"validation_prompt": "a dog", "max_train_steps": 1, "num_class_images": 1}
     flags |= {"num_validation_images": 1, "pretrained_model_name_or_path": model}
+    flags |= {"class_data_dir": tmp_path / "plain class"}
     _, losses, weights = losses_and_weights(TRADITIONAL, flags | {"output_dir": tmp_path / "plain"})
-    images = [tmp_path / "class_images" / "00000.png", tmp_path / "plain" / "validation" / "step-1.png"]
+    images = [tmp_path / "plain class" / "00000.png", tmp_path / "plain" / "validation" / "step-1.png"]
     images = [Image.open(image).tobytes() for image in images]
 
     into_variant(model, "fp16", ["vae", "text_encoder"])
