@@ -6,6 +6,7 @@ outputs; answers with a line each for the ids of its processes and its exit stat
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -77,6 +78,9 @@ def wait(pids: list[int]) -> int:
 
 def main() -> None:
     assert threading.active_count() == 1, "a fork has the thread that forks only"
+    # A fork's collector would go through all that was imported, and copy the pages of it.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         run = json.loads(line)
         more = run.pop("env")
