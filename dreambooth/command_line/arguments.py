@@ -591,15 +591,11 @@ def _problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--with_prior_preservation also needs {' and '.join(missing)}")
         elif args.instance_data_dir and same_folder(args.class_data_dir, args.instance_data_dir):
             problems.append("--class_data_dir is the folder of --instance_data_dir: class images need their own")
-        elif args.output_dir and same_folder(args.class_data_dir, args.output_dir):
-            problems.append("--class_data_dir is the folder of --output_dir: class images need their own")
     problems += _problems_of_instance_images(args)
     problems += unwritable("--output_dir", args.output_dir)
     for part in (*PIPELINE, "validation"):
         if os.path.isfile(os.path.join(args.output_dir, part)):
             problems.append(f"--output_dir {args.output_dir} has a file named {part}, where a folder goes")
-    if args.instance_data_dir and same_folder(args.output_dir, args.instance_data_dir):
-        problems.append("--output_dir is the folder of --instance_data_dir: the trained pipeline needs its own")
     if same_folder(args.output_dir, args.pretrained_model_name_or_path):
         problems.append("--output_dir is the folder of --pretrained_model_name_or_path, which it would replace")
     logs = os.path.join(args.output_dir, args.logging_dir)
