@@ -24,8 +24,8 @@ os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
 
 
 def pytest_collection_modifyitems(items):
-    # The longest first, so that no process is left alone with it.
-    items.sort(key=lambda item: item.path.stem != "test_learning")
+    # The longest first, so that no process is left alone with them.
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -92,6 +92,8 @@ def flags(tiny_model, photos, tmp_path):
         "output_dir": tmp_path / "out",
     }
 
+
+LONG = ("test_learning", "test_faults", "test_launchers", "test_benchmarks", "test_processes", "test_training")
 
 # Prior preservation with seven class images, which no sampling batch divides.
 PRIOR = {
