@@ -186,8 +186,7 @@ def test_an_error_of_one_rank_alone_is_told(flags, photos, tmp_path):
         "    sys.argv[sys.argv.index('--instance_data_dir') + 1] = 'nowhere'\n"
         f"runpy.run_path({COLOSSALAI!r}, run_name='__main__')\n"
     )
-    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
-    done = train(launcher, flags, nproc=2, check=False, env=env)
+    done = train(str(launcher), flags, nproc=2, check=False)
     assert len(done.error_lines) == 1 and "nowhere is not a folder" in done.error_lines[0]
 
 

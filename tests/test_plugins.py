@@ -5,8 +5,12 @@ import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 
-from dreambooth.engine.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW
+from dreambooth.engine.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW, changed_inside
 from dreambooth.engine.strategy import Strategy
+
+
+def test_colossalai_is_the_one_that_this_builds_on():
+    assert changed_inside() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

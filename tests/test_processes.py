@@ -275,8 +275,7 @@ def test_a_rank_that_hangs_in_a_step_is_waited_for_no_longer_than_a_step_may_tak
     launcher.write_text(
         SHORT_OF_TIME.replace("    time.sleep(16)\n", "").replace("runpy.run_path", f"{HANG}runpy.run_path")
     )
-    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
-    done = train(launcher, flags | {"max_train_steps": 10**5}, nproc=2, env=env, check=False)
+    done = train(str(launcher), flags | {"max_train_steps": 10**5}, nproc=2, check=False)
     assert done.returncode == 1 and "rank 0" in done.stderr
 
 

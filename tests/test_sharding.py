@@ -261,6 +261,12 @@ def test_a_colossalai_that_passes_an_override_by_is_told(other, as_if):
     assert "install that of requirements.txt" in done.error_lines[0]
 
 
+def test_a_colossalai_of_another_source_is_told_at_the_start(as_if):
+    lines = "from dreambooth.engine import plugins\nplugins.SOURCES[plugins.Chunk] = 'that of another'"
+    done = as_if(lines, ("gemini", "cpu", "bf16"))
+    assert done.returncode == 0 and "inside Chunk: watch the first steps" in done.stderr, done.stderr
+
+
 def test_a_colossalai_that_offloads_by_another_call_is_told(as_if):
     lines = (
         "import torch\nfrom dreambooth.engine.plugins import OffloadThroughPinnedMemory as Offload\n"

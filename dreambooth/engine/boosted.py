@@ -1,7 +1,6 @@
 """The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and all state out of the shards."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,17 +10,13 @@ import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero import GeminiDDP
 from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.engine.optimizer import adam_step, optimizer_state, resume_lr_scheduler, resume_optimizer, state_names
-from dreambooth.engine.plugins import grad_scaler, in_host_memory, other_colossalai, take_over
+from dreambooth.engine.plugins import grad_scaler, in_host_memory, other_colossalai, shard_of, take_over
 from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.denoiser import Denoiser, Part
-
-# What ColossalAI's loss scaler counts, besides the scale.
-SCALER_COUNTERS = ("_growth_step", "_hysteresis_step")
 
 
 @dataclass
@@ -98,31 +93,10 @@ class Boosted:
         if not self.strategy.shards:
             yield from self.denoiser.parts()
             return
-        shard_of = self._shard_in_gemini if isinstance(self.model, GeminiDDP) else self._shard_in_zero
         for parameter, pieces in zip(self.denoiser.parameters(), self.denoiser.pieces, strict=True):
-            shard = shard_of(parameter)
+            shard = shard_of(self.optimizer, parameter)
             for piece in pieces:
                 yield piece.part(*shard)
-
-    def _shard_in_zero(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Returns this rank's master weights of a parameter, which element is the first, and their state's key."""
-        shard = self.optimizer.working_to_master_param[id(parameter)]
-        return shard, dist.get_rank() * shard.numel(), shard
-
-    def _shard_in_gemini(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-        """Returns the same; nothing, and no key, where the rank holds none of it."""
-        number = self._gemini_numbers[id(parameter)]
-        if number not in self.optimizer.id_to_fake_params:
-            return torch.empty(0), 0, None
-        fake = self.optimizer.id_to_fake_params[number]  # what stands for it in AdamW
-        begin, first, size = self.optimizer.get_offsets(number)
-        masters = self.optimizer.param_to_chunk16[fake].paired_chunk.payload
-        return masters[begin : begin + size], first, fake
-
-    @functools.cached_property
-    def _gemini_numbers(self) -> dict[int, int]:
-        """The number by which Gemini's optimizer knows a parameter, by the parameter's id."""
-        return {id(parameter): number for number, parameter in self.optimizer.id_to_real_params.items()}
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -135,7 +109,7 @@ class Boosted:
     def pin_master_weights(self) -> None:
         """Moves low_level_zero's master weights, which are in host memory, to where GPUs copy faster from."""
         for parameter in self.denoiser.parameters():
-            shard, *_ = self._shard_in_zero(parameter)
+            shard, *_ = shard_of(self.optimizer, parameter)
             shard.data = in_host_memory(shard, shard.dtype)
 
     @torch.no_grad()
@@ -223,13 +197,12 @@ class Boosted:
         self._load_grad_scaler_state(checkpoint.grad_scaler)
 
     def _grad_scaler_state(self) -> dict:
-        """Returns the state of fp16's loss scale; ColossalAI's own `state_dict` leaves the counters out."""
+        """Returns the state of fp16's loss scale."""
         if self.strategy.precision != "fp16":
             return {}
         if not self.strategy.shards:
             return self.optimizer.scaler.state_dict()
-        scaler = grad_scaler(self.optimizer)
-        return {"scale": scaler.scale.item()} | {name: getattr(scaler, name) for name in SCALER_COUNTERS}
+        return grad_scaler(self.optimizer).state()
 
     def _load_grad_scaler_state(self, state: dict) -> None:
         if self.strategy.precision != "fp16" or not state:
@@ -237,7 +210,4 @@ class Boosted:
         if not self.strategy.shards:
             self.optimizer.scaler.load_state_dict(state)
             return
-        scaler = grad_scaler(self.optimizer)
-        scaler.scale.fill_(state["scale"])
-        for name in SCALER_COUNTERS:
-            setattr(scaler, name, state[name])
+        grad_scaler(self.optimizer).load_state(state)

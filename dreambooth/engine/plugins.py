@@ -1,19 +1,23 @@
-"""What ColossalAI's sharding plugins do in a step, where it can be done in less time, or has to be done otherwise.
+"""All that is known here of ColossalAI's inside: faster steps of its sharding plugins, and where their shards lie.
 
-What is overridden here has no public name. Where another version would pass it by without an error, and train with
-wrong numbers, there is a check.
+What is overridden and read here has no public name. Where another version would train with wrong numbers, and not end
+with an error, there is a check; what has changed since the version that this was written for is told at the start.
 """
 
 import contextlib
 import functools
+import hashlib
+import inspect
 from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.gemini import GeminiOptimizer, gemini_optimizer
+from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +33,28 @@ def other_colossalai(found: str) -> RunError:
 
 
 warn_once = functools.cache(warn)
+
+# Of the source of the classes that the rest of this file builds on, in ColossalAI 0.5.0.
+SOURCES = {
+    LowLevelZeroOptimizer: "0c842aaed52f3de2",
+    GeminiOptimizer: "1f06236f23fa2594",
+    Chunk: "7afc94a92d1b0b23",
+    DynamicGradScaler: "63461e4a8dee27b7",
+    FP16MixedPrecisionMixin: "9827a470096c3fe8",
+}
+
+
+def changed_inside() -> list[str]:
+    """Returns the names of those classes whose source is another now."""
+    return [kind.__name__ for kind, digest in SOURCES.items() if source_digest(kind) != digest]
+
+
+def source_digest(kind: type) -> str:
+    """Returns what tells one source of a class from another; empty where there is none to read."""
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except OSError:
+        return ""
 
 
 def in_host_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -91,6 +117,17 @@ class HeldGradScaler(DynamicGradScaler):
     """
 
     overflow: bool | None = None  # whether the gradients of the step in hand did; None before it is known
+    COUNTERS = ("_growth_step", "_hysteresis_step")
+
+    def state(self) -> dict:
+        """Returns what it is made of; ColossalAI's own `state_dict` leaves the counters out."""
+        return {"scale": self.scale.item()} | {name: getattr(self, name) for name in self.COUNTERS}
+
+    def load_state(self, state: dict) -> None:
+        """Takes up what `state` has returned."""
+        self.scale.fill_(state["scale"])
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
 
     def update(self, overflow: bool) -> None:
         self.overflow = overflow
@@ -163,8 +200,32 @@ def grad_scaler(optimizer: OptimizerWrapper) -> DynamicGradScaler | None:
     return getattr(optimizer.mixed_precision_mixin if zero else optimizer.mix_precision_mixin, "grad_scaler", None)
 
 
+def shard_of(
+    optimizer: OptimizerWrapper, parameter: torch.nn.Parameter
+) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+    """Returns this rank's fp32 master weights of a parameter, which element is the first, and their state's key.
+
+    Where the rank holds none of it, nothing, and no key.
+    """
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        shard = optimizer.working_to_master_param[id(parameter)]
+        return shard, dist.get_rank() * shard.numel(), shard
+    number = next(number for number, real in optimizer.id_to_real_params.items() if real is parameter)
+    if number not in optimizer.id_to_fake_params:
+        return torch.empty(0), 0, None
+    fake = optimizer.id_to_fake_params[number]  # what stands for it in AdamW
+    begin, first, size = optimizer.get_offsets(number)
+    masters = optimizer.param_to_chunk16[fake].paired_chunk.payload
+    return masters[begin : begin + size], first, fake
+
+
 def take_over(optimizer: OptimizerWrapper) -> None:
     """Has a sharding plugin's optimizer and loss scale be those above; the plugins have no place to name them."""
+    if changed := changed_inside():
+        warn(
+            f"ColossalAI {version('colossalai')} is not the 0.5.0 that this trainer was written for, inside "
+            f"{', '.join(changed)}: watch the first steps, or install that of requirements.txt"
+        )
     if isinstance(optimizer, LowLevelZeroOptimizer):
         assert optimizer.num_param_groups == 1
         optimizer.__class__ = AheadZeroOptimizer
