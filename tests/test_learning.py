@@ -34,7 +34,7 @@ FLAGS = {
     "learning_rate": 5e-4,
     "seed": 0,
 }
-PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 12}
+PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 8}
 
 
 def similarities(model, prompt: str) -> torch.Tensor:
