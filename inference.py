@@ -28,8 +28,9 @@ from dreambooth.command_line.console import RunError, counted, progress, say
 from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
 from dreambooth.model.folder import find_folder
+from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
-from dreambooth.model.stable_diffusion import load_pipeline, warn_of_cut_prompts
+from dreambooth.model.prompts import warn_of_cut_prompts
 from dreambooth.run.grid import captioned_grid
 from dreambooth.run.image_file import check_image_file, save_image
 

@@ -10,12 +10,14 @@ from diffusers import UNet2DConditionModel
 
 from dreambooth.command_line.console import RunError
 from dreambooth.model import denoiser
-from dreambooth.model import stable_diffusion as models
 from dreambooth.model.activations import discard_activations
+from dreambooth.model.pipeline import load_part
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 
 def build(folder) -> denoiser.Denoiser:
-    return denoiser.Denoiser(models.load_unet(folder, None), models.load_text_encoder(folder, None)).train()
+    trained = {name: load_part(STABLE_DIFFUSION, name, folder) for name in ("unet", "text_encoder")}
+    return denoiser.Denoiser(STABLE_DIFFUSION, **trained).train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -201,7 +203,7 @@ def test_parts_with_other_weights_compute_with_them(tiny_model):
     by_hand.load_state_dict(weights)
     latents, timesteps = torch.ones(1, 4, 16, 16), torch.tensor([3])
     tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
-    again = denoiser.Denoiser(**parts)
+    again = denoiser.Denoiser(STABLE_DIFFUSION, **parts)
     assert torch.equal(again(latents, timesteps, tokens), by_hand(latents, timesteps, tokens))
     for broken in (torch.nan, torch.inf, -torch.inf):
         weights["unet.conv_in.bias"][0] = broken

@@ -42,7 +42,10 @@ from dreambooth.data.latents import cache_latents
 from dreambooth.data.randomness import Stream, starting_points
 from dreambooth.data.samples import build_dataset, build_loader
 from dreambooth.data.schedule import Schedule
-from dreambooth.model import stable_diffusion as models
+from dreambooth.model.components import latent_shape, load_tokenizer
+from dreambooth.model.pipeline import load_part, load_pipeline
+from dreambooth.model.prompts import embed
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.threads import in_threads
@@ -276,7 +279,7 @@ def generate(args: argparse.Namespace, seed: int = 1, change=lambda pipeline: No
     model = Path(args.pretrained_model_name_or_path)
 
     def load():
-        pipeline = models.load_pipeline(model)
+        pipeline = load_pipeline(model)
         change(pipeline)
         draw = type(pipeline).__call__
         quick = type("Quick", (type(pipeline),), {"__call__": lambda *a, **k: draw(*a, num_inference_steps=2, **k)})
@@ -381,7 +384,7 @@ def test_runs_of_two_seeds_share_no_class_image(tiny_model, tmp_path):
 
 def test_a_class_image_follows_from_the_seed_and_its_number(tiny_model):
     """To rounding whatever the batch, and no two seeds, nor class and validation images, share one."""
-    pipeline = models.load_pipeline(tiny_model)
+    pipeline = load_pipeline(tiny_model)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(seed: int, size: int, stream: Stream = Stream.CLASS_IMAGE) -> np.ndarray:
@@ -490,9 +493,9 @@ def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_mod
     shutil.copytree(photos, folder)
     large_photo(folder / "square.png", 100, 100)
     found = find_images(folder, "--x", resolution=32)
-    vae = models.load_vae(tiny_model, 32)
-    exact = models.load_vae(tiny_model, 32)
-    shape = models.latent_shape(vae, 32)
+    vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
+    exact = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
+    shape = latent_shape(vae, 32)
     dataset = build_dataset(args, found, [], seed=1, latent_shape=shape, num_timesteps=10)
     moves, move = [], vae.to
     vae.to = lambda *where: moves.append(where) or move(*where)
@@ -509,12 +512,13 @@ def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_mod
 
 
 def test_prompts_are_embedded_in_fp32_and_travel_with_their_batch(tiny_model, photos):
-    tokenizer = models.load_tokenizer(tiny_model, None)
-    text_encoder = models.load_text_encoder(tiny_model, None)
-    tokens = models.tokenize(["a sks dog", "a dog"], tokenizer, text_encoder)
+    tokenizer = load_tokenizer(tiny_model / "tokenizer")
+    encoders = {"text_encoder": load_part(STABLE_DIFFUSION, "text_encoder", tiny_model)}
+    tokens = STABLE_DIFFUSION.tokenize(["a sks dog", "a dog"] * 40, {"tokenizer": tokenizer}, encoders)
     with torch.no_grad():
-        exact = text_encoder(tokens)[0]
-    prompts = models.embed(tokens, text_encoder, torch.bfloat16)
+        exact = encoders["text_encoder"](tokens["input_ids"])[0]
+    embedded = embed(STABLE_DIFFUSION, tokens, encoders, device=torch.device("cpu"), dtype=torch.bfloat16)
+    prompts = embedded["encoder_hidden_states"]
     assert prompts.device.type == "cpu" and torch.equal(prompts, exact.bfloat16())
     args = argparse.Namespace(resolution=32, center_crop=True, noise_offset=0.0)
     found = [replace(photo, prompt=f"{n % 2}") for n, photo in enumerate(find_images(photos, "--x", resolution=32))]

@@ -18,18 +18,10 @@ from transformers import CLIPTokenizerFast
 
 from benchmarks import random_model
 from dreambooth.command_line.console import UserError
+from dreambooth.model.components import load_tokenizer, warn_of_dropout
 from dreambooth.model.folder import find_folder
-from dreambooth.model.stable_diffusion import (
-    KINDS,
-    LABELS,
-    PARTS,
-    load_pipeline,
-    load_text_encoder,
-    load_tokenizer,
-    load_unet,
-    load_vae,
-    warn_of_dropout,
-)
+from dreambooth.model.pipeline import load_part, load_pipeline
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.weights import choose_weights
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -43,7 +35,7 @@ def model(tiny_model, tmp_path):
 
 def test_dropout_is_told(tiny_model, capfd):
     """It draws what no seed of a run fixes."""
-    unet, text_encoder = load_unet(tiny_model, None), load_text_encoder(tiny_model, None)
+    unet, text_encoder = (load_part(STABLE_DIFFUSION, name, tiny_model) for name in ("unet", "text_encoder"))
     warn_of_dropout(unet, text_encoder)
     assert not capfd.readouterr().err
     unet.mid_block.resnets[0].dropout.p = 0.25
@@ -56,7 +48,7 @@ def test_dropout_is_told(tiny_model, capfd):
 
 def into_shards(folder, part, variant=None):
     """Saves a part anew, in shards with an index."""
-    module = KINDS[part].from_pretrained(folder / part)
+    module = STABLE_DIFFUSION.components[part].from_pretrained(folder / part)
     (folder / part / f"{WEIGHTS[part]}.safetensors").unlink()
     module.save_pretrained(folder / part, max_shard_size="40KB", variant=variant)
     assert len(list((folder / part).glob("*.safetensors"))) > 1
@@ -76,9 +68,9 @@ def change_json(file, **changed):
 def states(folder, **options):
     """Returns the weights of each part, as they are loaded."""
     return {
-        "text_encoder": load_text_encoder(folder, None, **options).state_dict(),
-        "unet": load_unet(folder, None, **options).state_dict(),
-        "vae": load_vae(folder, 32, **options).state_dict(),
+        "text_encoder": load_part(STABLE_DIFFUSION, "text_encoder", folder, **options).state_dict(),
+        "unet": load_part(STABLE_DIFFUSION, "unet", folder, **options).state_dict(),
+        "vae": load_part(STABLE_DIFFUSION, "vae", folder, **options).state_dict(),
     }
 
 
@@ -96,7 +88,7 @@ def test_weights_in_shards_are_the_weights(variant, model):
         into_shards(model, part, variant)
     find_folder(str(model), "MODEL")
     assert_same_weights(states(model), expected)
-    unet = load_unet(model / "unet", model / "unet", torch.bfloat16)
+    unet = load_part(STABLE_DIFFUSION, "unet", model / "unet", torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 and p.requires_grad and p.device.type == "cpu" for p in unet.parameters())
     assert not unet.training
     pipeline = load_pipeline(model)
@@ -145,14 +137,14 @@ def test_damaged_shards_are_one_line(damage, part, model):
     for check in (*checks, lambda: states(model), lambda: load_pipeline(model)):
         with pytest.raises(UserError, match=expected) as error:
             check()
-        assert only_loading_shows or f"cannot load the {LABELS[part]} of {model}" in str(error.value)
+        assert only_loading_shows or f"cannot load the {STABLE_DIFFUSION.labels[part]} of {model}" in str(error.value)
 
 
 def test_shards_of_another_shape_are_one_line(model):
     into_shards(model, "unet")
     change_json(model / "unet" / "config.json", block_out_channels=[32, 64])
     with pytest.raises(UserError, match=r"cannot load the UNet of .*: \S+ has the shape .*, and by config.json"):
-        load_unet(model, None)
+        load_part(STABLE_DIFFUSION, "unet", model)
 
 
 STEM = "diffusion_pytorch_model"
@@ -267,12 +259,11 @@ def test_validation_images_by_another_scheduler(flags, model):
 def test_a_tokenizer_that_newer_libraries_saved(model):
     """It is a tokenizer.json alone."""
     prompts = ["a photo of sks dog", "A  café, (très) bon!", ""]
-    expected = load_tokenizer(model, None)(prompts).input_ids
+    expected = load_tokenizer(model / "tokenizer")(prompts).input_ids
     CLIPTokenizerFast.from_pretrained(model / "tokenizer").save_pretrained(model / "tokenizer", legacy_format=False)
     for name in ("vocab.json", "merges.txt"):
         (model / "tokenizer" / name).unlink(missing_ok=True)
-    assert load_tokenizer(model, None)(prompts).input_ids == expected
-    assert load_tokenizer(model, str(model / "tokenizer"))(prompts).input_ids == expected
+    assert load_tokenizer(model / "tokenizer")(prompts).input_ids == expected
 
 
 # The Hub ------------------------------------------------------------------------------------------------------------
@@ -286,8 +277,9 @@ from dreambooth.model.folder import find_folder
 for line in sys.stdin:
     order = json.loads(line)
     huggingface_hub.constants.HF_HUB_CACHE = order["cache"]
+    wanted = {"variant": order["variant"], "elsewhere": set(order["elsewhere"])}
     try:
-        answer = str(find_folder("someone/tiny", "MODEL", variant=order["variant"], parts=set(order["parts"]))), ""
+        answer = str(find_folder("someone/tiny", "MODEL", **wanted)), ""
     except UserError as error:
         answer = "", str(error)
     print(json.dumps(answer), flush=True)
@@ -322,10 +314,10 @@ def find(finder, model, tmp_path):
     """
     server, process, _ = finder
 
-    def found(*, variant=None, parts=PARTS):
+    def found(*, variant=None, elsewhere=()):
         server.files = {str(path.relative_to(model)): path for path in model.rglob("*") if path.is_file()}
         server.fetched.clear()
-        order = {"cache": str(tmp_path / "cache"), "variant": variant, "parts": list(parts)}
+        order = {"cache": str(tmp_path / "cache"), "variant": variant, "elsewhere": list(elsewhere)}
         print(json.dumps(order), file=process.stdin, flush=True)
         folder, error = json.loads(process.stdout.readline())
         if error:
@@ -353,7 +345,7 @@ def test_of_the_hub_the_files_that_are_loaded_are_fetched(find, finder, model):
     assert load_pipeline(folder)
     assert find() == (folder, set()), "all is there"
     fp16 = {"text_encoder/model.fp16.safetensors", f"vae/{STEM}.fp16.safetensors"}
-    assert find(variant="fp16", parts={*PARTS} - {"unet"}) == (folder, fp16)
+    assert find(variant="fp16", elsewhere=["unet"]) == (folder, fp16)
     with pytest.raises(UserError, match="--variant bf16: MODEL someone/tiny has no weights named"):
         find(variant="bf16")
 

@@ -236,7 +236,8 @@ import sys, torch
 import train_dreambooth_colossalai as trainer
 from torch.nn.parallel import DistributedDataParallel
 from dreambooth.command_line import arguments
-from dreambooth.model import stable_diffusion as models
+from dreambooth.model.pipeline import load_part
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.strategy import choose_strategy
@@ -244,7 +245,7 @@ from dreambooth.engine.strategy import choose_strategy
 args = arguments.parse(trainer.build_parser(), sys.argv[1:])
 strategy = choose_strategy(args)
 trainer.join(trainer.find_place())
-denoiser = Denoiser(models.load_unet(sys.argv[2], None))
+denoiser = Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", sys.argv[2]))
 optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
 lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
 inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), {"encoder_hidden_states": torch.ones(1, 77, 32)})

@@ -22,7 +22,8 @@ from dreambooth.command_line.arguments import build_parser
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
-from dreambooth.model import stable_diffusion as models
+from dreambooth.model.components import load_tokenizer
+from dreambooth.model.pipeline import load_pipeline
 from dreambooth.run import folders, output
 from dreambooth.run.checkpoint import (
     LIBRARIES,
@@ -308,8 +309,8 @@ def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    tokenizer = models.load_tokenizer(tiny_model, None)
-    return models.load_pipeline(tiny_model, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(tiny_model / "tokenizer")
+    return load_pipeline(tiny_model, tokenizer=tokenizer)
 
 
 def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(pipeline, tiny_model, tmp_path):

@@ -6,8 +6,11 @@ import torch
 from dreambooth.command_line import arguments
 from dreambooth.command_line.arguments import ALWAYS_SO, NOT_HERE
 from dreambooth.command_line.console import UserError
+from dreambooth.model.components import load_tokenizer
+from dreambooth.model.pipeline import load_part
 from dreambooth.model.precision import sampling_dtype
-from dreambooth.model.stable_diffusion import check_max_length, load_text_encoder, load_tokenizer
+from dreambooth.model.prompts import check_max_length
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 # Of diffusers' examples/dreambooth/train_dreambooth.py, in autumn 2026.
 DIFFUSERS = """
@@ -97,7 +100,7 @@ def test_the_precision_of_class_images(tmp_path, monkeypatch, capsys):
 
 
 def test_a_length_of_prompts_is_what_is_read(tiny_model, capsys):
-    parts = load_tokenizer(tiny_model, None), load_text_encoder(tiny_model, None)
+    parts = load_tokenizer(tiny_model / "tokenizer"), load_part(STABLE_DIFFUSION, "text_encoder", tiny_model)
     check_max_length(None, *parts)
     assert capsys.readouterr().err == ""
     check_max_length(77, *parts)

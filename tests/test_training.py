@@ -17,8 +17,10 @@ from benchmarks import random_model
 from dreambooth.data.images import find_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import build_dataset, collate
-from dreambooth.model import stable_diffusion as models
+from dreambooth.model.components import latent_shape
 from dreambooth.model.loss import latents_of
+from dreambooth.model.pipeline import load_part
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.processes.ranks import Ranks
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
@@ -249,8 +251,8 @@ def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     args = argparse.Namespace(resolution=32, center_crop=True, cache_latents="on", noise_offset=0.0)
-    vae = models.load_vae(tiny_model, 32)
-    shape = models.latent_shape(vae, 32)
+    vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
+    shape = latent_shape(vae, 32)
     dataset = build_dataset(args, find_images(folder, "--x"), [], seed=1, latent_shape=shape, num_timesteps=10)
     encoded = latents_of(collate([dataset[n] for n in range(5)]), vae)
     cache_latents(args, dataset, vae, Ranks(0, 1, torch.device("cpu")))

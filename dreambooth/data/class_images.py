@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -186,7 +186,7 @@ def one_cpu_thread() -> Iterator[None]:
 def generate_class_images(
     args: argparse.Namespace,
     found: list[Photo],
-    load: Callable[[], StableDiffusionPipeline],
+    load: Callable[[], DiffusionPipeline],
     model: Path,
     *,
     seed: int,
@@ -286,7 +286,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _generate(
-    batches: list[list[int]], origin: Origin, load: Callable[[], StableDiffusionPipeline], folder: Path, ranks: Ranks
+    batches: list[list[int]], origin: Origin, load: Callable[[], DiffusionPipeline], folder: Path, ranks: Ranks
 ) -> list[Photo]:
     """Draws batches of images, of which this rank takes some, and returns those that it has written."""
     written = []
@@ -306,7 +306,7 @@ def _generate(
     return written
 
 
-def _draw(pipeline: StableDiffusionPipeline, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
+def _draw(pipeline: DiffusionPipeline, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
     """Draws a batch and writes it, but for images that are there by now; returns what was written."""
     pipeline.set_progress_bar_config(disable=True)
     points = starting_points(pipeline, origin.seed, Stream.CLASS_IMAGE, numbers)

@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 
 class Stream(IntEnum):
@@ -34,7 +34,7 @@ def generator(seed: int, stream: Stream, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, number, 0]))
 
 
-def starting_points(pipeline: StableDiffusionPipeline, seed: int, stream: Stream, numbers: Sequence[int]) -> dict:
+def starting_points(pipeline: DiffusionPipeline, seed: int, stream: Stream, numbers: Sequence[int]) -> dict:
     """Returns what to call a pipeline with, so that each image `n` of `numbers` follows from (seed, stream, n) alone.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is trained: the UNet, and with --train_text_encoder the text encoder, as one module."""
+"""What is trained: the UNet, and with --train_text_encoder the text encoders, as one module."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,19 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import PreTrainedModel
 
 from dreambooth.command_line.console import RunError
+from dreambooth.model.family import Conditioning, Family
 from dreambooth.model.precision import all_finite
 
-# What a prediction depends on besides latents and timesteps: tensors whose first dimension is the batch, by the names
-# of the arguments of the module that takes them. A frozen text encoder leaves the UNet's, encoder_hidden_states
-# (batch, tokens, width); one that is trained takes input_ids (batch, tokens), int64.
-Conditioning = dict[str, Tensor]
 # Size of a flat parameter: so many elements that few are left, and so few that the first gradients are shared among
 # ranks while others are computed.
 FLAT_ELEMENTS = 64 * 2**20
@@ -92,19 +88,21 @@ class Piece:
 
 
 class Denoiser(torch.nn.Module):
-    """The UNet, and the text encoder if it is trained too.
+    """The UNet, and the text encoders if they are trained too.
 
-    The names of its weights begin with the part that they belong to, "unet." or "text_encoder.".
+    The names of its weights begin with the part that they belong to, such as "unet." or "text_encoder.".
 
     Args:
-        unet: trained.
-        text_encoder: trained too; None where it is frozen, and has done its work before.
+        family: of the model.
+        components: those that are trained, by their names: "unet", and text encoders that are not frozen, which have
+            done their work before else.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None = None):
+    def __init__(self, family: Family, **components: torch.nn.Module):
         super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder
+        self.family = family
+        for name, component in components.items():
+            self.add_module(name, component)
         self.shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         self.is_flat = False
         # The weights in each parameter.
@@ -124,16 +122,21 @@ class Denoiser(torch.nn.Module):
         Args:
             noisy_latents: (batch, channels, height, width), in the dtype of the weights.
             timesteps: (batch,), int64.
-            conditioning: what the text encoder takes; without it, what the UNet takes besides.
+            conditioning: what the text encoders take; without them, what the UNet takes besides.
 
         Returns:
             Tensor of the shape of `noisy_latents`.
         """
         if self.is_flat:
             self._hand_out_weights(noisy_latents.device.type)
-        if self.text_encoder is not None:
-            conditioning = {"encoder_hidden_states": self.text_encoder(**conditioning)[0]}
+        if text_encoders := self.text_encoders:
+            conditioning = self.family.encode(conditioning, text_encoders)
         return self.unet(noisy_latents, timesteps, **conditioning).sample
+
+    @property
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
+        """Those that are trained."""
+        return {name: component for name, component in self.named_children() if name in self.family.text_encoders}
 
     def _hand_out_weights(self, device_type: str) -> None:
         """Gives each module its piece of the flat parameters; under autocast in half precision, all at once."""
@@ -219,9 +222,9 @@ class Denoiser(torch.nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Makes the parts recompute activations in the backward pass."""
         self.unet.enable_gradient_checkpointing()
-        if self.text_encoder is not None:
+        for text_encoder in self.text_encoders.values():
             # The reentrant kind would go through the backward pass of the flat parameters once for each layer.
-            self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def parts_with(self, weights: dict[str, Tensor]) -> dict[str, torch.nn.Module]:
         """Returns the parts of a pipeline that training changes, anew and with other weights.
@@ -230,7 +233,7 @@ class Denoiser(torch.nn.Module):
             weights: by their names, all of them; they become the parts' own.
 
         Returns:
-            Models on the CPU, by "unet" and "text_encoder".
+            Models on the CPU, by their names.
 
         Raises:
             RunError: if a weight is not a finite number, so that no file gets such weights.
@@ -241,9 +244,9 @@ class Denoiser(torch.nn.Module):
         parts = {}
         for part, model in self.named_children():
             with init_empty_weights():  # no time for random weights that are replaced
-                parts[part] = (
-                    UNet2DConditionModel.from_config(model.config) if part == "unet" else CLIPTextModel(model.config)
-                )
+                kind = type(model)
+                of_transformers = isinstance(model, PreTrainedModel)
+                parts[part] = kind(model.config) if of_transformers else kind.from_config(model.config)
             own = {name.removeprefix(f"{part}."): t for name, t in weights.items() if name.startswith(f"{part}.")}
             parts[part].load_state_dict(own, assign=True)
         return parts

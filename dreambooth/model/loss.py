@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
-from dreambooth.model.denoiser import Conditioning
+from dreambooth.model.family import Conditioning
 
 
 @torch.no_grad()

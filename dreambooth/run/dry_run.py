@@ -2,7 +2,7 @@
 
 import argparse
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import say, warn
 from dreambooth.model.denoiser import Denoiser
@@ -20,7 +20,7 @@ def tell_plan(
     *,
     first_step: int,
     denoiser: Denoiser,
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dreambooth.command_line.arguments import PIPELINE
@@ -187,14 +187,12 @@ def bytes_of(parts: Iterable[torch.nn.Module]) -> int:
     return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
 
 
-def parts_of(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
+def parts_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
     """Returns the models of a pipeline."""
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def save_pipeline(
-    output_dir: Path, pipeline: StableDiffusionPipeline, *, step: int, base: str, settings: dict
-) -> None:
+def save_pipeline(output_dir: Path, pipeline: DiffusionPipeline, *, step: int, base: str, settings: dict) -> None:
     """Writes the whole pipeline into `output_dir`, beside the checkpoints, in place of an earlier one.
 
     It is whole in a folder of its own before any file is replaced. What a user has put beside the earlier one's files

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,9 +81,8 @@ def check_room(
     schedule: Schedule,
     *,
     first_step: int,
-    unet: torch.nn.Module,
-    text_encoder: torch.nn.Module,
-    vae: torch.nn.Module,
+    components: Mapping[str, torch.nn.Module],
+    trained: Collection[str],
 ) -> int:
     """Finds what would keep a run from writing its checkpoints and its pipeline; on rank 0.
 
@@ -90,7 +90,8 @@ def check_room(
         args: the flags.
         schedule: of the run.
         first_step: steps that an earlier run has done.
-        unet, text_encoder, vae: of the pipeline, in fp32.
+        components: of the pipeline, in fp32, by their names.
+        trained: names of those that are trained.
 
     Returns:
         The bytes of the pipeline.
@@ -98,14 +99,13 @@ def check_room(
     Raises:
         UserError: if something of another program's is where a checkpoint goes, or the disk has too little room.
     """
-    pipeline = bytes_of([unet, text_encoder, vae])
+    pipeline = bytes_of(components.values())
     if not is_rank_0():
         return pipeline
     check_names(Path(args.output_dir), first_step, schedule.steps)
     if args.dry_run:
         return pipeline  # it tells
-    trained = [unet, text_encoder] if args.train_text_encoder else [unet]
-    weights = sum(parameter.numel() for part in trained for parameter in part.parameters())
+    weights = sum(parameter.numel() for name in trained for parameter in components[name].parameters())
     room = room_of(args, schedule, first_step=first_step, weights=weights, pipeline=pipeline)
     if room.free < room.needed:
         raise UserError(too_little(args, room))

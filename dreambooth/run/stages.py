@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import doing
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
@@ -19,11 +18,14 @@ from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
 from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.state import Checkpoint, Training
-from dreambooth.model import stable_diffusion as models
-from dreambooth.model.denoiser import Conditioning, Denoiser
+from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropout
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.family import Conditioning, Model
 from dreambooth.model.folder import find_model, find_tokenizer
 from dreambooth.model.loss import example_inputs, training_loss
+from dreambooth.model.pipeline import load_model, load_part, load_pipeline
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
+from dreambooth.model.prompts import check_max_length, embed
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
 from dreambooth.run.checkpoint import (
@@ -135,19 +137,18 @@ def agree(args: argparse.Namespace, inputs: Inputs, ranks: Ranks, precision: str
 
 @dataclass
 class Parts:
-    """The parts of the model, fp32, on the CPU.
+    """The model, and what of it is written and drawn by.
 
     Args:
+        model: fp32, on the CPU; what is in the denoiser, or of no more use, leaves it.
+        trained: names of its components that are trained.
         load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
         pipeline_size: its bytes in fp32.
     """
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: torch.nn.Module
-    noise_scheduler: DDPMScheduler
-    load_pipeline: Callable[..., StableDiffusionPipeline]
+    model: Model
+    trained: tuple[str, ...]
+    load_pipeline: Callable[..., DiffusionPipeline]
     pipeline_size: int
 
 
@@ -158,25 +159,29 @@ def load_parts(run: Run) -> Parts:
         UserError: if parts do not fit, or are not those of the checkpoint or of other ranks, or the disk is too small.
     """
     args, folder = run.args, run.model_folder
-    trained = None if run.checkpoint is None else run.checkpoint.folder
-    tokenizer = models.load_tokenizer(folder, run.tokenizer_folder)
-    text_encoder = models.load_text_encoder(folder, trained, variant=args.variant)
-    vae = models.load_vae(folder, args.resolution, variant=args.variant)
-    unet = models.load_unet(folder, trained or args.external_unet_path, variant=args.variant)
-    models.check_parts_fit(tokenizer, text_encoder, vae, unet)
-    models.check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
-    models.warn_of_dropout(*([unet, text_encoder] if args.train_text_encoder else [unet]))
-    noise_scheduler = models.load_noise_scheduler(folder)
+    model = load_model(
+        folder,
+        resolution=args.resolution,
+        variant=args.variant,
+        tokenizer=run.tokenizer_folder,
+        unet=args.external_unet_path,
+        trained=None if run.checkpoint is None else run.checkpoint.folder,
+    )
+    for tokenizer, text_encoder in zip(model.tokenizers.values(), model.text_encoders.values(), strict=True):
+        check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
+    trained = ("unet", *(model.text_encoders if args.train_text_encoder else ()))
+    warn_of_dropout(*(model.components[name] for name in trained))
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
-    frozen = [vae] if args.train_text_encoder else [vae, text_encoder]
-    compare("model weights", functools.partial(models.fingerprint, unet, text_encoder, vae))
-    run.settle("frozen parts", {"frozen parts": models.fingerprint(*frozen)})
-    sizes = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
-    pipeline_size = check_room(args, run.schedule, first_step=run.first_step, **sizes)
+    frozen = [model.components[name] for name in ("vae", *model.text_encoders) if name not in trained]
+    compare("model weights", functools.partial(fingerprint, *model.components.values()))
+    run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
+    pipeline_size = check_room(
+        args, run.schedule, first_step=run.first_step, components=model.components, trained=trained
+    )
     check_validation_images(args, first_step=run.first_step, steps=run.schedule.steps)
     prepare_output_dir(args)
-    load_pipeline = functools.partial(models.load_pipeline, folder, variant=args.variant, tokenizer=tokenizer)
-    return Parts(tokenizer, text_encoder, vae, unet, noise_scheduler, load_pipeline, pipeline_size)
+    load = functools.partial(load_pipeline, folder, variant=args.variant, **model.tokenizers)
+    return Parts(model, trained, load, pipeline_size)
 
 
 def prepare_class_images(run: Run, parts: Parts) -> list[Photo]:
@@ -186,8 +191,9 @@ def prepare_class_images(run: Run, parts: Parts) -> list[Photo]:
         return []
     dtype = sampling_dtype(run.precision, args.prior_generation_precision)
 
-    def load() -> StableDiffusionPipeline:
-        unet = models.load_unet(run.model_folder, args.external_unet_path, dtype, variant=args.variant)
+    def load() -> DiffusionPipeline:
+        folder = args.external_unet_path or run.model_folder
+        unet = load_part(parts.model.family, "unet", folder, dtype, variant=args.variant)
         return parts.load_pipeline(dtype=dtype, unet=unet)
 
     return generate_class_images(args, run.class_images, load, run.model_folder, seed=run.seed, ranks=run.ranks)
@@ -216,29 +222,29 @@ def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[
     Returns:
         The samples, and what is trained on them.
     """
-    args, ranks = run.args, run.ranks
-    latent_shape = models.latent_shape(parts.vae, args.resolution)
+    args, ranks, model = run.args, run.ranks, parts.model
+    vae = model.components["vae"]
+    of_latents = latent_shape(vae, args.resolution)
     dataset = build_dataset(
         args,
         run.instance_images,
         class_images,
         seed=run.seed,
-        latent_shape=latent_shape,
-        num_timesteps=parts.noise_scheduler.config.num_train_timesteps,
+        latent_shape=of_latents,
+        num_timesteps=model.noise_scheduler.config.num_train_timesteps,
     )
     run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
-    conditioning = {"input_ids": models.tokenize(dataset.prompts, parts.tokenizer, parts.text_encoder)}
-    denoiser = Denoiser(parts.unet, parts.text_encoder if args.train_text_encoder else None)
+    conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not args.train_text_encoder:
-        embeddings = models.embed(conditioning["input_ids"].to(ranks.device), parts.text_encoder, dtype)
-        conditioning = {"encoder_hidden_states": embeddings}
-    del parts.text_encoder, parts.unet  # the denoiser's, or of no more use
+        conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
+    denoiser = Denoiser(model.family, **{name: model.components[name] for name in parts.trained})
+    model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
-        cache_latents(args, dataset, parts.vae, ranks, dtype=dtype)
+        cache_latents(args, dataset, vae, ranks, dtype=dtype)
     steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, conditioning)
     batch = args.train_batch_size * dataset.examples_per_sample
-    inputs = functools.partial(example_inputs, batch, latent_shape, conditioning, device=ranks.device)
+    inputs = functools.partial(example_inputs, batch, of_latents, conditioning, device=ranks.device)
     return Samples(dataset, steps, inputs), denoiser
 
 
@@ -246,8 +252,8 @@ def loss_by(run: Run, parts: Parts, dtype: torch.dtype) -> Callable:
     """Returns the loss as a function of the denoiser, whose weights are of `dtype`, and a batch."""
     return functools.partial(
         training_loss,
-        vae=parts.vae,
-        noise_scheduler=parts.noise_scheduler,
+        vae=parts.model.components["vae"],
+        noise_scheduler=parts.model.noise_scheduler,
         dtype=dtype,
         snr_gamma=run.args.snr_gamma,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import UserError, doing, is_rank_0, say, warn
 from dreambooth.command_line.limits import explain
@@ -51,7 +51,7 @@ def is_due(args: argparse.Namespace, step: int, steps: int) -> bool:
 def validate(
     args: argparse.Namespace,
     training: Training,
-    load_pipeline: Callable[..., StableDiffusionPipeline],
+    load_pipeline: Callable[..., DiffusionPipeline],
     tracker: Tracker,
     *,
     seed: int,
@@ -105,7 +105,7 @@ def validate(
     tracker.show_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step)
 
 
-def _draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> np.ndarray:
+def _draw(pipeline: DiffusionPipeline, prompt: str, count: int, seed: int) -> np.ndarray:
     """Returns images of a prompt, drawn one at a time: (images, height, width, 3), floats in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": INFERENCE_STEPS, "output_type": "np"}

@@ -1,0 +1,166 @@
+"""A model's parts, each loaded from its folder and checked: whatever family they are of."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from dreambooth.command_line.console import UserError, first_line, warn
+from dreambooth.model.precision import all_finite
+from dreambooth.model.weights import Weights, choose_weights, weight_files
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@contextlib.contextmanager
+def loading(part: str, source: str | Path) -> Iterator[None]:
+    """Turns what the libraries raise for a file that is missing, torn or of another shape into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # What a damaged file leads the libraries to has no limit.
+        raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
+
+
+def choose(kind: type, names: Sequence[str], variant: str | None) -> Weights:
+    """Returns which of the weights among the files `names` a part of a class is loaded from, as `choose_weights`."""
+    stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
+    return choose_weights(names, stem, variant)
+
+
+def without_weights(kind: type, folder: Path) -> torch.nn.Module:
+    """Returns a part of the configuration in `folder`, whose weights take no memory."""
+    with init_empty_weights():
+        if issubclass(kind, PreTrainedModel):
+            return kind(kind.config_class.from_pretrained(folder))
+        return kind.from_config(kind.load_config(folder))
+
+
+def load_component(
+    kind: type, folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> torch.nn.Module:
+    """Loads a part of a class from its folder, on the CPU, for inference.
+
+    Raises:
+        UserError: if its weights are not whole, or not all finite.
+    """
+    weights = choose(kind, os.listdir(folder), variant)
+    files = weight_files(folder, weights)
+    disable_progress_bar()  # of transformers' shards, on every rank
+    if weights.in_shards and not issubclass(kind, PreTrainedModel):
+        # diffusers 0.29 would leave shards to accelerate, whose newer releases fail over them.
+        module = _fill(without_weights(kind, folder), files, folder).to(dtype).eval()
+    else:
+        module, info = kind.from_pretrained(
+            folder, variant=weights.variant, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # an index that is wrong
+            raise UserError(f"{folder} has no weights for {name}")
+        if not all_finite(parameter):
+            raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
+    return module
+
+
+def _fill(module: torch.nn.Module, files: list[Path], folder: Path) -> torch.nn.Module:
+    """Gives a model without weights those of its shards."""
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for name, tensor in module.state_dict().items():
+        if name not in weights:
+            raise UserError(f"{folder} has no weights for {name}")
+        if weights[name].shape != tensor.shape:
+            found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{name} has the shape {found}, and by config.json {wanted}")
+    module.load_state_dict(weights, strict=False, assign=True)
+    return module
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer | CLIPTokenizerFast:
+    """Loads a tokenizer from its folder."""
+    with loading("tokenizer", folder):
+        # Newer releases of transformers save a tokenizer.json alone, which CLIPTokenizer of older ones cannot load.
+        files = os.listdir(folder)
+        kind = CLIPTokenizerFast if "tokenizer.json" in files and "vocab.json" not in files else CLIPTokenizer
+        return kind.from_pretrained(folder)
+
+
+def check_resolution(resolution: int, vae: AutoencoderKL) -> None:
+    """Finds out whether images of a side of `resolution` pixels have latents.
+
+    Raises:
+        UserError: if the VAE's factor does not divide it.
+    """
+    factor = vae_factor(vae)
+    if resolution % factor:
+        lower = resolution // factor * factor
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {factor}, the factor of this model's VAE: "
+            f"use {f'{lower} or ' if lower else ''}{lower + factor}"
+        )
+
+
+def unet_folder(folder: str | Path) -> Path:
+    """Returns the folder of a UNet: `folder` is one itself, such as checkpoint-500/unet, or has one."""
+    folder = Path(folder)
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def warn_of_dropout(*parts: torch.nn.Module) -> None:
+    """Warns of parts whose dropout is on in training: it draws what no seed and no checkpoint of a run fixes."""
+    modules = [module for part in parts for module in part.modules()]
+    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    rates += [module.dropout for module in modules if isinstance(vars(module).get("dropout"), float)]  # as CLIP has it
+    if max(rates, default=0.0) > 0:
+        warn(f"the model has dropout of {max(rates):g}, drawn anew in each run: a resumed one does not go on exactly")
+
+
+def load_noise_scheduler(model: Path) -> DDPMScheduler:
+    """Loads the noise schedule that the checkpoint was trained with.
+
+    Raises:
+        UserError: if its UNet predicts something that this project has no loss for.
+    """
+    with loading("scheduler", model):
+        noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+        if not noise_scheduler.alphas_cumprod.isfinite().all() or not len(noise_scheduler.alphas_cumprod):
+            raise ValueError("its noise schedule is empty or not finite")
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"the scheduler of {model} has prediction_type {prediction_type!r}; "
+            f"this project trains {' and '.join(PREDICTION_TYPES)}"
+        )
+    return noise_scheduler
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Returns by how much the VAE's latents are smaller than its images, along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """Returns (channels, height, width) of the latents of a square image of `resolution` pixels."""
+    side = resolution // vae_factor(vae)
+    return vae.config.latent_channels, side, side
+
+
+def fingerprint(*parts: torch.nn.Module) -> str:
+    """Returns what tells models of other weights apart, in a pass over them: hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.state_dict().items()):
+            numbers = tensor.contiguous().view(torch.uint8).flatten()
+            whole = numbers[: numbers.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
+            digest.update(f"{name} {tuple(tensor.shape)} {whole}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,79 @@
+"""What is particular to a kind of model: a family is one object, in a file of its own, such as stable_diffusion.py.
+
+Everything else trains whatever a family describes. folder.py has the list of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+# What a prediction depends on besides latents and timesteps: tensors whose first dimension is the batch, by the names
+# of the arguments of the module that takes them. A frozen text encoder leaves those of the UNet; one that is trained
+# takes tokens.
+Conditioning = dict[str, Tensor]
+
+
+@dataclass
+class Model:
+    """A model, loaded for training: fp32, on the CPU.
+
+    Args:
+        family: of the model.
+        folder: where it is.
+        variant: of the weights that were asked for; None for the plain ones.
+        tokenizers: by their folders.
+        components: those that have weights, by their folders.
+        noise_scheduler: the noise that it was trained with.
+    """
+
+    family: "Family"
+    folder: Path
+    variant: str | None
+    tokenizers: dict[str, CLIPTokenizer]
+    components: dict[str, torch.nn.Module]
+    noise_scheduler: DDPMScheduler
+
+    @property
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
+        """Those of the components that read prompts, in their order."""
+        return {name: self.components[name] for name in self.family.text_encoders}
+
+
+class Family(Protocol):
+    """A kind of model.
+
+    Every one has a UNet, "unet", and a VAE, "vae".
+    """
+
+    name: str  # as in "use a Stable Diffusion 1.x or 2.x"
+    pipeline: type[DiffusionPipeline]  # that draws
+    components: Mapping[str, type]  # classes of the parts that have weights, by their folders
+    labels: Mapping[str, str]  # what messages call them
+    text_encoders: tuple[str, ...]  # those of them that read prompts
+    tokenizers: tuple[str, ...]  # a tokenizer's folder for each
+    others: tuple[str, ...]  # parts that a folder may have besides, and that are not used
+    left_out: Mapping[str, Any]  # arguments of the pipeline in their place
+
+    def check_fit(self, tokenizers: Mapping[str, CLIPTokenizer], components: Mapping[str, torch.nn.Module]) -> None:
+        """Compares the shapes that the parts hand to each other.
+
+        Raises:
+            UserError: if they are parts of different models, or of one that this family does not describe.
+        """
+
+    def tokenize(
+        self,
+        prompts: list[str],
+        tokenizers: Mapping[str, CLIPTokenizer],
+        components: Mapping[str, torch.nn.Module],
+    ) -> Conditioning:
+        """Splits prompts into what the text encoders read, on the CPU; warns where one is cut."""
+
+    def encode(self, tokens: Conditioning, text_encoders: Mapping[str, torch.nn.Module]) -> Conditioning:
+        """Returns what the UNet reads of prompts, with gradients where the text encoders are trained."""

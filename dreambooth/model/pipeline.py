@@ -1,0 +1,101 @@
+"""A model as a whole: loaded for training, or as the pipeline that draws."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from transformers import CLIPTokenizer
+
+from dreambooth.model.components import (
+    check_resolution,
+    load_component,
+    load_noise_scheduler,
+    load_tokenizer,
+    loading,
+    unet_folder,
+)
+from dreambooth.model.family import Family, Model
+from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
+
+
+def load_model(
+    folder: Path,
+    *,
+    resolution: int,
+    variant: str | None = None,
+    tokenizer: Path | None = None,
+    unet: str | Path | None = None,
+    trained: Path | None = None,
+) -> Model:
+    """Loads a model for training, fp32, on the CPU.
+
+    Args:
+        folder: of the model.
+        resolution: of the images, in pixels.
+        variant: of the weights, where a part has it.
+        tokenizer: folder of another tokenizer than its own.
+        unet: folder of another UNet than its own.
+        trained: checkpoint whose parts count instead of those of the model.
+
+    Raises:
+        UserError: if a part cannot be loaded, parts do not fit, or images of that resolution have no latents.
+    """
+    family = family_of(folder)
+    tokenizers = {name: load_tokenizer(tokenizer or folder / name) for name in family.tokenizers}
+    components = {}
+    for name in family.components:
+        in_checkpoint = trained is not None and (trained / name).is_dir()
+        source = trained if in_checkpoint else unet if name == "unet" and unet else folder
+        components[name] = load_part(family, name, source, variant=variant)
+        if name == "vae":
+            check_resolution(resolution, components[name])
+            components[name].requires_grad_(False)
+    family.check_fit(tokenizers, components)
+    return Model(family, folder, variant, tokenizers, components, load_noise_scheduler(folder))
+
+
+def load_part(
+    family: Family, name: str, folder: str | Path, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+) -> torch.nn.Module:
+    """Loads one of a family's parts, on the CPU, for inference.
+
+    Args:
+        family: of the model.
+        name: of the part.
+        folder: of a model, of a checkpoint, or of a UNet.
+        dtype: of its weights.
+        variant: of the weights, where it has it.
+    """
+    own = unet_folder(folder) if name == "unet" else Path(folder) / name
+    with loading(family.labels[name], own if name == "unet" else folder):
+        return load_component(family.components[name], own, dtype, variant)
+
+
+def load_pipeline(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    sampler: str | None = None,
+    **parts: torch.nn.Module | CLIPTokenizer,
+) -> DiffusionPipeline:
+    """Loads a model anew, on the CPU, with some of its `parts` replaced and without a safety checker.
+
+    Args:
+        folder: of the model.
+        dtype: of all parts.
+        variant: of the weights that are loaded, where a part has it.
+        sampler: class of diffusers by which it draws; None for the model's own.
+        parts: by their names.
+    """
+    with loading("pipeline", folder):
+        index, family = read_index(folder / INDEX, str(folder))
+        parts |= {name: load_tokenizer(folder / name) for name in family.tokenizers if name not in parts}
+        for name in family.components.keys() - parts.keys():
+            parts[name] = load_part(family, name, folder, dtype, variant=variant)
+        scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
+        pipeline = family.pipeline(
+            **parts, scheduler=scheduler.from_pretrained(folder / "scheduler"), **family.left_out
+        )
+    return pipeline.to(dtype=dtype)
