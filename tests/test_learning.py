@@ -1,10 +1,10 @@
 """That the method works, on the small model in assets/: DreamBooth teaches the subject and keeps its class.
 
-Images are made before and after a training from the same prompts and starting noise, of four places and four seeds, and
-compared with the instance images (similarity.py). What counts is the change of the similarity. A training that does
-nothing changes it by 0. One that does something changes each picture by something, with a standard deviation of 0.06
-to 0.07 when it was measured, so that the mean of 16 has a standard error of up to 0.018: MARGIN is nearly three of
-them.
+Images are made before and after a training from the same prompts and starting noise, of four places and four seeds,
+and compared with the instance images (similarity.py). What counts is the change of the similarity. A training that
+does nothing changes it by 0. One that does something changes each picture by something, with a standard deviation of
+0.06 to 0.07 when it was measured, so that the mean of 16 has a standard error of up to 0.018: MARGIN is nearly three
+of them.
 """
 
 import pytest
