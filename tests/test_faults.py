@@ -350,12 +350,11 @@ def test_a_rank_that_fails_in_the_data(flags, tmp_path, report):
     report("one rank fails: in the data")
 
 
-@BOTH
-def test_a_rank_that_fails_in_generating_class_images(script, flags, prior, tmp_path, report):
+def test_a_rank_that_fails_in_generating_class_images(flags, prior, tmp_path, report):
     """An image of the second batch cannot be written, whichever rank takes it: a folder has its name."""
     shutil.rmtree(prior["class_data_dir"])
     (prior["class_data_dir"] / "00002.png").mkdir(parents=True)
-    run = start_torchrun(script, flags | prior, tmp_path / "log")
+    run = start_torchrun(TRADITIONAL, flags | prior, tmp_path / "log")
     wait_for((prior["class_data_dir"] / "00000.png").is_file)
     assert_ends_with_first_cause(run, tmp_path / "log", "00002.png")
     report("one rank fails: in generating class images")

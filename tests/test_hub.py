@@ -101,7 +101,7 @@ def hub_env(hub, tmp_path):
 
 def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, tmp_path):
     flags |= {"pretrained_model_name_or_path": "someone/tiny", "revision": "main", "max_train_steps": 1}
-    train(COLOSSALAI, flags | {"output_dir": tmp_path / "online"}, nproc=2, env=hub_env)
+    train(COLOSSALAI, flags | {"output_dir": tmp_path / "online"}, env=hub_env)
     assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
     hub.fetched.clear()
     for name, env in (("offline", {"HF_HUB_OFFLINE": "1"}), ("unreachable", {"HF_ENDPOINT": "http://127.0.0.1:9"})):

@@ -72,10 +72,8 @@ def value(words: list[str], flag: str) -> str:
 @pytest.mark.parametrize(
     "launcher, nproc, expected",
     [
-        ("colossalai.sh", "2", "plugin torch_ddp, placement cuda"),
         ("colossalai.sh", "", "plugin torch_ddp, placement cuda"),
         ("dreambooth.sh", "2", "traditional process"),
-        ("dreambooth.sh", "", "traditional process"),
     ],
 )
 def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, photos, tmp_path):

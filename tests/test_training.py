@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, scalars, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth.data.images import find_images
@@ -41,7 +41,7 @@ def assert_weights_close(first: dict, second: dict, learning_rate: float, steps:
 @BOTH
 def test_two_processes_on_real_photos(script, flags, prior, dog_photos):
     flags |= prior | {"instance_data_dir": dog_photos, "max_train_steps": 4, "save_steps": 2}
-    done = train(script, flags, nproc=2, torchrun=True)
+    done = train(script, flags, nproc=2, torchrun=script == COLOSSALAI)
     assert "4 steps of 4 samples (2 ranks x 2)" in done.stdout
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 5, "what is told is told by one rank"
@@ -108,7 +108,7 @@ def test_any_number_of_ranks_gives_the_same_run(script, flags, prior, tmp_path):
     for nproc, batch in ((1, 4), (2, 2), (4, 1)):
         folder = tmp_path / str(nproc)
         run_flags = flags | prior | {"output_dir": folder / "out", "class_data_dir": folder / "class_images"}
-        train(script, run_flags | {"train_batch_size": batch}, nproc=nproc)
+        train(script, run_flags | {"train_batch_size": batch, "num_class_images": 5}, nproc=nproc)
         results[nproc] = {
             "loss": scalars(folder / "out", "loss"),
             "grad_norm": scalars(folder / "out", "grad_norm"),
@@ -116,8 +116,8 @@ def test_any_number_of_ranks_gives_the_same_run(script, flags, prior, tmp_path):
             "weights": unet_weights(folder / "out" / "unet"),
         }
     one = results.pop(1)
-    assert len(one["class_images"]) == 7
-    assert len(set(one["class_images"].values())) == 7, "no two alike"
+    assert len(one["class_images"]) == 5
+    assert len(set(one["class_images"].values())) == 5, "no two alike"
     assert len(one["loss"]) == 10
     for result in results.values():
         np.testing.assert_allclose(result["loss"], one["loss"], rtol=1e-5)
@@ -213,6 +213,7 @@ def test_test_run_uses_ten_images_of_each_folder(flags, prior, tmp_path):
     }
     for value, steps in (("False", 12), ("true", 10)):
         output_dir, class_images = tmp_path / value, tmp_path / f"class_{value}"
+        shutil.copytree(prior["class_data_dir"], class_images)
         train(COLOSSALAI, flags | {"test_run": value, "output_dir": output_dir, "class_data_dir": class_images})
         assert len(scalars(output_dir, "loss")) == steps
         assert len(list(class_images.iterdir())) == min(steps, 11)
@@ -271,6 +272,7 @@ import gc, sys
 import train_dreambooth_colossalai as trainer
 from dreambooth.run.milestones import Milestones
 
+gc.unfreeze()  # what was frozen before the fork
 objects = []
 
 def after(milestones, step, **figures):
@@ -283,10 +285,11 @@ print("most:", max(objects), "of", len(gc.get_objects()))
 """
 
 
-def test_no_step_waits_long_for_the_garbage_collector(flags):
+def test_no_step_waits_long_for_the_garbage_collector(flags, tmp_path):
     """A full collection goes through what the steps have made, not through what was there before."""
-    command = [sys.executable, "-c", COUNT_OBJECTS, *command_line(flags | {"max_train_steps": 4})]
-    done = run(command, env={"PYTHONPATH": str(ROOT)})
+    script = tmp_path / "count_objects.py"
+    script.write_text(COUNT_OBJECTS)
+    done = train(str(script), flags | {"max_train_steps": 4})
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("most:"))
     most, all_of_them = int(line.split()[1]), int(line.split()[3])
     assert most < all_of_them / 10, line
