@@ -23,7 +23,7 @@ echo "== style"
 "$python" -m ruff format --check .
 
 echo "== tests"
-"$python" -m pytest -n 4 --dist worksteal
+"$python" -m pytest -n 3 --dist worksteal
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
