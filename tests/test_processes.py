@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -219,6 +220,15 @@ def test_a_second_signal_ends_the_process_at_once(lines, environment, status):
 )
 def test_a_rank_that_does_not_get_on_leaves(lines, status):
     assert asked_to_stop(lines, WORLD_SIZE="2").returncode == status
+
+
+def test_a_port_that_is_taken_is_one_line(flags):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        done = train(COLOSSALAI, flags, nproc=2, check=False, env={"MASTER_PORT": str(port)})
+    assert done.returncode == 2 and len(done.error_lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"port {port} of this machine, at which the processes are to meet, is another" in done.error_lines[0]
 
 
 # Other ranks --------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ outputs; answers with a line each for the ids of its processes and its exit stat
 """
 
 import atexit
+import contextlib
 import gc
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -50,13 +52,20 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def free_port() -> int:
+    """Returns a port that nobody listens at, below those that the system gives to anybody who asks for some."""
+    for port in random.sample(range(15000, 30000), 100):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError("of 100 ports none was free")
+
+
 def environments(nproc: int) -> list[dict]:
     """Returns what torchrun adds to the environment of each of several processes."""
     if nproc == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
     everyone = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(nproc)]
     return [{name: str(value) for name, value in one.items()} for one in everyone]

@@ -37,6 +37,7 @@ from dreambooth.data.images import (
     save_new,
 )
 from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.model.folder import family_of
 from dreambooth.model.precision import name_of
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, from_rank_0, in_turns
@@ -85,7 +86,7 @@ def digest_of_weights(model: Path, external_unet: str | None) -> str:
     unet = external / "unet" if (external / "unet").is_dir() else external
     digest = hashlib.sha256()
     try:
-        for folder in (unet, model / "text_encoder", model / "vae"):
+        for folder in (unet, *(model / name for name in family_of(model).text_encoders), model / "vae"):
             files = sorted(folder.glob("*.safetensors"))
             # A dot in the name is that of a variant, which stands in where there is nothing else.
             files = [file for file in files if "." not in file.stem] or files

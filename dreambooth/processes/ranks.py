@@ -69,7 +69,7 @@ def join(place: Place) -> Ranks:
     A process that is alone has a group of its own, since ColossalAI's plugins want one.
 
     Raises:
-        UserError: if the group that is there is another one.
+        UserError: if the group that is there is another one, or the port is taken at which ranks would meet.
     """
     check_gpus(place)
     on_gpu = torch.cuda.is_available()
@@ -80,8 +80,17 @@ def join(place: Place) -> Ranks:
         os.environ |= {"LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(place.local_world_size)}
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        where = alone if place.world_size == 1 else _where_to_meet()
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=IN_A_STEP, **where)
+        try:
+            where = alone if place.world_size == 1 else _where_to_meet()
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=IN_A_STEP, **where)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise UserError(
+                f"port {port} of this machine, at which the processes are to meet, is another program's: "
+                "name another one, as torchrun's --master_port or MASTER_PORT"
+            ) from error
     found = dist.get_rank(), dist.get_world_size()
     if found != (place.rank, place.world_size):
         raise UserError(
