@@ -22,8 +22,8 @@ PLACES = ("on the beach", "in the snow", "at night", "in the desert")  # in none
 SEEDS = range(4)
 MARGIN = 0.05
 # Of the mean similarity between trainings on GPUs that differ by little more than roundings: fifteen in bf16, whose
-# learning rates differ by parts in 10,000, with a rate that ends at 0, came to 0.014. At a constant rate the last few
-# steps decide which images show the subject: there it was 0.05, under torch_ddp as under the others.
+# learning rates differ by parts in 10,000, with a rate that ends at 0, came to 0.014, of 24 images each. At a constant
+# rate the last few steps decide which images show the subject: there it was 0.05, under torch_ddp as under the others.
 STANDARD_DEVIATION = 0.02
 
 FLAGS = {

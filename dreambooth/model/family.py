@@ -5,7 +5,6 @@ Everything else trains whatever a family describes. folder.py has the list of th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,16 +24,12 @@ class Model:
 
     Args:
         family: of the model.
-        folder: where it is.
-        variant: of the weights that were asked for; None for the plain ones.
         tokenizers: by their folders.
         components: those that have weights, by their folders.
         noise_scheduler: the noise that it was trained with.
     """
 
     family: "Family"
-    folder: Path
-    variant: str | None
     tokenizers: dict[str, CLIPTokenizer]
     components: dict[str, torch.nn.Module]
     noise_scheduler: DDPMScheduler

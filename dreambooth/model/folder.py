@@ -159,7 +159,7 @@ def find_folder(
             raise UserError(f"{flag} {name} is not a folder")
         folder = _download(name, flag, elsewhere, revision, variant)
     has_index = (folder / INDEX).is_file()
-    family = read_index(folder / INDEX, name)[1] if has_index else FAMILIES[0]  # which has all that any needs
+    family = read_index(folder / INDEX, name)[1] if has_index else FAMILIES[0]
     parts = parts_of(family) - elsewhere
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:

@@ -52,7 +52,7 @@ def load_model(
             check_resolution(resolution, components[name])
             components[name].requires_grad_(False)
     family.check_fit(tokenizers, components)
-    return Model(family, folder, variant, tokenizers, components, load_noise_scheduler(folder))
+    return Model(family, tokenizers, components, load_noise_scheduler(folder))
 
 
 def load_part(
