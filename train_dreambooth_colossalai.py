@@ -29,7 +29,7 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 from dreambooth.command_line import arguments
 from dreambooth.command_line.limits import remember_cheaper_flags
 from dreambooth.data.schedule import Schedule
-from dreambooth.engine.boosted import Boosted
+from dreambooth.engine.booster_training import BoosterTraining
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.engine.plugins import ShardAdamW
 from dreambooth.engine.strategy import PLACEMENTS, Strategy, choose_strategy
@@ -38,15 +38,15 @@ from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
+from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.folders import unlocked_at_the_end
-from dreambooth.run.milestones import Milestones
 from dreambooth.run.stages import (
     agree,
+    callbacks_of,
     check_inputs,
-    load_parts,
     loss_by,
-    milestones_of,
     prepare_class_images,
+    prepare_model,
     prepare_samples,
     publish,
     save,
@@ -93,8 +93,8 @@ def build_optimizer(
         cores = len(os.sched_getaffinity(0)) // find_place().local_world_size
         torch.set_num_threads(max(torch.get_num_threads(), cores))
     if strategy.plugin == "gemini":
-        return ShardAdamW(denoiser.parameters(), fused=True, **adamw_settings(args, schedule))
-    return build_adamw(args, denoiser.parameters(), schedule)
+        return ShardAdamW(denoiser.trained.parameters(), fused=True, **adamw_settings(args, schedule))
+    return build_adamw(args, denoiser.trained.parameters(), schedule)
 
 
 def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser) -> Booster:
@@ -110,7 +110,7 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
             )
         )
     if strategy.plugin == "gemini":
-        fetches_weights = not denoiser.is_flat  # parts of a flat parameter cannot be fetched one by one
+        fetches_weights = not denoiser.trained.is_flat  # parts of a flat parameter cannot be fetched one by one
         return Booster(
             plugin=GeminiPlugin(
                 precision=strategy.precision,
@@ -121,13 +121,13 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
                 # Gemini can offload parameters only where the whole optimizer state is offloaded too.
                 offload_param_frac=float(strategy.placement == "cpu" and strategy.offload_optim_frac == 1),
                 initial_scale=INITIAL_LOSS_SCALE,
-                # An infinite limit clips nothing. Without one Gemini would not wait for the norm of gradients that are
-                # on their way between GPUs, and let the backward pass write over their memory.
+                # Always a limit; an infinite one clips nothing. Without one Gemini does not wait for gradients that
+                # are on their way between GPUs, and the backward pass may write over them.
                 max_norm=args.max_grad_norm or math.inf,
                 pin_memory=True,
                 enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.
-                min_chunk_size_m=min(32, denoiser.numel() / 4 / 2**20),
+                min_chunk_size_m=min(32, denoiser.trained.numel() / 4 / 2**20),
             )
         )
     return Booster(
@@ -143,37 +143,42 @@ def boost(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     inputs: tuple[torch.Tensor, torch.Tensor, Conditioning],
-) -> Boosted:
+    masters: dict[str, torch.Tensor],
+) -> BoosterTraining:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
 
-    `inputs` are an example of the denoiser's.
+    Args:
+        inputs: an example of the denoiser's.
+        masters: the weights as their files have them, from which a sharding plugin's shards are filled.
     """
-    pretrained = denoiser.weights()  # keeps the fp32 weights alive while the plugin puts half-precision ones in place
     if args.cuda_graphs:
         half = None if strategy.shards or strategy.precision == "no" else DTYPES[strategy.precision]
         denoiser.to(inputs[0].device, strategy.weights_dtype).record(*inputs, half)
     booster = build_booster(args, strategy, denoiser)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
-    boosted = Boosted(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
+    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
     if strategy.zero_offloads:
-        boosted.pin_master_weights()
-    boosted.load_master_weights(pretrained)
-    return boosted
+        training.pin_master_weights()
+    if strategy.shards:
+        training.load_master_weights(masters)
+    return training
 
 
-def train(boosted: Boosted, steps: Iterable[list], loss_of: Callable, milestones: Milestones, first_step: int) -> None:
+def train(
+    training: BoosterTraining, steps: Iterable[list], loss_of: Callable, callbacks: Callbacks, first_step: int
+) -> None:
     """Takes an optimizer step for each list of batches, of the mean of their losses."""
     for step, batches in enumerate(steps, start=first_step + 1):
         losses = []
         for batch in batches:
-            with contextlib.nullcontext() if batch is batches[-1] else boosted.no_sync():
-                with boosted.strategy.autocast():
-                    loss = loss_of(boosted.model, batch) / len(batches)
-                boosted.backward(loss)
+            with contextlib.nullcontext() if batch is batches[-1] else training.no_sync():
+                with training.strategy.autocast():
+                    loss = loss_of(training.model, batch) / len(batches)
+                training.backward(loss)
             losses.append(loss.detach())
-        lr = boosted.lr_scheduler.get_last_lr()[0]
-        grad_norm = boosted.update()
-        if milestones.after(step, loss=sum(losses), lr=lr, grad_norm=grad_norm):
+        lr = training.lr_scheduler.get_last_lr()[0]
+        grad_norm = training.update()
+        if callbacks.on_step_end(step, loss=sum(losses), lr=lr, grad_norm=grad_norm):
             break
 
 
@@ -185,15 +190,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = check_inputs(args)
     run = agree(args, inputs, join(inputs.place), strategy.precision)
 
-    # The parts of the model; those that are trained come from the checkpoint, if there is one.
-    parts = load_parts(run)
+    # The model; what is trained of it comes from the checkpoint, if there is one.
+    model = prepare_model(run)
 
     # Class images, generated by the model as it is before training.
-    class_images = prepare_class_images(run, parts)
+    class_images = prepare_class_images(run, model)
 
     # Samples, and which rank takes which; and what is trained on them.
-    samples, denoiser = prepare_samples(run, parts, class_images)
-    denoiser.train()
+    samples, denoiser = prepare_samples(run, model, class_images)
+    masters = denoiser.trained.values() if strategy.shards else {}
+    denoiser.train().to(strategy.weights_dtype)
     if not strategy.shards:
         denoiser.normalize_in_half()
     if args.gradient_checkpointing:
@@ -202,24 +208,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         discard_activations(denoiser.unet)
     if args.compile:
         denoiser.compile_blocks()
-    fetches_weights = strategy.fetches_weights(denoiser.numel(), run.ranks.gpu_memory())
+    fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
     if not (fetches_weights or args.use_8bit_adam):  # these two go by single parameters
-        denoiser.flatten(multiple_of=run.ranks.world_size)
+        denoiser.trained.flatten(multiple_of=run.ranks.world_size)
 
     # The optimizer, and the plugin around it and what is trained.
     optimizer = build_optimizer(args, strategy, denoiser, run.schedule)
     lr_scheduler = build_lr_scheduler(args, optimizer, run.schedule)
     example = samples.example_inputs(dtype=strategy.weights_dtype)
-    boosted = boost(args, strategy, denoiser, optimizer, lr_scheduler, example)
+    training = boost(args, strategy, denoiser, optimizer, lr_scheduler, example, masters)
     if run.checkpoint is not None:
-        boosted.resume(run.checkpoint)
+        training.resume(run.checkpoint)
 
     # Steps, and what is due after them; then the trained pipeline.
     say(f"{strategy} on {run.ranks}, {run.schedule}, seed {run.seed}")
-    with milestones_of(run, parts, samples, boosted) as milestones:
+    with callbacks_of(run, model, samples, training) as callbacks:
         with doing("training"):
-            train(boosted, samples.steps, loss_by(run, parts, strategy.weights_dtype), milestones, run.first_step)
-        save(run, parts, boosted, milestones)
+            train(training, samples.steps, loss_by(run, model, strategy.weights_dtype), callbacks, run.first_step)
+        save(run, model, training, callbacks.tracker)
     publish(run)
 
 

@@ -28,7 +28,7 @@ from dreambooth.processes.ranks import leave
 
 
 class Stopwatch:
-    """Stands where a trainer has its milestones: notes when steps end, and ends the training after so many."""
+    """Stands where a trainer has its callbacks: notes when steps end, and ends the training after so many."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -42,7 +42,7 @@ class Stopwatch:
         mark.record()
         return mark
 
-    def after(self, step: int, **figures) -> bool:
+    def on_step_end(self, step: int, **figures) -> bool:
         self.marks.append(self._mark())
         return step == self.steps
 

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dreambooth.model.libraries import save_whole_pipeline
+from dreambooth.model.pipeline import write_pipeline
 
 # Both have the vocabulary of `byte_tokenizer`; a larger one would only add unused rows to the text encoder.
 SHAPES = {
@@ -131,7 +131,7 @@ def build(folder: str | Path, shape: str = "tiny", prediction_type: str = "epsil
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    save_whole_pipeline(pipeline, folder)
+    write_pipeline(pipeline, folder)
 
 
 if __name__ == "__main__":

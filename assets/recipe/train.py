@@ -29,7 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from assets.recipe import cutouts
 from assets.recipe.scenes import PLACES, RESOLUTION, Scenes, captions
-from dreambooth.model.libraries import save_whole_pipeline
+from dreambooth.model.pipeline import write_pipeline
 from dreambooth.run.grid import captioned_grid
 
 # Rare words for subjects: one token each, in no caption.
@@ -319,7 +319,7 @@ def record(path: Path, name: str, training: Iterator[dict]) -> None:
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Writes the pipeline in fp16."""
-    save_whole_pipeline(copy.deepcopy(pipeline).to(torch.float16), folder)
+    write_pipeline(copy.deepcopy(pipeline).to(torch.float16), folder)
 
 
 def main() -> None:

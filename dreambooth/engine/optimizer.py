@@ -9,7 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
-from dreambooth.model.denoiser import Denoiser, Part
+from dreambooth.model.slices import Slice
+from dreambooth.model.trainable import Piece
 
 # What AdamW keeps of a parameter besides the number of updates; that of bitsandbytes the moments in 8 bits and the
 # scales of their blocks (of a small parameter the first two only, in fp32).
@@ -51,41 +52,48 @@ def adam_step(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, denoiser: Denoiser) -> dict[tuple[str, str], torch.Tensor]:
-    """Returns what an AdamW keeps of whole weights, on the CPU, by (name in its state, name of the weight)."""
-    kept = {}
-    for part in denoiser.parts():
-        state = optimizer.state[part.state_key]
+def state_slices(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece]) -> list[Slice]:
+    """Returns what an AdamW keeps of the weights that this rank holds, as "exp_avg.NAME" and so on.
+
+    Before its first update torch's counts as having kept zeros, from which it begins. That of bitsandbytes keeps its
+    state in tensors of other shapes than the weights, which are whole on every rank.
+    """
+    slices = []
+    for piece in pieces:
+        state = optimizer.state.get(piece.shard.state_key, {})
         for name in state_names(optimizer):
-            if name in state and denoiser.is_flat:
-                kept[name, part.name] = part.of(state[name]).view(denoiser.shapes[part.name]).cpu()
+            prefix = f"{name}."
+            if isinstance(optimizer, torch.optim.AdamW):
+                slices.append(piece.slice_of(state.get(name, torch.zeros_like(piece.shard.tensor)), prefix))
             elif name in state:
-                kept[name, part.name] = state[name].cpu()
-    return kept
+                kept = state[name]
+                slices.append(Slice(f"{prefix}{piece.weight.name}", kept.shape, 0, kept.flatten(), True))
+    return slices
 
 
 @torch.no_grad()
-def resume_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[Part], checkpoint: Checkpoint) -> None:
+def resume_optimizer(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece], checkpoint: Checkpoint) -> None:
     """Gives an AdamW that has not begun the state of a checkpoint.
 
     Args:
         optimizer: torch's, or that of bitsandbytes.
-        parts: what this rank holds of the weights; all whole for the latter, each in a parameter of its own.
+        pieces: what this rank holds of the weights; all whole for the latter, each in a parameter of its own.
         checkpoint: of any number of ranks.
     """
-    for part in parts:
-        kept = checkpoint.optimizer_state(part.name, state_names(optimizer)) if part.first < part.last else {}
+    for piece in pieces:
+        names = state_names(optimizer)
+        kept = checkpoint.optimizer_state(piece.weight.name, names) if piece.first < piece.last else {}
         if not kept:
             continue
-        state, device = optimizer.state[part.state_key], part.tensor.device
+        state, tensor = optimizer.state[piece.shard.state_key], piece.shard.tensor
         if not isinstance(optimizer, torch.optim.AdamW):
-            state |= _state_8bit(optimizer, kept, device) | {"step": checkpoint.adam_step}
+            state |= _state_8bit(optimizer, kept, tensor.device) | {"step": checkpoint.adam_step}
             continue
         if not state:
-            state["step"] = torch.tensor(float(checkpoint.adam_step), device=device)
-            state |= {name: torch.zeros_like(part.tensor, dtype=torch.float32) for name in kept}
-        for name, tensor in kept.items():
-            part.of(state[name]).copy_(tensor.flatten()[part.first : part.last])
+            state["step"] = torch.tensor(float(checkpoint.adam_step), device=tensor.device)
+            state |= {name: torch.zeros_like(tensor, dtype=torch.float32) for name in kept}
+        for name, earlier in kept.items():
+            piece.of(state[name]).copy_(earlier.flatten()[piece.first : piece.last])
 
 
 def _state_8bit(optimizer: torch.optim.Optimizer, kept: dict[str, torch.Tensor], device: torch.device) -> dict:

@@ -22,6 +22,7 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.overrides import TorchFunctionMode
 
 from dreambooth.command_line.console import RunError, warn
+from dreambooth.model.trainable import Shard
 
 
 def other_colossalai(found: str) -> RunError:
@@ -200,23 +201,18 @@ def grad_scaler(optimizer: OptimizerWrapper) -> DynamicGradScaler | None:
     return getattr(optimizer.mixed_precision_mixin if zero else optimizer.mix_precision_mixin, "grad_scaler", None)
 
 
-def shard_of(
-    optimizer: OptimizerWrapper, parameter: torch.nn.Parameter
-) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-    """Returns this rank's fp32 master weights of a parameter, which element is the first, and their state's key.
-
-    Where the rank holds none of it, nothing, and no key.
-    """
+def shard_of(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> Shard:
+    """Returns this rank's fp32 master weights of a parameter; where it holds none of it, an empty shard."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        shard = optimizer.working_to_master_param[id(parameter)]
-        return shard, dist.get_rank() * shard.numel(), shard
+        masters = optimizer.working_to_master_param[id(parameter)]
+        return Shard(masters, dist.get_rank() * masters.numel(), masters)
     number = next(number for number, real in optimizer.id_to_real_params.items() if real is parameter)
     if number not in optimizer.id_to_fake_params:
-        return torch.empty(0), 0, None
+        return Shard(torch.empty(0), 0, None)
     fake = optimizer.id_to_fake_params[number]  # what stands for it in AdamW
     begin, first, size = optimizer.get_offsets(number)
     masters = optimizer.param_to_chunk16[fake].paired_chunk.payload
-    return masters[begin : begin + size], first, fake
+    return Shard(masters[begin : begin + size], first, fake)
 
 
 def take_over(optimizer: OptimizerWrapper) -> None:

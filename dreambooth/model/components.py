@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from dreambooth.command_line.console import UserError, first_line, warn
+from dreambooth.model.libraries import name_in_file
 from dreambooth.model.precision import all_finite
-from dreambooth.model.weights import Weights, choose_weights, weight_files
+from dreambooth.model.weights import Weights, choose_weights, stored_dtype, weight_files
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -33,8 +34,29 @@ def loading(part: str, source: str | Path) -> Iterator[None]:
 
 def choose(kind: type, names: Sequence[str], variant: str | None) -> Weights:
     """Returns which of the weights among the files `names` a part of a class is loaded from, as `choose_weights`."""
-    stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
-    return choose_weights(names, stem, variant)
+    return choose_weights(names, stem_of(kind), variant)
+
+
+def stem_of(kind: type) -> str:
+    """Returns with what the files of the weights of a class begin."""
+    return "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
+
+
+def save_component(component: torch.nn.Module, folder: Path) -> None:
+    """Writes a component, in safetensors, as its library would but for names that not all releases read."""
+    save_configuration(component, folder)
+    tensors = {name_in_file(component, name): tensor.contiguous() for name, tensor in component.state_dict().items()}
+    save_file(tensors, folder / f"{stem_of(type(component))}.safetensors", metadata={"format": "pt"})
+
+
+def save_configuration(component: torch.nn.Module, folder: Path) -> None:
+    """Writes what a component is but for its weights."""
+    folder.mkdir()
+    if isinstance(component, PreTrainedModel):
+        disable_progress_bar()
+        component.save_pretrained(folder, state_dict={})  # no weights, no file of them
+    else:
+        component.save_config(folder)
 
 
 def without_weights(kind: type, folder: Path) -> torch.nn.Module:
@@ -45,16 +67,33 @@ def without_weights(kind: type, folder: Path) -> torch.nn.Module:
         return kind.from_config(kind.load_config(folder))
 
 
+def empty_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """Returns a model of the same class and configuration, whose weights take no memory."""
+    with init_empty_weights():
+        if isinstance(module, PreTrainedModel):
+            return type(module)(module.config)
+        return type(module).from_config(module.config)
+
+
 def load_component(
-    kind: type, folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+    kind: type, folder: Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None
 ) -> torch.nn.Module:
     """Loads a part of a class from its folder, on the CPU, for inference.
+
+    Weights whose files have them in `dtype` stay in these files, mapped into memory, until they are moved or changed.
+
+    Args:
+        kind: class of the part.
+        folder: of it.
+        dtype: of its weights; None for that of the files.
+        variant: of the weights, where it has it.
 
     Raises:
         UserError: if its weights are not whole, or not all finite.
     """
     weights = choose(kind, os.listdir(folder), variant)
     files = weight_files(folder, weights)
+    dtype = dtype or stored_dtype(files[0])
     disable_progress_bar()  # of transformers' shards, on every rank
     if weights.in_shards and not issubclass(kind, PreTrainedModel):
         # diffusers 0.29 would leave shards to accelerate, whose newer releases fail over them.
@@ -156,11 +195,13 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 
 def fingerprint(*parts: torch.nn.Module) -> str:
-    """Returns what tells models of other weights apart, in a pass over them: hexadecimal digits."""
+    """Returns what tells models of other weights apart, in a pass over them in fp32: hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
-        for name, tensor in sorted(part.state_dict().items()):
-            numbers = tensor.contiguous().view(torch.uint8).flatten()
+        for name, tensor in sorted((name_in_file(part, name), one) for name, one in part.state_dict().items()):
+            numbers = (
+                (tensor.float() if tensor.is_floating_point() else tensor).contiguous().view(torch.uint8).flatten()
+            )
             whole = numbers[: numbers.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
             digest.update(f"{name} {tuple(tensor.shape)} {whole}".encode())
     return digest.hexdigest()[:16]

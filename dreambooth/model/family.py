@@ -20,7 +20,7 @@ Conditioning = dict[str, Tensor]
 
 @dataclass
 class Model:
-    """A model, loaded for training: fp32, on the CPU.
+    """A model, loaded for training, on the CPU.
 
     Args:
         family: of the model.

@@ -1,11 +1,12 @@
 """A model as a whole: loaded for training, or as the pipeline that draws."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from dreambooth.model.components import (
     check_resolution,
@@ -13,10 +14,12 @@ from dreambooth.model.components import (
     load_noise_scheduler,
     load_tokenizer,
     loading,
+    save_component,
     unet_folder,
 )
 from dreambooth.model.family import Family, Model
 from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
+from dreambooth.model.libraries import save_vocabulary
 
 
 def load_model(
@@ -28,7 +31,10 @@ def load_model(
     unet: str | Path | None = None,
     trained: Path | None = None,
 ) -> Model:
-    """Loads a model for training, fp32, on the CPU.
+    """Loads a model for training, on the CPU, the VAE in fp32.
+
+    The other components are of the dtype of their files, which they are mapped from: no process has a copy of its own
+    of what it does not use whole.
 
     Args:
         folder: of the model.
@@ -47,7 +53,7 @@ def load_model(
     for name in family.components:
         in_checkpoint = trained is not None and (trained / name).is_dir()
         source = trained if in_checkpoint else unet if name == "unet" and unet else folder
-        components[name] = load_part(family, name, source, variant=variant)
+        components[name] = load_part(family, name, source, torch.float32 if name == "vae" else None, variant=variant)
         if name == "vae":
             check_resolution(resolution, components[name])
             components[name].requires_grad_(False)
@@ -56,7 +62,12 @@ def load_model(
 
 
 def load_part(
-    family: Family, name: str, folder: str | Path, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+    family: Family,
+    name: str,
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    variant: str | None = None,
 ) -> torch.nn.Module:
     """Loads one of a family's parts, on the CPU, for inference.
 
@@ -64,7 +75,7 @@ def load_part(
         family: of the model.
         name: of the part.
         folder: of a model, of a checkpoint, or of a UNet.
-        dtype: of its weights.
+        dtype: of its weights; None for that of its files.
         variant: of the weights, where it has it.
     """
     own = unet_folder(folder) if name == "unet" else Path(folder) / name
@@ -99,3 +110,25 @@ def load_pipeline(
             **parts, scheduler=scheduler.from_pretrained(folder / "scheduler"), **family.left_out
         )
     return pipeline.to(dtype=dtype)
+
+
+def write_pipeline(pipeline: DiffusionPipeline, folder: str | Path, *, without: Collection[str] = ()) -> None:
+    """Writes a pipeline as diffusers does, in safetensors, for the libraries of any time to read.
+
+    Args:
+        pipeline: on the CPU.
+        folder: gets its index, and a new folder for each part.
+        without: names of parts that are written otherwise.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if part is None or name in without:
+            continue
+        if isinstance(part, torch.nn.Module):
+            save_component(part, folder / name)
+        else:
+            part.save_pretrained(folder / name)
+        if isinstance(part, PreTrainedTokenizerBase):
+            save_vocabulary(part, folder / name)

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 PATTERNS = (
     r"{stem}(?:\.(?P<variant>[^.]+))?\.safetensors",
     r"{stem}\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json",  # counts more, as for diffusers
 )
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD = re.compile(r"-\d+-of-\d+")
 
 
@@ -104,3 +106,10 @@ def weight_files(folder: Path, weights: Weights) -> list[Path]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} is damaged: {error}") from error
     return [folder / name for name in names]
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """Returns the dtype of the weights in a safetensors file."""
+    with safe_open(file, framework="pt") as tensors:
+        dtypes = (tensors.get_slice(name).get_dtype() for name in tensors.keys())
+        return next((DTYPES[dtype] for dtype in dtypes if dtype in DTYPES), torch.float32)

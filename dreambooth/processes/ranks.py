@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dreambooth.command_line.console import Stopped, ToldByRank0, UserError, warn
-from dreambooth.processes.environment import Place
+from dreambooth.command_line.console import RunError, Stopped, ToldByRank0, UserError, warn
+from dreambooth.processes.environment import Place, find_place
 
 Found = TypeVar("Found")
 # How long a rank waits for another one: in a collective of a step, where whoever takes that long has hung; and where
@@ -44,6 +44,12 @@ class Ranks:
         memory = torch.tensor(torch.cuda.get_device_properties(self.device).total_memory, device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
         return int(memory)
+
+
+def on_one_machine() -> bool:
+    """Whether all processes of the run are of this machine, and see the same files."""
+    place = find_place()
+    return place.local_world_size == place.world_size
 
 
 def check_gpus(place: Place) -> None:
@@ -124,7 +130,8 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     """Returns on all ranks what `find` returns on rank 0, so that none goes by what it alone has found.
 
     Raises:
-        UserError, RunError: as `find` does, on rank 0; the others end quietly.
+        Exception: as `find` does, on rank 0.
+        ToldByRank0: then, on the others.
     """
     if not _meeting_places:
         return find()
@@ -132,8 +139,9 @@ def from_rank_0(find: Callable[[], Found]) -> Found:
     if dist.get_rank() == 0:
         try:
             answer[0] = find()
-        except UserError as error:
-            dist.broadcast_object_list([None, error.status], src=0, group=_meeting_places[0])
+        except Exception as error:
+            status = error.status if isinstance(error, UserError) else RunError.status
+            dist.broadcast_object_list([None, status], src=0, group=_meeting_places[0])
             raise
     dist.broadcast_object_list(answer, src=0, group=_meeting_places[0])
     found, status = answer

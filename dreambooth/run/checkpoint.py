@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dreambooth.command_line.arguments import EFFECT_NEEDS, build_parser
 from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, say, warn
@@ -30,9 +29,11 @@ from dreambooth.data.images import Photo
 from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import OPTIMIZER, Checkpoint, Training
-from dreambooth.processes.ranks import compare, from_rank_0, until_found
-from dreambooth.run.folders import discard, readable, written_whole
-from dreambooth.run.output import bytes_of, leave_out_paths
+from dreambooth.model.slices import write_slices
+from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
+from dreambooth.run.folders import discard, readable, written_by_all
+from dreambooth.run.output import leave_out_paths
+from dreambooth.run.trained import write_trained
 
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = ("unet", "text_encoder")
@@ -249,46 +250,51 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(
-    args: argparse.Namespace, settings: dict, training: Training, step: int, *, interim: bool = False
+    args: argparse.Namespace, settings: dict, training: Training, ranks: Ranks, step: int, *, interim: bool = False
 ) -> None:
     """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
 
-    An `interim` one, which no flag asks for, goes when there is a later one.
+    Each rank writes what it holds. An `interim` one, which no flag asks for, goes when there is a later one.
 
     Raises:
-        RunError: if it cannot be written, or the weights are not finite; earlier checkpoints stay as they are.
+        RunError: on rank 0, if it cannot be written, or the weights are not finite; earlier ones stay as they are.
+        ToldByRank0: then, on the others.
     """
     started = time.monotonic()
-    weights, progress = training.weights(), training.progress(step)
-    if not is_rank_0():
-        return
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{step}"
-    if problem := not_ours(folder):
-        raise RunError(f"cannot write {folder}: {problem}")
-    parts = training.denoiser.parts_with(weights)
-    tensors = {f"{name}.{parameter}": tensor for (name, parameter), tensor in progress.optimizer.items()}
-    size = bytes_of(parts.values()) + sum(tensor.nbytes for tensor in tensors.values())
-    with written_whole(folder, size) as partial:
-        for name, part in parts.items():
-            part.save_pretrained(partial / name, safe_serialization=True)
-        leave_out_paths(partial)
-        save_file(tensors, partial / OPTIMIZER)
-        state = {
-            "written_at": time.time(),
-            "step": step,
-            "adam_step": progress.adam_step,
-            "lr_scheduler": progress.lr_scheduler,
-            "grad_scaler": progress.grad_scaler,
-            "settings": settings,
-            "versions": versions(),
-            "interim": interim,
-        }
-        (partial / STATE).write_text(json.dumps(state, indent=1))
+    from_rank_0(lambda: _check_name(folder))
+    progress, moments = training.progress(), training.optimizer_state()
+    state = {
+        "step": step,
+        "adam_step": max(from_all_ranks(progress.adam_step)),
+        "lr_scheduler": progress.lr_scheduler,
+        "grad_scaler": progress.grad_scaler,
+        "settings": settings,
+        "versions": versions(),
+        "interim": interim,
+    }
+    size = sum(one.nbytes for one in moments) + sum(one.nbytes for one in training.weights())
+    with written_by_all(folder, size) as partial:
+        write_trained(partial, training, ranks)
+        write_slices(partial / OPTIMIZER, moments, ranks)
+        from_rank_0(lambda: _write_state(partial, state))
+    if not is_rank_0():
+        return
     say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
     remove_interim_checkpoints(output_dir, before=step)
     if args.checkpoints_total_limit:
         remove_checkpoints(list_checkpoints(output_dir)[: -args.checkpoints_total_limit])
+
+
+def _check_name(folder: Path) -> None:
+    if problem := not_ours(folder):
+        raise RunError(f"cannot write {folder}: {problem}")
+
+
+def _write_state(folder: Path, state: dict) -> None:
+    leave_out_paths(folder)
+    (folder / STATE).write_text(json.dumps({"written_at": time.time()} | state, indent=1))
 
 
 def remove_interim_checkpoints(output_dir: Path, before: float = math.inf) -> None:

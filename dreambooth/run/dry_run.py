@@ -2,13 +2,11 @@
 
 import argparse
 
-from diffusers import DiffusionPipeline
-
 from dreambooth.command_line.console import say, warn
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
-from dreambooth.run.output import bytes_of, hub_name, parts_of
+from dreambooth.run.output import hub_name
 from dreambooth.run.room import room_of, too_little
 from dreambooth.run.tracker import Tracker
 
@@ -20,7 +18,7 @@ def tell_plan(
     *,
     first_step: int,
     denoiser: Denoiser,
-    pipeline: DiffusionPipeline,
+    pipeline_size: int,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 
@@ -29,8 +27,8 @@ def tell_plan(
         tracker: that has seen the steps; the last one is what others are taken to be like.
         ranks: of the run.
         first_step: steps that an earlier run has done.
-        denoiser: what is trained; the shapes of its weights count.
-        pipeline: what the run would save, in fp32.
+        denoiser: what is trained of it counts.
+        pipeline_size: of what the run would save, in bytes.
     """
     steps = max(0, tracker.schedule.steps - first_step)
     say(f"steps: {tracker.schedule}, {steps} of them to do")
@@ -39,13 +37,13 @@ def tell_plan(
         say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
         on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
         say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
-    size = bytes_of(parts_of(pipeline))
-    room = room_of(args, tracker.schedule, first_step=first_step, weights=denoiser.numel(), pipeline=size)
+    sizes = {"weights": denoiser.trained.numel(), "pipeline": pipeline_size}
+    room = room_of(args, tracker.schedule, first_step=first_step, **sizes)
     say(f"disk: {room}")
     if room.free < room.needed:
         warn(too_little(args, room))
     if args.push_to_hub:
-        say(f"upload: {readable(size)} to {hub_name(args)}")
+        say(f"upload: {readable(pipeline_size)} to {hub_name(args)}")
     say("nothing was written")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.command_line.console import RunError, UserError, first_line, warn
+from dreambooth.processes.ranks import from_rank_0
 
 MARK = ".dreambooth"
 PARTIAL, OLD = "partial", "old"  # a folder that is not whole, or not any more; one that another is to replace
@@ -134,6 +135,17 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the next start tries again
             _put_right(old, partial)
         raise RunError(f"cannot write {folder}, which needs {readable(size)}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def written_by_all(folder: Path, size: int) -> Iterator[Path]:
+    """`written_whole` for all ranks, which rank 0 does; to be called on every rank.
+
+    What may fail within it has to fail on all ranks, as that of `from_rank_0` does.
+    """
+    with contextlib.ExitStack() as stack:
+        yield from_rank_0(lambda: stack.enter_context(written_whole(folder, size)))
+        from_rank_0(stack.close)
 
 
 def _finish(path: Path) -> None:

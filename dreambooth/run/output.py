@@ -12,19 +12,31 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dreambooth.command_line.arguments import PIPELINE
-from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, one_line, say, warn
+from dreambooth.command_line.console import (
+    RunError,
+    ToldByRank0,
+    UserError,
+    first_line,
+    is_rank_0,
+    one_line,
+    say,
+    warn,
+)
+from dreambooth.engine.state import Training
+from dreambooth.model.components import empty_copy
 from dreambooth.model.hub import hub_reason
-from dreambooth.model.libraries import save_whole_pipeline
-from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_whole
+from dreambooth.model.pipeline import write_pipeline
+from dreambooth.processes.ranks import Ranks, from_rank_0
+from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_by_all, written_whole
+from dreambooth.run.trained import write_trained
 
 LISTING, INDEX = "dreambooth.json", "model_index.json"
 # A folder with the earlier pipeline while another takes its place, and a file in it that says which.
@@ -182,56 +194,70 @@ def _link_in(folder: Path, name: str) -> str | None:
     return next((str(step) for step in steps if (folder / step).is_symlink()), None)
 
 
-def bytes_of(parts: Iterable[torch.nn.Module]) -> int:
-    """Returns the size of models' parameters and buffers."""
-    return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-
-
-def parts_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
-    """Returns the models of a pipeline."""
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-
-
-def save_pipeline(output_dir: Path, pipeline: DiffusionPipeline, *, step: int, base: str, settings: dict) -> None:
+def save_pipeline(
+    output_dir: Path,
+    load_pipeline: Callable[..., DiffusionPipeline],
+    training: Training,
+    ranks: Ranks,
+    *,
+    size: int,
+    step: int,
+    base: str,
+    settings: dict,
+) -> None:
     """Writes the whole pipeline into `output_dir`, beside the checkpoints, in place of an earlier one.
 
     It is whole in a folder of its own before any file is replaced. What a user has put beside the earlier one's files
-    stays.
+    stays. To be called on every rank.
 
     Args:
         output_dir: that has been prepared.
-        pipeline: on the CPU.
+        load_pipeline: returns the pipeline, with some of its parts replaced.
+        training: what of it is trained.
+        ranks: of the run.
+        size: of the pipeline, in bytes.
         step: optimizer steps done.
         base: the model that was trained, a Hub id or a folder; the latter is told nobody.
         settings: of the run.
 
     Raises:
         RunError: saying where the pipeline is; if it cannot be put in place, in a folder that no run removes; if the
-            disk takes no more, in the system's folder for temporary files.
+            disk takes no more, in the system's folder for temporary files. It is raised on rank 0.
+        ToldByRank0: then, on the others.
     """
     hub_id = None if os.path.isdir(base) else base
     origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
-    size = bytes_of(parts_of(pipeline))
 
     def write(folder: Path) -> None:
-        with written_whole(folder, size) as partial:
-            save_whole_pipeline(pipeline, partial)
-            leave_out_paths(partial, hub_id)
-            files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MARK)
-            states = {path.relative_to(partial).as_posix(): asdict(Written.now(path)) for path in files}
-            (partial / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))
+        with written_by_all(folder, size) as partial:
+            write_trained(partial, training, ranks)
+            from_rank_0(lambda: write_the_rest(partial))
+
+    def write_the_rest(folder: Path) -> None:
+        trained = {name: empty_copy(component) for name, component in training.denoiser.named_children()}
+        write_pipeline(load_pipeline(**trained), folder, without=trained)
+        leave_out_paths(folder, hub_id)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+        states = {path.relative_to(folder).as_posix(): asdict(Written.now(path)) for path in files}
+        (folder / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))
 
     name = f"pipeline-step-{step}"
+    staged = from_rank_0(lambda: _unused(output_dir / name))
     try:
-        staged = _unused(output_dir / name)
         write(staged)
-    except RunError as error:
+    except (RunError, ToldByRank0) as error:
         try:
             elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
             write(elsewhere)
-        except (RunError, OSError) as second:
+        except RunError as second:
             raise RunError(f"{error}; {first_line(second)}") from error
+        if not is_rank_0():
+            raise
         raise RunError(f"{error}; the trained pipeline is whole in {elsewhere} instead") from error
+    from_rank_0(lambda: _put_all_in_place(staged, output_dir))
+
+
+def _put_all_in_place(staged: Path, output_dir: Path) -> None:
     try:
         _put_in_place(staged, output_dir)
     except OSError as error:

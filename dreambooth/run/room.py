@@ -13,7 +13,6 @@ from dreambooth.command_line.console import UserError, is_rank_0
 from dreambooth.data.schedule import Schedule
 from dreambooth.run.checkpoint import check_names, list_checkpoints, step_of
 from dreambooth.run.folders import readable
-from dreambooth.run.output import bytes_of
 
 # More checkpoints than that are not counted, so that counting takes no time: of real models they fit on no disk.
 MOST_CHECKPOINTS = 100_000
@@ -90,7 +89,7 @@ def check_room(
         args: the flags.
         schedule: of the run.
         first_step: steps that an earlier run has done.
-        components: of the pipeline, in fp32, by their names.
+        components: of the pipeline, by their names; in fp32 their weights take four bytes each.
         trained: names of those that are trained.
 
     Returns:
@@ -99,7 +98,7 @@ def check_room(
     Raises:
         UserError: if something of another program's is where a checkpoint goes, or the disk has too little room.
     """
-    pipeline = bytes_of(components.values())
+    pipeline = sum(4 * parameter.numel() for one in components.values() for parameter in one.parameters())
     if not is_rank_0():
         return pipeline
     check_names(Path(args.output_dir), first_step, schedule.steps)

@@ -28,6 +28,7 @@ from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
+from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.checkpoint import (
     check_settings,
     find_checkpoint,
@@ -37,7 +38,6 @@ from dreambooth.run.checkpoint import (
     seed_of,
 )
 from dreambooth.run.dry_run import tell_plan
-from dreambooth.run.milestones import Milestones
 from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
 from dreambooth.run.room import check_room
 from dreambooth.run.tracker import Tracker
@@ -136,23 +136,21 @@ def agree(args: argparse.Namespace, inputs: Inputs, ranks: Ranks, precision: str
 
 
 @dataclass
-class Parts:
-    """The model, and what of it is written and drawn by.
+class PreparedModel(Model):
+    """The model of a run; what of its components is in the denoiser, or of no more use, leaves it.
 
     Args:
-        model: fp32, on the CPU; what is in the denoiser, or of no more use, leaves it.
         trained: names of its components that are trained.
         load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
         pipeline_size: its bytes in fp32.
     """
 
-    model: Model
     trained: tuple[str, ...]
     load_pipeline: Callable[..., DiffusionPipeline]
     pipeline_size: int
 
 
-def load_parts(run: Run) -> Parts:
+def prepare_model(run: Run) -> PreparedModel:
     """Loads the model, what is trained of it from the checkpoint if there is one, and makes the output folder.
 
     Raises:
@@ -181,10 +179,10 @@ def load_parts(run: Run) -> Parts:
     check_validation_images(args, first_step=run.first_step, steps=run.schedule.steps)
     prepare_output_dir(args)
     load = functools.partial(load_pipeline, folder, variant=args.variant, **model.tokenizers)
-    return Parts(model, trained, load, pipeline_size)
+    return PreparedModel(**vars(model), trained=trained, load_pipeline=load, pipeline_size=pipeline_size)
 
 
-def prepare_class_images(run: Run, parts: Parts) -> list[Photo]:
+def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
     """Generates the class images that are missing, by the model as it is before training; none without a prior."""
     args = run.args
     if not args.with_prior_preservation:
@@ -193,8 +191,8 @@ def prepare_class_images(run: Run, parts: Parts) -> list[Photo]:
 
     def load() -> DiffusionPipeline:
         folder = args.external_unet_path or run.model_folder
-        unet = load_part(parts.model.family, "unet", folder, dtype, variant=args.variant)
-        return parts.load_pipeline(dtype=dtype, unet=unet)
+        unet = load_part(model.family, "unet", folder, dtype, variant=args.variant)
+        return model.load_pipeline(dtype=dtype, unet=unet)
 
     return generate_class_images(args, run.class_images, load, run.model_folder, seed=run.seed, ranks=run.ranks)
 
@@ -214,7 +212,7 @@ class Samples:
     example_inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, Conditioning]]
 
 
-def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[Samples, Denoiser]:
+def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -> tuple[Samples, Denoiser]:
     """Lays out which rank takes which samples, and has the frozen parts do now what they would do in each step.
 
     A text encoder that is trained reads tokens in every step; a frozen one has done its work afterwards.
@@ -222,7 +220,7 @@ def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[
     Returns:
         The samples, and what is trained on them.
     """
-    args, ranks, model = run.args, run.ranks, parts.model
+    args, ranks = run.args, run.ranks
     vae = model.components["vae"]
     of_latents = latent_shape(vae, args.resolution)
     dataset = build_dataset(
@@ -238,7 +236,7 @@ def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not args.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
-    denoiser = Denoiser(model.family, **{name: model.components[name] for name in parts.trained})
+    denoiser = Denoiser(model.family, **{name: model.components[name] for name in model.trained})
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
         cache_latents(args, dataset, vae, ranks, dtype=dtype)
@@ -248,41 +246,41 @@ def prepare_samples(run: Run, parts: Parts, class_images: list[Photo]) -> tuple[
     return Samples(dataset, steps, inputs), denoiser
 
 
-def loss_by(run: Run, parts: Parts, dtype: torch.dtype) -> Callable:
+def loss_by(run: Run, model: PreparedModel, dtype: torch.dtype) -> Callable:
     """Returns the loss as a function of the denoiser, whose weights are of `dtype`, and a batch."""
     return functools.partial(
         training_loss,
-        vae=parts.model.components["vae"],
-        noise_scheduler=parts.model.noise_scheduler,
+        vae=model.components["vae"],
+        noise_scheduler=model.noise_scheduler,
         dtype=dtype,
         snr_gamma=run.args.snr_gamma,
     )
 
 
 @contextlib.contextmanager
-def milestones_of(run: Run, parts: Parts, samples: Samples, training: Training) -> Iterator[Milestones]:
+def callbacks_of(run: Run, model: PreparedModel, samples: Samples, training: Training) -> Iterator[Callbacks]:
     """Yields what is to be told of each step; signals that end a process wait for it while the context lasts."""
     args, ranks = run.args, run.ranks
     skips = run.precision == "fp16"
     with Tracker(args, run.schedule, ranks, samples.dataset, first_step=run.first_step, skips=skips) as tracker:
         draws = {"seed": run.seed, "dtype": sampling_dtype(run.precision), "ranks": ranks}
-        draw = functools.partial(validate, args, training, parts.load_pipeline, tracker, **draws)
-        yield Milestones(args, run.settings, training, tracker, draw, parts.pipeline_size)
+        draw = functools.partial(validate, args, training, model.load_pipeline, tracker, **draws)
+        yield Callbacks(args, run.settings, training, ranks, tracker, draw, model.pipeline_size)
 
 
-def save(run: Run, parts: Parts, training: Training, milestones: Milestones) -> None:
+def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -> None:
     """Writes the trained pipeline and lets the ranks leave; after a dry run, tells what a real one would take."""
-    args, tracker, denoiser = run.args, milestones.tracker, training.denoiser
+    args, ranks = run.args, run.ranks
     tracker.finish()
     if args.dry_run:
-        pipeline = parts.load_pipeline()
-        tell_plan(args, tracker, run.ranks, first_step=run.first_step, denoiser=denoiser, pipeline=pipeline)
+        sizes = {"denoiser": training.denoiser, "pipeline_size": model.pipeline_size}
+        tell_plan(args, tracker, ranks, first_step=run.first_step, **sizes)
         return leave()
-    weights = training.weights()
-    if run.ranks.rank == 0:
-        pipeline, base = parts.load_pipeline(**denoiser.parts_with(weights)), args.pretrained_model_name_or_path
-        save_pipeline(Path(args.output_dir), pipeline, step=run.schedule.steps, base=base, settings=run.settings)
-        remove_interim_checkpoints(Path(args.output_dir))
+    output_dir = Path(args.output_dir)
+    origin = {"step": run.schedule.steps, "base": args.pretrained_model_name_or_path, "settings": run.settings}
+    save_pipeline(output_dir, model.load_pipeline, training, ranks, size=model.pipeline_size, **origin)
+    if ranks.rank == 0:
+        remove_interim_checkpoints(output_dir)
     leave()
 
 

@@ -20,6 +20,7 @@ from dreambooth.processes.ranks import Ranks
 from dreambooth.run.grid import captioned_grid
 from dreambooth.run.image_file import check_image_file, save_image
 from dreambooth.run.tracker import Tracker
+from dreambooth.run.trained import gather_trained
 
 INFERENCE_STEPS = 25
 
@@ -75,14 +76,13 @@ def validate(
         ranks: whose device rank 0 draws on.
         step: optimizer steps done.
     """
-    weights = training.weights()
+    trained = gather_trained(training, ranks, dtype)
     if not is_rank_0():
         return
     pictures, reason = [], None
     try:
         with doing("drawing validation images", takes_less="no --validation_prompt"):
-            parts = training.denoiser.parts_with(weights)
-            pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **parts).to(ranks.device)
+            pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **trained).to(ranks.device)
             pictures = pictures_of(_draw(pipeline, args.validation_prompt, args.num_validation_images, seed))
     except NotFinite as error:
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"

@@ -1,8 +1,9 @@
-"""The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and all state out of the shards."""
+"""The denoiser and its optimizer in the hands of ColossalAI's Booster: steps, and their state in the ranks' shards."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,17 @@ from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from dreambooth.engine.optimizer import adam_step, optimizer_state, resume_lr_scheduler, resume_optimizer, state_names
+from dreambooth.engine.optimizer import adam_step, resume_lr_scheduler, resume_optimizer, state_slices
 from dreambooth.engine.plugins import grad_scaler, in_host_memory, other_colossalai, shard_of, take_over
 from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.engine.strategy import Strategy
-from dreambooth.model.denoiser import Denoiser, Part
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.slices import Slice
+from dreambooth.model.trainable import Piece
 
 
 @dataclass
-class Boosted:
+class BoosterTraining:
     """The denoiser and its optimizer as Booster returned them, and the module that was boosted.
 
     A sharding plugin computes in a half-precision copy of the weights; the fp32 master weights, which are the model,
@@ -75,7 +78,7 @@ class Boosted:
     def _clip(self) -> torch.Tensor:
         if self.strategy.precision == "fp16":
             self.optimizer.unscale_grad()
-        return torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.max_grad_norm or math.inf)
+        return torch.nn.utils.clip_grad_norm_(self.denoiser.trained.parameters(), self.max_grad_norm or math.inf)
 
     def _norm_of_sharded_gradients(self) -> torch.Tensor | float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""
@@ -88,15 +91,11 @@ class Boosted:
             norm = norm / scale
         return norm if self.max_grad_norm else None
 
-    def _parts(self) -> Iterator[Part]:
-        """Yields this rank's parts, in the same order on all ranks; a part may be empty."""
+    def _pieces(self) -> Iterator[Piece]:
+        """Yields what this rank holds of each weight."""
         if not self.strategy.shards:
-            yield from self.denoiser.parts()
-            return
-        for parameter, pieces in zip(self.denoiser.parameters(), self.denoiser.pieces, strict=True):
-            shard = shard_of(self.optimizer, parameter)
-            for piece in pieces:
-                yield piece.part(*shard)
+            return self.denoiser.trained.pieces()
+        return self.denoiser.trained.pieces(functools.partial(shard_of, self.optimizer))
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -108,8 +107,8 @@ class Boosted:
 
     def pin_master_weights(self) -> None:
         """Moves low_level_zero's master weights, which are in host memory, to where GPUs copy faster from."""
-        for parameter in self.denoiser.parameters():
-            shard, *_ = shard_of(self.optimizer, parameter)
+        for parameter in self.denoiser.trained.parameters():
+            shard = shard_of(self.optimizer, parameter).tensor
             shard.data = in_host_memory(shard, shard.dtype)
 
     @torch.no_grad()
@@ -117,82 +116,40 @@ class Boosted:
         """Sets the fp32 master weights of a sharding plugin, which has made its own out of the half-precision copy.
 
         Args:
-            weights: fp32 tensors by their names.
+            weights: by their names. This rank reads what it holds of them, from the files that they are mapped from.
 
         Raises:
             RunError: on all ranks, if those that the plugin has made lie elsewhere than is known here.
         """
-        if not self.strategy.shards:
-            return
         device = get_accelerator().get_current_device()
-        names, found = [], []
-        for part in self._parts():
-            own = part.of(part.tensor)
-            exact = weights[part.name].flatten()[part.first : part.last].to(own.device)
+        found = []
+        for piece in self._pieces():
+            own = piece.of(piece.shard.tensor)
+            exact = weights[piece.weight.name].flatten()[piece.first : piece.last].to(own.device, torch.float32)
             rounded = exact.to(self.strategy.weights_dtype).float()
-            names.append(part.name)
             found.append(own.isclose(rounded, rtol=0, atol=0, equal_nan=True).sum().to(device))
             own.copy_(exact)
         found = torch.stack(found)
         dist.all_reduce(found)
-        for name, elements in zip(names, found.tolist(), strict=True):
-            if elements != self.denoiser.shapes[name].numel():
-                raise other_colossalai(f"has split the weights among ranks in an unknown way, as {name} shows")
+        for weight, elements in zip(self.denoiser.trained, found.tolist(), strict=True):
+            if elements != weight.shape.numel():
+                raise other_colossalai(f"has split the weights among ranks in an unknown way, as {weight.name} shows")
 
-    @torch.no_grad()
-    def _gather(self, tensor_of: Callable[[Part], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """Puts the parts of all ranks together on rank 0, on the CPU; to be called on every rank.
+    def weights(self) -> list[Slice]:
+        """Returns what this rank holds of the fp32 weights."""
+        return [piece.slice_of(piece.shard.tensor) for piece in self._pieces()]
 
-        Args:
-            tensor_of: returns a tensor in fp32 that is laid out as the `tensor` of a part that is not empty, or None,
-                which stands for zeros.
+    def optimizer_state(self) -> list[Slice]:
+        """Returns what it holds of AdamW's state."""
+        return state_slices(self._adamw, self._pieces())
 
-        Returns:
-            Tensors by the names of the weights; an empty dict on other ranks than 0.
-        """
-        device = get_accelerator().get_current_device()
-        gathered = {}
-        for part in self._parts():
-            tensor = tensor_of(part) if part.first < part.last else None
-            shape = self.denoiser.shapes[part.name]
-            # As integers, the sum of all parts and zeros elsewhere is each part, to the sign of a zero.
-            whole = torch.zeros(shape.numel(), dtype=torch.int32, device=device)
-            if tensor is not None:
-                whole[part.first : part.last] = part.of(tensor).view(torch.int32).to(device)
-            dist.reduce(whole, dst=0)
-            if dist.get_rank() == 0:
-                gathered[part.name] = whole.view(torch.float32).view(shape).cpu()
-        return gathered
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Returns the fp32 master weights on the CPU, by name; on other ranks than 0 nothing. To be called on all."""
-        if self.strategy.shards:
-            return self._gather(lambda part: part.tensor)
-        return {name: weight.cpu() for name, weight in self.denoiser.weights().items()} if dist.get_rank() == 0 else {}
-
-    def progress(self, step: int) -> Progress:
-        """Returns how far the run is after `step`; to be called on every rank."""
-        return Progress(
-            step=step,
-            adam_step=adam_step(self._adamw),
-            optimizer=self._optimizer_state(),
-            lr_scheduler=self.lr_scheduler.state_dict(),
-            grad_scaler=self._grad_scaler_state(),
-        )
-
-    def _optimizer_state(self) -> dict[tuple[str, str], torch.Tensor]:
-        adamw = self._adamw
-        if not self.strategy.shards:
-            return optimizer_state(adamw, self.denoiser) if dist.get_rank() == 0 else {}
-        gathered = {
-            name: self._gather(lambda part, name=name: adamw.state[part.state_key].get(name))
-            for name in state_names(adamw)
-        }
-        return {(name, weight): tensor for name, of_name in gathered.items() for weight, tensor in of_name.items()}
+    def progress(self) -> Progress:
+        """Returns how far the run is."""
+        return Progress(adam_step(self._adamw), self.lr_scheduler.state_dict(), self._grad_scaler_state())
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint's optimizer state, learning rate schedule and loss scale, beside its weights."""
-        resume_optimizer(self._adamw, self._parts(), checkpoint)
+        resume_optimizer(self._adamw, self._pieces(), checkpoint)
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         self._load_grad_scaler_state(checkpoint.grad_scaler)
 

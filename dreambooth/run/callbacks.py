@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from dreambooth.engine.state import Training
-from dreambooth.processes.ranks import from_rank_0, meet, stop_early
+from dreambooth.processes.ranks import Ranks, from_rank_0, meet, stop_early
 from dreambooth.run.checkpoint import save_checkpoint
 from dreambooth.run.room import has_room_to_spare
 from dreambooth.run.tracker import Tracker
@@ -17,13 +17,14 @@ from dreambooth.run.validation import is_due
 DRY_RUN_STEPS = 2  # the first one warms up
 
 
-class Milestones:
-    """Does what is due after a step; to be called after every step, on every rank.
+class Callbacks:
+    """Does what is due after a step: checkpoint, validation images, an early end.
 
     Args:
         args: the flags.
         settings: of the run, for its checkpoints.
         training: what checkpoints are made of.
+        ranks: of the run.
         tracker: that shows the figures, and knows when to stop.
         validate: draws the validation images after `step`, its one argument.
         pipeline_size: what has to stay free on the disk at the end, in bytes.
@@ -34,6 +35,7 @@ class Milestones:
         args: argparse.Namespace,
         settings: dict,
         training: Training,
+        ranks: Ranks,
         tracker: Tracker,
         validate: Callable[..., None],
         pipeline_size: int,
@@ -41,13 +43,14 @@ class Milestones:
         self.args = args
         self.settings = settings
         self.training = training
+        self.ranks = ranks
         self.tracker = tracker
         self.validate = validate
         self.pipeline_size = pipeline_size
         self.steps_seen = 0
 
-    def after(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
-        """Does what is due after `step`, whose figures are those of `Tracker.step`.
+    def on_step_end(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
+        """Does what is due after `step`, whose figures are those of `Tracker.step`; to be called on every rank.
 
         Returns:
             Whether a dry run is at its end.
@@ -80,8 +83,8 @@ class Milestones:
     def _save(self, step: int, *, interim: bool) -> None:
         """Writes a checkpoint; an interim one, which no flag asks for, only where the disk has room to spare."""
         started = time.monotonic()
-        sizes = {"weights": self.training.denoiser.numel(), "pipeline": self.pipeline_size}
+        sizes = {"weights": self.training.denoiser.trained.numel(), "pipeline": self.pipeline_size}
         has_room = functools.partial(has_room_to_spare, self.args, self.tracker.schedule, step=step, **sizes)
         if not interim or from_rank_0(has_room):
-            save_checkpoint(self.args, self.settings, self.training, step, interim=interim)
+            save_checkpoint(self.args, self.settings, self.training, self.ranks, step, interim=interim)
         self.tracker.saved(time.monotonic() - started)
