@@ -8,8 +8,7 @@ from colossalai.tensor import ColoParameter
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from diffusers import UNet2DConditionModel
 
-from dreambooth.command_line.console import RunError
-from dreambooth.model import denoiser
+from dreambooth.model import denoiser, trainable
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
@@ -23,13 +22,13 @@ def build(folder) -> denoiser.Denoiser:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_model, monkeypatch):
     """Three steps: the same losses and weights, out of a few parameters that seven ranks could share."""
-    monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
+    monkeypatch.setattr(trainable, "FLAT_ELEMENTS", 2**15)
     plain, flat = build(tiny_model), build(tiny_model)
-    start = {name: weight.clone() for name, weight in plain.weights().items()}
-    flat.flatten(multiple_of=7)
+    start = {name: weight.clone() for name, weight in plain.trained.values().items()}
+    flat.trained.flatten(multiple_of=7)
     assert 1 < len(list(flat.parameters())) < 20 < len(list(plain.parameters()))
     assert not any(parameter.numel() % 7 for parameter in flat.parameters())
-    assert all(torch.equal(flat.weights()[name], weight) for name, weight in start.items())
+    assert all(torch.equal(flat.trained.values()[name], weight) for name, weight in start.items())
     losses = []
     for one in (plain, flat):
         if checkpointing:
@@ -48,9 +47,9 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
             optimizer.zero_grad()
             losses.append(loss.item())
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-6) and losses[0] != losses[2]
-    for name, weight in plain.weights().items():
+    for name, weight in plain.trained.values().items():
         assert not torch.equal(weight, start[name])
-        torch.testing.assert_close(flat.weights()[name], weight, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(flat.trained.values()[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -60,7 +59,7 @@ def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_mo
     plain, half = build(tiny_model).to(device), build(tiny_model).to(device)
     half.normalize_in_half()
     if flat:
-        half.flatten(multiple_of=1)
+        half.trained.flatten(multiple_of=1)
     dtypes = []
     for one in half.unet.modules():
         if isinstance(one, torch.nn.GroupNorm | torch.nn.LayerNorm):
@@ -121,7 +120,7 @@ def test_discarded_activations_are_the_same_again(precision, tiny_model):
     inputs = latents, torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
     kept, gradients = [], []
     for one in (keeping, discarding):
-        one.to(precision).flatten(multiple_of=1)
+        one.to(precision).trained.flatten(multiple_of=1)
         loss = one(*inputs).float().square().mean()
         kept.append(bytes_kept(loss))
         loss.backward()
@@ -177,35 +176,37 @@ def test_what_is_made_again_needs_no_weights_that_gemini_has_let_go_of(tiny_mode
 
 @pytest.mark.parametrize("multiple_of", [1, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_parts_of_all_ranks_make_the_weights(world_size, multiple_of, tiny_model, monkeypatch):
+def test_the_pieces_of_all_ranks_make_the_weights(world_size, multiple_of, tiny_model, monkeypatch):
     """Whatever the ranks hold of each flat parameter, whose length their number need not divide."""
-    monkeypatch.setattr(denoiser, "FLAT_ELEMENTS", 2**15)
+    monkeypatch.setattr(trainable, "FLAT_ELEMENTS", 2**15)
     one = build(tiny_model)
-    start = {name: weight.flatten() for name, weight in one.weights().items()}
-    one.flatten(multiple_of)
+    start = {name: weight.flatten() for name, weight in one.trained.values().items()}
+    one.trained.flatten(multiple_of)
     whole = {name: torch.full_like(weight, torch.nan) for name, weight in start.items()}
-    for flat, pieces in zip(one.parameters(), one.pieces, strict=True):
-        shards = flat.detach().tensor_split(world_size)
-        for rank, shard in enumerate(shards):
-            begin = sum(map(len, shards[:rank]))
-            for part in (piece.part(shard, begin, flat) for piece in pieces):
-                assert whole[part.name][part.first : part.last].isnan().all(), "held once"
-                whole[part.name][part.first : part.last] = part.of(shard)
+    for rank in range(world_size):
+
+        def shard_of(flat, rank=rank):
+            shards = flat.detach().tensor_split(world_size)
+            return trainable.Shard(shards[rank], sum(map(len, shards[:rank])), flat)
+
+        for piece in one.trained.pieces(shard_of):
+            held = whole[piece.weight.name][piece.first : piece.last]
+            assert held.isnan().all(), "held once"
+            held.copy_(piece.of(piece.shard.tensor))
     assert all(torch.equal(whole[name], weight) for name, weight in start.items())
 
 
-def test_parts_with_other_weights_compute_with_them(tiny_model):
-    one = build(tiny_model)
-    weights = {name: torch.full_like(weight, 0.01) for name, weight in one.weights().items()}
-    parts = one.parts_with(weights)
-    assert {f"{part}.{name}" for part, model in parts.items() for name, _ in model.named_parameters()} == set(weights)
-    by_hand = build(tiny_model)
-    by_hand.load_state_dict(weights)
-    latents, timesteps = torch.ones(1, 4, 16, 16), torch.tensor([3])
-    tokens = {"input_ids": torch.tensor([[1, 2, 3]])}
-    again = denoiser.Denoiser(STABLE_DIFFUSION, **parts)
-    assert torch.equal(again(latents, timesteps, tokens), by_hand(latents, timesteps, tokens))
-    for broken in (torch.nan, torch.inf, -torch.inf):
-        weights["unet.conv_in.bias"][0] = broken
-        with pytest.raises(RunError, match="not finite, in unet.conv_in.bias"):
-            one.parts_with(weights)
+def test_what_is_frozen_is_not_in_the_set(tiny_model):
+    """Nor in a flat parameter; it computes as before, and gets no gradient."""
+    one, whole = build(tiny_model), build(tiny_model)
+    one.unet.requires_grad_(False)
+    one.unet.conv_in.requires_grad_(True)
+    partly = denoiser.Denoiser(STABLE_DIFFUSION, unet=one.unet, text_encoder=one.text_encoder.requires_grad_(False))
+    assert [weight.name for weight in partly.trained] == ["unet.conv_in.weight", "unet.conv_in.bias"]
+    partly.trained.flatten(multiple_of=1)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([3]), {"input_ids": torch.tensor([[1, 2, 3]])}
+    prediction = partly(*inputs)
+    assert torch.equal(prediction, whole(*inputs))
+    prediction.square().mean().backward()
+    given = [name for name, parameter in partly.named_parameters() if parameter.grad is not None]
+    assert given == ["flat0"]

@@ -249,8 +249,8 @@ denoiser = Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", s
 optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
 lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
 inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), {"encoder_hidden_states": torch.ones(1, 77, 32)})
-boosted = trainer.boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs)
-(ddp,) = (module for module in boosted.model.modules() if isinstance(module, DistributedDataParallel))
+training = trainer.boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs, {})
+(ddp,) = (module for module in training.model.modules() if isinstance(module, DistributedDataParallel))
 reduced = []
 
 def hook(state, bucket):
@@ -261,8 +261,8 @@ def hook(state, bucket):
 
 ddp.register_comm_hook(None, hook)
 for synchronized in (False, True):
-    with trainer.contextlib.nullcontext() if synchronized else boosted.no_sync():
-        boosted.backward(boosted.model(*inputs).square().mean())
+    with trainer.contextlib.nullcontext() if synchronized else training.no_sync():
+        training.backward(training.model(*inputs).square().mean())
     print("reductions:", len(reduced))
 """
 

@@ -3,13 +3,14 @@
 import argparse
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
 import stat
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ from dreambooth.command_line.arguments import build_parser
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
-from dreambooth.model.components import load_tokenizer
-from dreambooth.model.pipeline import load_pipeline
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.pipeline import load_part, load_pipeline
+from dreambooth.model.slices import Slice
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
+from dreambooth.processes.ranks import Ranks
 from dreambooth.run import folders, output
 from dreambooth.run.checkpoint import (
     LIBRARIES,
@@ -307,33 +311,46 @@ def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
     assert seen == {"earlier", "new"} and number > 20
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_model):
-    tokenizer = load_tokenizer(tiny_model / "tokenizer")
-    return load_pipeline(tiny_model, tokenizer=tokenizer)
+@dataclass
+class Untrained:
+    """A `Training` of no steps."""
+
+    denoiser: Denoiser
+
+    def weights(self) -> list[Slice]:
+        return [piece.slice_of(piece.shard.tensor) for piece in self.denoiser.trained.pieces()]
 
 
-def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(pipeline, tiny_model, tmp_path):
+@pytest.fixture
+def save_into(tiny_model):
+    """Returns a function that saves an untrained pipeline into a folder."""
+    training = Untrained(Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", tiny_model)))
+    load, alone = functools.partial(load_pipeline, tiny_model), Ranks(0, 1, torch.device("cpu"))
+
+    def save(folder: Path, base: str = "") -> None:
+        output.save_pipeline(folder, load, training, alone, size=2**20, step=4, base=base, settings={})
+
+    save.training = training
+    return save
+
+
+def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(save_into, tiny_model, tmp_path):
     """Something has come in its way during the run: a file, then a link. No later run removes it."""
     output_dir = tmp_path / "out"
-
-    def save() -> None:
-        output.save_pipeline(output_dir, pipeline, step=4, base=str(tiny_model), settings={})
-
     output_dir.mkdir()
-    save()
+    save_into(output_dir, str(tiny_model))
     listing = json.loads((output_dir / "dreambooth.json").read_text())
     del listing["files"]["vae/config.json"]  # as if it were a user's
     (output_dir / "dreambooth.json").write_text(json.dumps(listing))
     earlier, staged = files_in(output_dir), output_dir / "pipeline-step-4"
     with pytest.raises(RunError, match=rf"vae/config.json is there.*; it is whole in {staged}$"):
-        save()
+        save_into(output_dir, str(tiny_model))
     assert {name: body for name, body in files_in(output_dir).items() if "pipeline-step-" not in name} == earlier
     StableDiffusionPipeline.from_pretrained(output_dir)
     (output_dir / "vae").rename(tmp_path / "vae")
     (output_dir / "vae").symlink_to(tmp_path / "vae")
     with pytest.raises(RunError, match=rf"vae is a link; it is whole in {staged}-2$"):
-        save()
+        save_into(output_dir, str(tiny_model))
     assert len(list((tmp_path / "vae").iterdir())) == 2
     (output_dir / "vae").unlink()
     enter(output_dir)
@@ -341,14 +358,22 @@ def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(pipeline, tin
         StableDiffusionPipeline.from_pretrained(kept)
 
 
-def test_where_nothing_can_be_written_both_reasons_are_told(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_reach_no_file(broken, save_into, tmp_path):
+    save_into.training.denoiser.unet.conv_in.bias.data[0] = broken
+    with pytest.raises(RunError, match="not finite, in unet.conv_in.bias: they are not saved"):
+        save_into(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_both_reasons_are_told(save_into, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
     with pytest.raises(RunError, match=r"cannot write /proc/out/pipeline-step-4.*; cannot write /proc/nowhere/"):
-        output.save_pipeline(Path("/proc/out"), pipeline, step=4, base="", settings={})
+        save_into(Path("/proc/out"))
 
 
-def test_the_index_names_a_model_of_the_hub(pipeline, tmp_path):
-    output.save_pipeline(tmp_path, pipeline, step=4, base="someone/tiny", settings={})
+def test_the_index_names_a_model_of_the_hub(save_into, tmp_path):
+    save_into(tmp_path, "someone/tiny")
     named = {name for name, body in files_in(tmp_path).items() if b"_name_or_path" in body}
     assert named == {"model_index.json"}
     assert json.loads((tmp_path / "model_index.json").read_text())["_name_or_path"] == "someone/tiny"

@@ -11,8 +11,8 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from harness import COLOSSALAI, scalars, train, unet_weights
-from safetensors.torch import load_file
+from harness import COLOSSALAI, ROOT, Running, command_line, scalars, train, unet_weights
+from safetensors.torch import load_file, save_file
 
 SCRIPT = "tests/sharding_on_cpu.py"
 STRATEGIES = [
@@ -150,6 +150,42 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(strategy, run_of, go_
         assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in there)
     scaler = {"scale": 2.0**14, "_growth_step": 0, "_hysteresis_step": 0}
     assert run_state(resumed, STEPS)["grad_scaler"] == run_state(whole, STEPS)["grad_scaler"] == scaler
+
+
+IN_A_FOLDER_OF_ITS_OWN = """
+import os, runpy, sys
+folder = os.path.join(os.path.dirname(sys.argv[0]), os.environ["RANK"])
+os.mkdir(folder)
+os.chdir(folder)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s[1] == "cuda"], ids="-".join)
+def test_machines_that_share_no_files_send_theirs_to_rank_0(strategy, run_of, flags, tmp_path):
+    """Two processes, each the only one of its machine by the environment, and in a folder of its own."""
+    script = tmp_path / "apart.py"
+    script.write_text(IN_A_FOLDER_OF_ITS_OWN)
+    more = {"output_dir": "out", "save_steps": STEPS, "validation_prompt": "a dog", "num_validation_images": 1}
+    argv = [str(ROOT / SCRIPT), *command_line(flags | strategy_flags(*strategy) | more)]
+    Running(str(script), argv, 2, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}).wait()
+    here, there = tmp_path / "0" / "out", run_of(strategy)
+    for file in (f"checkpoint-{STEPS}/optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        assert (here / file).read_bytes() == (there / file).read_bytes()
+    assert (here / "validation" / f"step-{STEPS}.png").is_file() and not list((tmp_path / "1").iterdir())
+
+
+def test_weights_in_half_precision_are_taken_as_they_are(flags, tiny_model, tmp_path):
+    """A model of which there is an fp16 variant alone: its numbers are the fp32 weights of step 0."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(file).items()}
+    save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    file.unlink()
+    more = {"pretrained_model_name_or_path": model, "output_dir": tmp_path / "out", "max_train_steps": 1}
+    train(SCRIPT, flags | strategy_flags("low_level_zero", "cuda", "bf16") | more, nproc=2)
+    found = unet_weights(tmp_path / "out" / "unet")
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in half.items())
 
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s[1] == "cpu"], ids="-".join)

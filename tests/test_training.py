@@ -68,23 +68,38 @@ def test_two_machines_are_as_two_processes_of_one(flags, prior, tmp_path):
     """A torchrun each, which know of one another by an address only."""
     flags |= {"max_train_steps": 4}
     train(COLOSSALAI, flags | prior | {"class_data_dir": tmp_path / "class_1"}, nproc=2)
-    apart = command_line(flags | prior | {"output_dir": tmp_path / "apart"})
+    apart = command_line(flags | prior | {"output_dir": "apart", "save_steps": 4})
+    folders = [tmp_path / "one", tmp_path / "other"]  # no file of one machine is where the other looks for its own
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     machines = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *address, f"--node_rank={number}", COLOSSALAI, *apart],
-            cwd=ROOT,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *address,
+                f"--node_rank={n}",
+                ROOT / COLOSSALAI,
+                *apart,
+            ],
+            cwd=folder,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
-        for number in (0, 1)
+        for n, folder in enumerate(folders)
+        if not folder.mkdir()
     ]
     assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
     here, there = (sorted(folder.iterdir()) for folder in (tmp_path / "class_1", prior["class_data_dir"]))
     assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there] and len(here) == 7
-    assert scalars(tmp_path / "apart", "loss") == scalars(flags["output_dir"], "loss")
+    written = folders[0] / "apart"
+    assert scalars(written, "loss") == scalars(flags["output_dir"], "loss")
+    for folder in (written, written / "checkpoint-4"):
+        weights, wanted = unet_weights(folder / "unet"), unet_weights(flags["output_dir"] / "unet")
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert not list(folders[1].iterdir())
 
 
 def test_both_trainers_take_the_same_steps(flags, prior, tmp_path):
@@ -270,16 +285,16 @@ def test_a_cache_of_all_latents_needs_fixed_crops(flags):
 COUNT_OBJECTS = """
 import gc, sys
 import train_dreambooth_colossalai as trainer
-from dreambooth.run.milestones import Milestones
+from dreambooth.run.callbacks import Callbacks
 
 gc.unfreeze()  # what was frozen before the fork
 objects = []
 
-def after(milestones, step, **figures):
+def on_step_end(callbacks, step, **figures):
     objects.append(len(gc.get_objects()))
-    return go_on(milestones, step, **figures)
+    return go_on(callbacks, step, **figures)
 
-go_on, Milestones.after = Milestones.after, after
+go_on, Callbacks.on_step_end = Callbacks.on_step_end, on_step_end
 trainer.main(sys.argv[1:])
 print("most:", max(objects), "of", len(gc.get_objects()))
 """

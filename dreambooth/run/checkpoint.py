@@ -33,7 +33,7 @@ from dreambooth.model.slices import write_slices
 from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
 from dreambooth.run.folders import discard, readable, written_by_all
 from dreambooth.run.output import leave_out_paths
-from dreambooth.run.trained import write_trained
+from dreambooth.run.trained import check_finite, write_trained
 
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = ("unet", "text_encoder")
@@ -264,7 +264,8 @@ def save_checkpoint(
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{step}"
     from_rank_0(lambda: _check_name(folder))
-    progress, moments = training.progress(), training.optimizer_state()
+    weights, moments, progress = training.weights(), training.optimizer_state(), training.progress()
+    check_finite(weights)
     state = {
         "step": step,
         "adam_step": max(from_all_ranks(progress.adam_step)),
@@ -274,7 +275,7 @@ def save_checkpoint(
         "versions": versions(),
         "interim": interim,
     }
-    size = sum(one.nbytes for one in moments) + sum(one.nbytes for one in training.weights())
+    size = sum(one.nbytes for one in weights + moments)
     with written_by_all(folder, size) as partial:
         write_trained(partial, training, ranks)
         write_slices(partial / OPTIMIZER, moments, ranks)

@@ -36,7 +36,7 @@ from dreambooth.model.hub import hub_reason
 from dreambooth.model.pipeline import write_pipeline
 from dreambooth.processes.ranks import Ranks, from_rank_0
 from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_by_all, written_whole
-from dreambooth.run.trained import write_trained
+from dreambooth.run.trained import check_finite, write_trained
 
 LISTING, INDEX = "dreambooth.json", "model_index.json"
 # A folder with the earlier pipeline while another takes its place, and a file in it that says which.
@@ -241,6 +241,7 @@ def save_pipeline(
         states = {path.relative_to(folder).as_posix(): asdict(Written.now(path)) for path in files}
         (folder / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))
 
+    check_finite(training.weights())
     name = f"pipeline-step-{step}"
     staged = from_rank_0(lambda: _unused(output_dir / name))
     try:

@@ -19,11 +19,10 @@ def write_trained(folder: Path, training: Training, ranks: Ranks) -> None:
     """Writes the components that are trained, whole, as folders within `folder`; to be called on every rank.
 
     Raises:
-        RunError, OSError: on rank 0, if a weight is not a finite number, or a rank cannot write.
+        OSError: on rank 0, if some rank cannot write.
         ToldByRank0: then, on the others.
     """
     slices = training.weights()
-    check_finite(slices)
     for name, component in training.denoiser.named_children():
         own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own))
         prefix = f"{name}."
