@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data.class_images import image_name, missing_numbers
-from dreambooth.data.images import crop_to_square, find_images, list_images, load_image, photo_of
+from dreambooth.data.images import crop_to_square, facts_of_all, find_images, list_images, load_image, photo_of
 from dreambooth.data.randomness import Stream, generator
 from dreambooth.data.samples import Examples, collate
 from dreambooth.data.schedule import Schedule
@@ -18,7 +18,7 @@ from dreambooth.run.image_file import save_image
 
 
 def photos_in(folder) -> list:
-    return [photo_of(path) for path in list_images(folder)]
+    return facts_of_all([photo_of(path) for path in list_images(folder)])
 
 
 def examples(photos, **changed) -> Examples:
@@ -73,7 +73,7 @@ def test_a_sample_is_a_function_of_its_number_alone(photos):
     forwards = [examples(paths)[n] for n in range(8)]
     backwards = [examples(paths)[n] for n in reversed(range(8))][::-1]
     for first, second in zip(forwards, backwards, strict=True):
-        for key in first:
+        for key in first.keys() - {"of_view"}:
             assert torch.equal(first[key], second[key])
     noises = {tuple(sample["noise"].flatten().tolist()) for sample in forwards}
     assert len(noises) == 8
@@ -138,6 +138,31 @@ def test_collate_puts_instance_examples_before_class_examples(photos):
     assert batch["prompt_indices"].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch["pixel_values"].shape == (6, 3, 16, 16)
     assert torch.equal(batch["noise"][4], prior[1]["noise"])
+
+
+def test_a_view_is_what_the_pixels_are_of(photos):
+    """Where in the scaled photo the square lies; what a family reads of it goes with the example into the batch."""
+    paths = photos_in(photos)
+
+    def of_view(view):
+        return {"time_ids": torch.tensor([*view.original_size, *view.crop, *view.size])}
+
+    stream = examples(paths, of_view=of_view)
+    for place, photo in enumerate(paths):
+        for position in (0.0, 0.3, 1.0):
+            view = stream.view(place, position)
+            width, height = photo.facts.size
+            assert view.original_size == (height, width) and view.size == (16, 16) and min(view.crop) == 0
+            whole = load_image(photo).resize(
+                (round(width * 16 / min(photo.facts.size)), round(height * 16 / min(photo.facts.size)))
+            )
+            top, left = view.crop
+            shown = np.asarray(whole)[top : top + 16, left : left + 16] / 127.5 - 1
+            error = np.abs(shown.transpose(2, 0, 1) - stream.pixel_values(place, position).numpy()).mean()
+            assert error < 0.1, (place, position)
+    batch = collate([[stream[n]] for n in range(3)])
+    assert batch["conditioning"]["time_ids"].shape == (3, 6) and "of_view" not in batch
+    assert batch["conditioning"]["time_ids"][:, 4:].eq(16).all()
 
 
 def test_examples_with_and_without_latents_meet_in_a_batch(photos):

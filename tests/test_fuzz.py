@@ -136,15 +136,16 @@ class Numbered(DreamBoothDataset):
     """Tells which sample and which images a step would take, and reads no file."""
 
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
-        images = [part.place_of(n) for part in self.parts]
-        return [{"number": torch.tensor(n), "images": torch.tensor(images), "weights": torch.tensor(1.0)}]
+        images = [one.place_of(n) for one in self.sets]
+        told = {"number": torch.tensor(n), "images": torch.tensor(images), "weights": torch.tensor(1.0)}
+        return [told | {"of_view": {}}]
 
 
 def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
     args = argparse.Namespace(resolution=8, center_crop=False, noise_offset=0.0, prior_loss_weight=1.0)
     photos = [[photo_of(Path(f"{n}.png")) for n in range(count)] for count in (instance_images, class_images)]
     dataset = build_dataset(args, *photos, seed=seed, latent_shape=(1, 1, 1), num_timesteps=10)
-    return Numbered(dataset.parts[0], dataset.parts[1] if class_images else None, dataset.prompts)
+    return Numbered(dataset.sets[0], dataset.sets[1] if class_images else None, dataset.prompts)
 
 
 @settings(max_examples=200, **always)

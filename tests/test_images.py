@@ -501,7 +501,7 @@ def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_mod
     vae.to = lambda *where: moves.append(where) or move(*where)
     cache_latents(args, dataset, vae, CPU, dtype=torch.bfloat16)
     assert moves[-1] == (("cpu",) if center_crop else (CPU.device, torch.bfloat16)), "a cached run needs no VAE"
-    (part,) = dataset.parts
+    (part,) = dataset.sets
     assert len(part.moments) == (6 if center_crop else 1)
     for place, moments in part.moments.items():
         with torch.no_grad():

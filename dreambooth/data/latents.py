@@ -40,7 +40,7 @@ def cache_latents(
         ranks: which share is this process's.
         dtype: in which steps encode what is not cached.
     """
-    examples = [(part, place) for part in dataset.parts for place in range(len(part.photos))]
+    examples = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
     fixed = [] if args.cache_latents == "off" else [one for one in examples if one[0].has_fixed_crop(one[1])]
     if fixed:
         started = time.monotonic()
@@ -73,8 +73,8 @@ def _cache(fixed: list[tuple[Examples, int]], vae: AutoencoderKL, ranks: Ranks, 
             if ranks.world_size > 1:
                 dist.all_reduce(moments)  # the sum of one share and zeros
             for batch, of_batch in zip(turn, moments.cpu(), strict=True):
-                for (part, place), of_image in zip(batch, of_batch, strict=False):
-                    part.moments[place] = of_image
+                for (examples, place), of_image in zip(batch, of_batch, strict=False):
+                    examples.moments[place] = of_image
                     total += of_image.nbytes
             bar.update(sum(map(len, turn)))
     return total

@@ -5,7 +5,7 @@ import functools
 import multiprocessing.queues
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from dreambooth.command_line.console import UserError
 from dreambooth.data.images import Photo, crop_to_square, scaled_image
 from dreambooth.data.randomness import Stream, generator
 from dreambooth.data.schedule import Schedule
+from dreambooth.model.family import Conditioning, View
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.signals import SIGNALS
 
@@ -23,6 +24,11 @@ from dreambooth.processes.signals import SIGNALS
 def shuffled(seed: int, order: Stream, pass_number: int, length: int) -> np.ndarray:
     """Returns the order in which pass `pass_number` takes `length` images, as indices."""
     return generator(seed, order, pass_number).permutation(length)
+
+
+def nothing(view: View) -> Conditioning:
+    """Returns what a UNet reads of a view that reads nothing of it."""
+    return {}
 
 
 class Examples:
@@ -38,6 +44,7 @@ class Examples:
         center_crop: whether images that are not square are cropped at the centre.
         latent_shape: (channels, height, width) of the latents.
         num_timesteps: timesteps of the noise schedule.
+        of_view: returns what the UNet reads of a view, as `dreambooth.model.family.Family.of_view`.
         weight: of the examples' errors in the loss.
         noise_offset: standard deviation of the shift that the noise of a whole channel gets (Guttenberg, "Diffusion
             with offset noise", 2023): with it a model learns to make images that are dark or bright all over.
@@ -55,6 +62,7 @@ class Examples:
         center_crop: bool,
         latent_shape: tuple[int, int, int],
         num_timesteps: int,
+        of_view: Callable[[View], Conditioning] = nothing,
         weight: float = 1.0,
         noise_offset: float = 0.0,
     ):
@@ -67,6 +75,7 @@ class Examples:
         self.center_crop = center_crop
         self.latent_shape = latent_shape
         self.num_timesteps = num_timesteps
+        self.of_view = of_view
         self.weight = weight
         self.noise_offset = noise_offset
         # By place in `photos`: mean and deviation of the VAE's posterior, times its scaling factor, for those that are
@@ -76,6 +85,14 @@ class Examples:
     def has_fixed_crop(self, place: int) -> bool:
         """Returns whether every example of an image shows the same pixels."""
         return self.center_crop or self.photos[place].is_square
+
+    def view(self, place: int, position: float) -> View:
+        """Returns what an example shows of an image whose square lies at `position`, as `pixel_values` takes it."""
+        width, height = self.photos[place].facts.size
+        along = 0.5 if self.center_crop else position
+        scale, side = self.resolution / min(width, height), (self.resolution, self.resolution)
+        top, left = (round(along * (length * scale - self.resolution)) for length in (height, width))
+        return View((height, width), (top, left), side)
 
     def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
         """Returns a square of an image, as `crop_to_square` does of one whose shorter side is `resolution` or less."""
@@ -100,6 +117,7 @@ class Examples:
             timesteps: (), int64, from 0 to num_timesteps - 1.
             prompt_indices: (), int64.
             weights: (), float32.
+            of_view: a dict, what the UNet reads of the example's view.
         """
         draw = generator(self.seed, self.draws, n)
         # Drawn in any case, so that the draws after it do not depend on the crop.
@@ -121,6 +139,7 @@ class Examples:
             "timesteps": timesteps,
             "prompt_indices": torch.tensor(self.prompt_indices[self.photos[place].prompt]),
             "weights": torch.tensor(self.weight),
+            "of_view": self.of_view(self.view(place, position)),
         }
 
 
@@ -133,16 +152,16 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(self, instance: Examples, prior: Examples | None, prompts: list[str]):
-        self.parts = [instance] if prior is None else [instance, prior]
+        self.sets = [instance] if prior is None else [instance, prior]
         self.prompts = prompts
 
     @property
     def examples_per_sample(self) -> int:
         """2 with prior preservation, else 1."""
-        return len(self.parts)
+        return len(self.sets)
 
     def __getitem__(self, n: int) -> list[dict[str, torch.Tensor]]:
-        return [part[n] for part in self.parts]
+        return [one[n] for one in self.sets]
 
 
 def build_dataset(
@@ -153,13 +172,14 @@ def build_dataset(
     seed: int,
     latent_shape: tuple[int, int, int],
     num_timesteps: int,
+    of_view: Callable[[View], Conditioning] = nothing,
 ) -> DreamBoothDataset:
     """Returns the run's samples.
 
     Args:
         instance_images: at least one.
         class_images: none where there is no prior preservation.
-        seed, latent_shape, num_timesteps: as of `Examples`.
+        seed, latent_shape, num_timesteps, of_view: as of `Examples`.
     """
     prompts = list(dict.fromkeys(photo.prompt for photo in [*instance_images, *class_images]))
     settings = {
@@ -169,6 +189,7 @@ def build_dataset(
         "center_crop": args.center_crop,
         "latent_shape": latent_shape,
         "num_timesteps": num_timesteps,
+        "of_view": of_view,
         "noise_offset": args.noise_offset,
     }
     instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
@@ -184,11 +205,13 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
 
     Examples with and without latents may meet in a batch: `latents` has those of the first kind, `pixel_values` and
     `posterior_noise` those of the second, and `rows`, (batch,), int64, where in both together each example is.
-    `weights` is (examples of a sample, samples).
+    `weights` is (examples of a sample, samples), and `conditioning` what the UNet reads of the examples' views.
     """
-    examples = [sample[part] for part in range(len(samples[0])) for sample in samples]
+    examples = [sample[number] for number in range(len(samples[0])) for sample in samples]
+    of_views = [example.pop("of_view") for example in examples]
     keys = dict.fromkeys(key for example in examples for key in example)
     batch = {key: torch.stack([example[key] for example in examples if key in example]) for key in keys}
+    batch["conditioning"] = {name: torch.stack([one[name] for one in of_views]) for name in of_views[0]}
     latents_first = sorted(range(len(examples)), key=lambda row: "latents" not in examples[row])
     weights = batch["weights"].view(-1, len(samples))
     return batch | {"rows": torch.tensor(latents_first).argsort(), "weights": weights}
@@ -223,7 +246,7 @@ def build_loader(
         workers: processes that make the batches. By default, on a GPU machine, four decode while the GPU computes; on
             the CPU they would only take its cores.
         conditioning: by prompts, (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices
-            name; None gives it none.
+            name, beside what it has; None gives it no more.
     """
     on_gpu = ranks.device.type == "cuda"
     if workers is None:
@@ -244,7 +267,10 @@ def build_loader(
         batches = []
         for batch in loader:
             rows = {name: by_prompt[batch["prompt_indices"]] for name, by_prompt in (conditioning or {}).items()}
-            rows = {name: to_device(one.pin_memory() if on_gpu else one) for name, one in rows.items()}
+            rows = {name: one.pin_memory() if on_gpu else one for name, one in rows.items()} | batch.pop(
+                "conditioning"
+            )
+            rows = {name: to_device(one) for name, one in rows.items()}
             batches.append({key: to_device(value) for key, value in batch.items()} | {"conditioning": rows})
             if len(batches) == schedule.accumulation:
                 yield batches

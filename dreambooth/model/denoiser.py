@@ -60,7 +60,7 @@ class Denoiser(torch.nn.Module):
         Args:
             noisy_latents: (batch, channels, height, width), in the dtype of the weights.
             timesteps: (batch,), int64.
-            conditioning: what the text encoders take; without them, what the UNet takes besides.
+            conditioning: what the text encoders take, and what the UNet takes that does not come from them.
 
         Returns:
             Tensor of the shape of `noisy_latents`.
@@ -68,8 +68,8 @@ class Denoiser(torch.nn.Module):
         if self.trained.is_flat:
             self.trained.hand_out(noisy_latents.device.type)
         if text_encoders := self.text_encoders:
-            conditioning = self.family.encode(conditioning, text_encoders)
-        return self.unet(noisy_latents, timesteps, **conditioning).sample
+            conditioning = conditioning | self.family.encode(conditioning, text_encoders)
+        return self.family.predict(self.unet, noisy_latents, timesteps, conditioning)
 
     @property
     def text_encoders(self) -> dict[str, torch.nn.Module]:

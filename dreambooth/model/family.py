@@ -12,10 +12,25 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-# What a prediction depends on besides latents and timesteps: tensors whose first dimension is the batch, by the names
-# of the arguments of the module that takes them. A frozen text encoder leaves those of the UNet; one that is trained
-# takes tokens.
+# What a prediction depends on besides latents and timesteps: tensors whose first dimension is that of prompts or of
+# examples, by the names of the arguments of the module that takes them. A frozen text encoder leaves those of the
+# UNet; one that is trained takes tokens.
 Conditioning = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """What an example shows of an image, in pixels.
+
+    Args:
+        original_size: (height, width) of the image.
+        crop: (top, left) of what is shown, in the image scaled as it is shown.
+        size: (height, width) of what is shown.
+    """
+
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    size: tuple[int, int]
 
 
 @dataclass
@@ -72,3 +87,11 @@ class Family(Protocol):
 
     def encode(self, tokens: Conditioning, text_encoders: Mapping[str, torch.nn.Module]) -> Conditioning:
         """Returns what the UNet reads of prompts, with gradients where the text encoders are trained."""
+
+    def of_view(self, view: View) -> Conditioning:
+        """Returns what the UNet reads of an example's view besides, without a dimension of examples; on the CPU."""
+
+    def predict(
+        self, unet: torch.nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Returns the UNet's prediction, of the shape of `noisy_latents`."""

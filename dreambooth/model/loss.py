@@ -113,7 +113,7 @@ def example_inputs(
     Args:
         examples: in a batch, class examples included.
         latent_shape: (channels, height, width).
-        conditioning: by all prompts of the run, of which a batch has rows.
+        conditioning: of any number of prompts or examples, of which a batch has rows.
         dtype: that of `training_loss`.
         device: the denoiser's.
     """

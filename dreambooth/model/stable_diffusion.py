@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.command_line.console import UserError
-from dreambooth.model.family import Conditioning
+from dreambooth.model.family import Conditioning, View
 from dreambooth.model.prompts import tokens_of
 
 
@@ -60,6 +61,14 @@ class StableDiffusion:
 
     def encode(self, tokens: Conditioning, text_encoders: Mapping[str, torch.nn.Module]) -> Conditioning:
         return {"encoder_hidden_states": text_encoders["text_encoder"](tokens["input_ids"])[0]}
+
+    def of_view(self, view: View) -> Conditioning:
+        return {}
+
+    def predict(
+        self, unet: torch.nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        return unet(noisy_latents, timesteps, conditioning["encoder_hidden_states"]).sample
 
 
 STABLE_DIFFUSION = StableDiffusion()

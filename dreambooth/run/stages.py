@@ -230,6 +230,7 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
         seed=run.seed,
         latent_shape=of_latents,
         num_timesteps=model.noise_scheduler.config.num_train_timesteps,
+        of_view=model.family.of_view,
     )
     run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
@@ -242,6 +243,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
         cache_latents(args, dataset, vae, ranks, dtype=dtype)
     steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, conditioning)
     batch = args.train_batch_size * dataset.examples_per_sample
+    of_view = model.family.of_view(dataset.sets[0].view(0, 0))
+    conditioning = conditioning | {name: tensor[None] for name, tensor in of_view.items()}
     inputs = functools.partial(example_inputs, batch, of_latents, conditioning, device=ranks.device)
     return Samples(dataset, steps, inputs), denoiser
 

@@ -267,7 +267,7 @@ class Tracker:
         step, total = self.failed_since, self.schedule.total_batch
         samples = range((step - 1) * total, step * total)
         names = sorted(
-            {os.path.basename(part.photos[part.place_of(n)].name) for part in self.dataset.parts for n in samples}
+            {os.path.basename(one.photos[one.place_of(n)].name) for one in self.dataset.sets for n in samples}
         )
         names[NAMES_SHOWN:] = ["..."] * (len(names) > NAMES_SHOWN)
         what = (
