@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, scalars
 
-import train_dreambooth_colossalai
 from benchmarks import random_model
-from dreambooth.command_line import arguments
+from train_dreambooth_colossalai import ColossalAIFlags
 
 # Another value of each flag that changes the losses of three steps, and the flags beside which it does.
 CHANGES = {
@@ -65,14 +65,13 @@ ELSEWHERE = {
 }
 
 
-def flags_of_the_parser() -> set[str]:
-    parser = train_dreambooth_colossalai.build_parser()
-    return {action.dest for action in parser._actions} - {"help", *arguments.ALWAYS_SO}
+def declared() -> set[str]:
+    return {flag.name for group in fields(ColossalAIFlags) for flag in fields(group.type)} - {"always_so"}
 
 
 def test_every_flag_has_its_place():
     named = [*CHANGES, *(flag for flags in ELSEWHERE.values() for flag in flags)]
-    assert sorted(named) == sorted(flags_of_the_parser())
+    assert sorted(named) == sorted(declared())
 
 
 def test_the_tests_named_use_the_flags():

@@ -1,11 +1,9 @@
 """What a run would take, told by a --dry_run."""
 
-import argparse
-
 from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import say, warn
-from dreambooth.model.denoiser import Denoiser
+from dreambooth.command_line.flags import OutputFlags
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
 from dreambooth.run.output import bytes_of, hub_name, parts_of
@@ -14,22 +12,22 @@ from dreambooth.run.tracker import Tracker
 
 
 def tell_plan(
-    args: argparse.Namespace,
+    flags: OutputFlags,
     tracker: Tracker,
     ranks: Ranks,
     *,
     first_step: int,
-    denoiser: Denoiser,
+    checkpoint: int,
     pipeline: DiffusionPipeline,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 
     Args:
-        args: the flags.
+        flags: of what a run would write.
         tracker: that has seen the steps; the last one is what others are taken to be like.
         ranks: of the run.
         first_step: steps that an earlier run has done.
-        denoiser: what is trained; the shapes of its weights count.
+        checkpoint: bytes of one.
         pipeline: what the run would save, in fp32.
     """
     steps = max(0, tracker.schedule.steps - first_step)
@@ -40,12 +38,12 @@ def tell_plan(
         on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
         say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
     size = bytes_of(parts_of(pipeline))
-    room = room_of(args, tracker.schedule, first_step=first_step, weights=denoiser.numel(), pipeline=size)
+    room = room_of(flags, tracker.schedule, first_step=first_step, checkpoint=checkpoint, pipeline=size)
     say(f"disk: {room}")
     if room.free < room.needed:
-        warn(too_little(args, room))
-    if args.push_to_hub:
-        say(f"upload: {readable(size)} to {hub_name(args)}")
+        warn(too_little(flags.output_dir, room))
+    if flags.push_to_hub:
+        say(f"upload: {readable(size)} to {hub_name(flags)}")
     say("nothing was written")
 
 

@@ -1,12 +1,12 @@
 """What happens after a step besides the next one: figures, checkpoints, validation images, an early end."""
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
 
 import torch
 
+from dreambooth.command_line.flags import OutputFlags, ValidationFlags
 from dreambooth.engine.state import Training
 from dreambooth.processes.ranks import from_rank_0, meet, stop_early
 from dreambooth.run.checkpoint import save_checkpoint
@@ -21,29 +21,38 @@ class Milestones:
     """Does what is due after a step; to be called after every step, on every rank.
 
     Args:
-        args: the flags.
+        output, validation: the flags, which say what is due when.
         settings: of the run, for its checkpoints.
         training: what checkpoints are made of.
         tracker: that shows the figures, and knows when to stop.
         validate: draws the validation images after `step`, its one argument.
+        checkpoint_size: of one, in bytes.
         pipeline_size: what has to stay free on the disk at the end, in bytes.
+        dry_run: whether nothing is written, and the run is at its end after a few steps.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        output: OutputFlags,
+        validation: ValidationFlags,
         settings: dict,
         training: Training,
         tracker: Tracker,
         validate: Callable[..., None],
+        *,
+        checkpoint_size: int,
         pipeline_size: int,
+        dry_run: bool,
     ):
-        self.args = args
+        self.output = output
+        self.validation = validation
         self.settings = settings
         self.training = training
         self.tracker = tracker
         self.validate = validate
+        self.checkpoint_size = checkpoint_size
         self.pipeline_size = pipeline_size
+        self.dry_run = dry_run
         self.steps_seen = 0
 
     def after(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
@@ -56,14 +65,14 @@ class Milestones:
             RunError: if figures are not finite, or something cannot be written.
             Stopped: after a checkpoint, if a signal has asked for it.
         """
-        args, steps = self.args, self.tracker.schedule.steps
+        steps = self.tracker.schedule.steps
         stop, save = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
         self.steps_seen += 1
-        if args.dry_run:
+        if self.dry_run:
             return stop or self.steps_seen == DRY_RUN_STEPS
-        asked = step % args.save_steps == 0  # by a flag, so that it is kept
+        asked = step % self.output.save_steps == 0  # by a flag, so that it is kept
         saves = asked or stop or (save and step < steps)
-        validates = not stop and is_due(args, step, steps)
+        validates = not stop and is_due(self.validation, step, steps)
         if saves or validates:
             self.tracker.settle()
             with self.tracker.request.unhurried():
@@ -80,8 +89,8 @@ class Milestones:
     def _save(self, step: int, *, interim: bool) -> None:
         """Writes a checkpoint; an interim one, which no flag asks for, only where the disk has room to spare."""
         started = time.monotonic()
-        sizes = {"weights": self.training.denoiser.numel(), "pipeline": self.pipeline_size}
-        has_room = functools.partial(has_room_to_spare, self.args, self.tracker.schedule, step=step, **sizes)
+        sizes = {"checkpoint": self.checkpoint_size, "pipeline": self.pipeline_size}
+        has_room = functools.partial(has_room_to_spare, self.output, self.tracker.schedule, step=step, **sizes)
         if not interim or from_rank_0(has_room):
-            save_checkpoint(self.args, self.settings, self.training, step, interim=interim)
+            save_checkpoint(self.output, self.settings, self.training, step, interim=interim)
         self.tracker.saved(time.monotonic() - started)

@@ -1,6 +1,5 @@
 """The room that a run takes on the disk: told by a dry run, and asked for before a real one spends any time."""
 
-import argparse
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.command_line.console import UserError, is_rank_0
+from dreambooth.command_line.flags import OutputFlags
 from dreambooth.data.schedule import Schedule
 from dreambooth.run.checkpoint import check_names, list_checkpoints, step_of
 from dreambooth.run.folders import readable
@@ -44,30 +44,32 @@ class Room:
         return f"{readable(self.needed)} for {checkpoints}{kept} and the pipeline of {readable(self.pipeline)}"
 
 
-def room_of(args: argparse.Namespace, schedule: Schedule, *, first_step: int, weights: int, pipeline: int) -> Room:
+def checkpoint_size(weights: int, use_8bit_adam: bool) -> int:
+    """Returns the bytes of a checkpoint: in fp32 each weight and its two moments; or the moments in a byte each."""
+    return (4 + (2 if use_8bit_adam else 8)) * weights
+
+
+def room_of(flags: OutputFlags, schedule: Schedule, *, first_step: int, checkpoint: int, pipeline: int) -> Room:
     """Returns the room of a run whose pipeline is staged beside an earlier one's, as its checkpoints are.
 
     Args:
-        args: the flags.
+        flags: name the folder, and say how many checkpoints there are.
         schedule: of the run.
         first_step: steps that an earlier run has done.
-        weights: how many are trained.
-        pipeline: its bytes.
+        checkpoint, pipeline: their bytes.
     """
-    output_dir = Path(args.output_dir)
-    # In fp32 each weight and its two moments; or the moments in a byte each.
-    size = (4 + (2 if args.use_8bit_adam else 8)) * weights
-    steps = range((first_step // args.save_steps + 1) * args.save_steps, schedule.steps + 1, args.save_steps)
+    output_dir = Path(flags.output_dir)
+    steps = range((first_step // flags.save_steps + 1) * flags.save_steps, schedule.steps + 1, flags.save_steps)
     kept = {step_of(folder): _size(folder) for folder in list_checkpoints(output_dir)}  # the oldest first
     taken = most = 0
     for step in islice(steps, MOST_CHECKPOINTS):
-        most = max(most, taken + size)
-        taken += size - kept.pop(step, 0)
-        kept[step] = size
-        while len(kept) > (args.checkpoints_total_limit or len(kept)):
+        most = max(most, taken + checkpoint)
+        taken += checkpoint - kept.pop(step, 0)
+        kept[step] = checkpoint
+        while len(kept) > (flags.checkpoints_total_limit or len(kept)):
             taken -= kept.pop(next(iter(kept)))
     return Room(
-        checkpoint=size,
+        checkpoint=checkpoint,
         written=len(steps),
         kept=len(kept),
         pipeline=pipeline,
@@ -77,21 +79,25 @@ def room_of(args: argparse.Namespace, schedule: Schedule, *, first_step: int, we
 
 
 def check_room(
-    args: argparse.Namespace,
+    flags: OutputFlags,
     schedule: Schedule,
     *,
     first_step: int,
     components: Mapping[str, torch.nn.Module],
     trained: Collection[str],
+    use_8bit_adam: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Finds what would keep a run from writing its checkpoints and its pipeline; on rank 0.
 
     Args:
-        args: the flags.
+        flags: as of `room_of`.
         schedule: of the run.
         first_step: steps that an earlier run has done.
         components: of the pipeline, in fp32, by their names.
         trained: names of those that are trained.
+        use_8bit_adam: by which optimizer.
+        dry_run: whether the room is told at its end instead.
 
     Returns:
         The bytes of the pipeline.
@@ -102,35 +108,31 @@ def check_room(
     pipeline = bytes_of(components.values())
     if not is_rank_0():
         return pipeline
-    check_names(Path(args.output_dir), first_step, schedule.steps)
-    if args.dry_run:
-        return pipeline  # it tells
+    check_names(Path(flags.output_dir), first_step, schedule.steps)
+    if dry_run:
+        return pipeline
     weights = sum(parameter.numel() for name in trained for parameter in components[name].parameters())
-    room = room_of(args, schedule, first_step=first_step, weights=weights, pipeline=pipeline)
+    size = checkpoint_size(weights, use_8bit_adam)
+    room = room_of(flags, schedule, first_step=first_step, checkpoint=size, pipeline=pipeline)
     if room.free < room.needed:
-        raise UserError(too_little(args, room))
+        raise UserError(too_little(flags.output_dir, room))
     return pipeline
 
 
-def has_room_to_spare(args: argparse.Namespace, schedule: Schedule, *, step: int, weights: int, pipeline: int) -> bool:
-    """Returns whether a checkpoint that no flag asks for leaves room for all that is still to be written.
+def has_room_to_spare(flags: OutputFlags, schedule: Schedule, *, step: int, checkpoint: int, pipeline: int) -> bool:
+    """Returns whether a checkpoint that no flag asks for leaves room for all that is to be written after `step`.
 
-    Args:
-        args: the flags.
-        schedule: of the run.
-        step: optimizer steps done.
-        weights: how many are trained.
-        pipeline: its bytes.
+    Its arguments are those of `room_of`.
     """
-    room = room_of(args, schedule, first_step=step, weights=weights, pipeline=pipeline)
+    room = room_of(flags, schedule, first_step=step, checkpoint=checkpoint, pipeline=pipeline)
     return room.free >= room.needed + room.checkpoint
 
 
-def too_little(args: argparse.Namespace, room: Room) -> str:
+def too_little(output_dir: str, room: Room) -> str:
     """Returns what to say where the disk has too little room."""
     fewer = ", or write fewer checkpoints (--save_steps, --checkpoints_total_limit)" if room.written else ""
     return (
-        f"--output_dir {args.output_dir}: the run needs {room}, and {readable(room.free)} are free: "
+        f"--output_dir {output_dir}: the run needs {room}, and {readable(room.free)} are free: "
         f"make room, name a folder of another disk{fewer}"
     )
 
