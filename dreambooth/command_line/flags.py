@@ -19,7 +19,7 @@ MAX_SEED = 2**32 - 1  # numpy takes as much
 # middle of a run.
 COUNT, BATCH, IMAGES, STEPS, PIXELS = (1, math.inf), (1, 2**16), (1, 10**6), (1, 10**9), (1, 8192)
 NOT_NEGATIVE, FACTOR, POSITIVE, DECAY, MINUTES = (0, math.inf), (0, 10**6), (1e-30, 10**6), (0, 1 - 1e-9), (0, 10**9)
-PRIOR = "with_prior_preservation"
+PRIOR = "with_prior_preservation"  # which the other flags of its group need
 SAMPLERS = ("DPMSolverMultistepScheduler", "DDPMScheduler")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # Flags of diffusers' and kohya's commands that are accepted, with a word on what is always so here.

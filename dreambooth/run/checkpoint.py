@@ -59,13 +59,13 @@ def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str
         schedule: ranks and batch per rank may change, if their product does not.
         seed, precision: of the run, whether the flags name them or not.
     """
-    on_this_machine = (True, "on GPUs") if torch.cuda.is_available() else (True,)
-    settings = {}
-    for group in flags.groups():
-        without_effect = idle(group)
-        for flag in fields(group):
-            if flag.metadata["numbers"] in on_this_machine and flag not in without_effect:
-                settings[flag.name] = getattr(group, flag.name)
+    here = (True, "on GPUs") if torch.cuda.is_available() else (True,)
+    settings = {
+        flag.name: getattr(group, flag.name)
+        for group in flags.groups()
+        for flag in fields(group)
+        if flag.metadata["numbers"] in here and flag not in idle(group)
+    }
     steps = {"steps": schedule.steps, "samples per step": schedule.total_batch}
     return settings | {"seed": seed, "mixed_precision": precision} | steps
 
