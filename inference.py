@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from dreambooth.command_line.arguments import MAX_SEED, OUTPUT_DIR, Parser, number
 from dreambooth.command_line.console import RunError, counted, progress, say
+from dreambooth.command_line.flags import MAX_SEED, OUTPUT_DIR
+from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
 from dreambooth.model.folder import find_folder
@@ -57,6 +58,25 @@ class Model:
     folder: Path
     variant: str | None
     pictures: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What every model draws, and how; each value is that of its flag."""
+
+    prompts: Sequence[str]
+    device: str
+    dtype: str
+    negative_prompt: str | None = None
+    num_images: int = 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Images of a model."""
+        return len(self.prompts) * self.num_images
 
 
 def build_parser() -> Parser:
@@ -127,38 +147,38 @@ def build_parser() -> Parser:
     return parser
 
 
-def find_models(args) -> list[Model]:
+def find_models(name: str, compare_with: str | None, revision: str | None, variant: str | None) -> list[Model]:
     """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet."""
-    chosen = {"revision": args.revision, "variant": args.variant}
-    if not args.compare_with:
-        return [Model(args.model, find_folder(args.model, "MODEL", **chosen), args.variant)]
+    chosen = {"revision": revision, "variant": variant}
+    if not compare_with:
+        return [Model(name, find_folder(name, "MODEL", **chosen), variant)]
     return [
-        Model(args.model, find_folder(args.model, "MODEL"), None),
-        Model(args.compare_with, find_folder(args.compare_with, "--compare_with", **chosen), args.variant),
+        Model(name, find_folder(name, "MODEL"), None),
+        Model(compare_with, find_folder(compare_with, "--compare_with", **chosen), variant),
     ]
 
 
-def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
+def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     """Yields the images of each prompt, one at a time, each from a seed of its own.
 
     Raises:
         UserError: if the model cannot be loaded.
         RunError: if an image is not finite.
     """
+    dtype, total = drawing.dtype, drawing.total
     pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant)
-    pipeline.to(device)
-    warn_of_cut_prompts(args.prompt, pipeline.tokenizer, pipeline.text_encoder)
-    total = len(args.prompt) * args.num_images
+    pipeline.to(drawing.device)
+    warn_of_cut_prompts(drawing.prompts, pipeline.tokenizer, pipeline.text_encoder)
     pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
-        for prompt in args.prompt:
-            for number in range(args.num_images):
+        for prompt in drawing.prompts:
+            for number in range(drawing.num_images):
                 made = pipeline(
                     prompt,
-                    negative_prompt=args.negative_prompt,
-                    num_inference_steps=args.num_inference_steps,
-                    guidance_scale=args.guidance_scale,
-                    generator=torch.Generator().manual_seed((args.seed + number) % (MAX_SEED + 1)),
+                    negative_prompt=drawing.negative_prompt,
+                    num_inference_steps=drawing.num_inference_steps,
+                    guidance_scale=drawing.guidance_scale,
+                    generator=torch.Generator().manual_seed((drawing.seed + number) % (MAX_SEED + 1)),
                     output_type="np",
                 ).images
                 try:
@@ -172,20 +192,20 @@ def draw(model: Model, args, device: str, dtype: str) -> Iterator[Image.Image]:
                 yield picture
 
 
-def sheet(args, models: list[Model], photos: list) -> Image.Image:
+def sheet(drawing: Drawing, models: list[Model], photos: list) -> Image.Image:
     """Returns the images that were drawn, with the instance images below; white where one is missing."""
     shown = [model for model in models if model.pictures]
     size = shown[0].pictures[0].size
-    total = len(args.prompt) * args.num_images
+    total, each = drawing.total, drawing.num_images
     if len(shown) == total == 1 and not photos:
         return shown[0].pictures[0]
     white = Image.new("RGB", size, "white")
     columns = [[*model.pictures, *[white] * (total - len(model.pictures))] for model in reversed(shown)]
     rows = [
-        [picture for pictures in columns for picture in pictures[first : first + args.num_images]]
-        for first in range(0, total, args.num_images)
+        [picture for pictures in columns for picture in pictures[first : first + each]]
+        for first in range(0, total, each)
     ]
-    captions = args.prompt
+    captions = drawing.prompts
     if photos:
         rows = [*rows, [ImageOps.fit(load_image(photo), size) for photo in photos[: len(rows[0])]]]
         captions = [*captions, "instance images"]
@@ -203,23 +223,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--device cuda: no CUDA GPU was found")
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
     photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
-    models = find_models(args)
+    models = find_models(args.model, args.compare_with, args.revision, args.variant)
+    drawing = Drawing(
+        prompts=args.prompt,
+        device=device,
+        dtype=dtype,
+        negative_prompt=args.negative_prompt,
+        num_images=args.num_images,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+    )
 
     try:
         for model in models:
-            for picture in draw(model, args, device, dtype):
+            for picture in draw(model, drawing):
                 model.pictures.append(picture)
     except (Exception, KeyboardInterrupt) as error:
         drawn = sum(len(model.pictures) for model in models)
         if not drawn:
             raise
-        save_image(sheet(args, models, photos), output)
+        save_image(sheet(drawing, models, photos), output)
         kept = f"{output} has the {counted(drawn, 'image')} drawn before"
         if isinstance(error, UserError):
             raise RunError(f"{error}; {kept}") from error
         say(kept)
         raise
-    save_image(sheet(args, models, photos), output)
+    save_image(sheet(drawing, models, photos), output)
     say(f"{output}: {counted(sum(len(model.pictures) for model in models), 'image')}")
 
 

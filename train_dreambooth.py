@@ -17,7 +17,6 @@ from dreambooth.command_line.console import before_imports, doing, run_program, 
 
 before_imports(__name__)
 
-import argparse
 import contextlib
 import math
 import os
@@ -30,8 +29,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 
-from dreambooth.command_line import arguments
+from dreambooth.command_line.flags import Flags
 from dreambooth.command_line.limits import remember_cheaper_flags
+from dreambooth.command_line.parser import parse
 from dreambooth.engine.optimizer import (
     adam_step,
     build_adamw,
@@ -90,6 +90,7 @@ class Training:
     model: torch.nn.Module
     optimizer: AcceleratedOptimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    max_grad_norm: float
 
     def weights(self) -> list[Slice]:
         """Returns the fp32 weights, which every rank has."""
@@ -114,14 +115,7 @@ class Training:
             self.accelerator.scaler.load_state_dict(checkpoint.grad_scaler)
 
 
-def train(
-    args: argparse.Namespace,
-    training: Training,
-    steps: Iterable[list],
-    loss_of: Callable,
-    callbacks: Callbacks,
-    first_step: int,
-) -> None:
+def train(training: Training, steps: Iterable[list], loss_of: Callable, callbacks: Callbacks, first_step: int) -> None:
     """Takes an optimizer step for each list of batches, of the mean of their losses."""
     for step, batches in enumerate(steps, start=first_step + 1):
         losses = []
@@ -131,7 +125,8 @@ def train(
                 loss = loss_of(training.model, batch) / len(batches)
                 training.accelerator.backward(loss)
             losses.append(loss.detach())
-        grad_norm = training.accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
+        max_norm = training.max_grad_norm or math.inf
+        grad_norm = training.accelerator.clip_grad_norm_(training.model.parameters(), max_norm)
         lr = training.lr_scheduler.get_last_lr()[0]
         training.optimizer.step()
         training.lr_scheduler.step()
@@ -142,12 +137,12 @@ def train(
 
 @unlocked_at_the_end()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments.parse(arguments.build_parser(__doc__), argv)
-    precision = choose_precision(args.mixed_precision)
-    remember_cheaper_flags(args)
-    inputs = check_inputs(args)
+    flags = parse(Flags, argv, __doc__)
+    precision = choose_precision(flags.training.mixed_precision)
+    remember_cheaper_flags(flags.model, flags.training, flags.optimizer)
+    inputs = check_inputs(flags)
     accelerator, ranks = launch(inputs.place, precision)
-    run = agree(args, inputs, ranks, precision)
+    run = agree(flags, inputs, ranks, precision)
 
     # The model; what is trained of it comes from the checkpoint, if there is one.
     model = prepare_model(run)
@@ -159,20 +154,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples, denoiser = prepare_samples(run, model, class_images)
     denoiser.train().float()
     denoiser.normalize_in_half()
-    if args.gradient_checkpointing:
+    if flags.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    if args.compile:
+    if flags.training.compile:
         denoiser.compile_blocks()
-    if not args.use_8bit_adam:  # which goes by single parameters
+    if not flags.optimizer.use_8bit_adam:  # which goes by single parameters
         denoiser.trained.flatten(multiple_of=ranks.world_size)
-    if args.cuda_graphs:
+    if flags.training.cuda_graphs:
         autocast = None if precision == "no" else DTYPES[precision]
         denoiser.to(ranks.device).record(*samples.example_inputs(dtype=torch.float32), autocast)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
-    optimizer = build_adamw(args, denoiser.trained.parameters(), run.schedule)
-    lr_scheduler = build_lr_scheduler(args, optimizer, run.schedule)
-    training = Training(accelerator, denoiser, *accelerator.prepare(denoiser, optimizer), lr_scheduler)
+    optimizer = build_adamw(flags.optimizer, denoiser.trained.parameters(), run.schedule)
+    lr_scheduler = build_lr_scheduler(flags.optimizer, optimizer, run.schedule)
+    prepared = accelerator.prepare(denoiser, optimizer)
+    training = Training(accelerator, denoiser, *prepared, lr_scheduler, flags.optimizer.max_grad_norm)
     if run.checkpoint is not None:
         training.resume(run.checkpoint)
 
@@ -180,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"traditional process, precision {precision} on {ranks}, {run.schedule}, seed {run.seed}")
     with callbacks_of(run, model, samples, training) as callbacks:
         with doing("training"):
-            train(args, training, samples.steps, loss_by(run, model, torch.float32), callbacks, run.first_step)
+            train(training, samples.steps, loss_by(run, model, torch.float32), callbacks, run.first_step)
         save(run, model, training, callbacks.tracker)
     publish(run)
 

@@ -15,24 +15,25 @@ from dreambooth.command_line.console import before_imports, doing, run_program, 
 
 before_imports(__name__)
 
-import argparse
 import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
-from dreambooth.command_line import arguments
+from dreambooth.command_line.flags import Flags, OptimizerFlags
 from dreambooth.command_line.limits import remember_cheaper_flags
+from dreambooth.command_line.parser import parse
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.booster_training import BoosterTraining
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.engine.plugins import ShardAdamW
-from dreambooth.engine.strategy import PLACEMENTS, Strategy, choose_strategy
+from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
@@ -53,39 +54,15 @@ from dreambooth.run.stages import (
 )
 
 
-def build_parser() -> arguments.Parser:
-    """Returns the parser: the shared flags, and ColossalAI's."""
-    parser = arguments.build_parser(__doc__)
-    group = parser.add_argument_group("ColossalAI")
-    group.add_argument(
-        "-p",
-        "--plugin",
-        choices=tuple(PLACEMENTS),
-        metavar="PLUGIN",
-        help="how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; "
-        "low_level_zero, optimizer state split (ZeRO 1); gemini, gradients split too (ZeRO 2), and the weights with "
-        "--placement cpu (ZeRO 3) (default: torch_ddp for --placement cuda, else gemini)",
-    )
-    group.add_argument(
-        "--placement",
-        choices=("cuda", "cpu", "auto"),
-        default="cuda",
-        help="where weights and optimizer state stay between uses: on the GPUs, or in host memory (cpu, auto); with "
-        "auto weights are whole on each GPU during a step, if they take no more than a fifth of its memory "
-        "(default: cuda)",
-    )
-    group.add_argument(
-        "--offload_optim_frac",
-        type=arguments.number(float, 0, highest=1),
-        metavar="X",
-        help="gemini with --placement cuda or cpu: share of the optimizer state that is kept in host memory, from "
-        "0 to 1 (default: 0 for cuda, 1 for cpu)",
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class ColossalAIFlags(Flags):
+    """The shared flags, and ColossalAI's."""
+
+    strategy: StrategyFlags = StrategyFlags()
 
 
 def build_optimizer(
-    args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser, schedule: Schedule
+    flags: OptimizerFlags, strategy: Strategy, denoiser: Denoiser, schedule: Schedule
 ) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the denoiser's parameters."""
     if strategy.placement != "cuda":
@@ -93,11 +70,11 @@ def build_optimizer(
         cores = len(os.sched_getaffinity(0)) // find_place().local_world_size
         torch.set_num_threads(max(torch.get_num_threads(), cores))
     if strategy.plugin == "gemini":
-        return ShardAdamW(denoiser.trained.parameters(), fused=True, **adamw_settings(args, schedule))
-    return build_adamw(args, denoiser.trained.parameters(), schedule)
+        return ShardAdamW(denoiser.trained.parameters(), fused=True, **adamw_settings(flags, schedule))
+    return build_adamw(flags, denoiser.trained.parameters(), schedule)
 
 
-def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denoiser) -> Booster:
+def build_booster(strategy: Strategy, denoiser: Denoiser, *, max_grad_norm: float, accumulation: int) -> Booster:
     """Returns the Booster with the strategy's plugin; the sharding plugins clip gradients themselves."""
     if strategy.plugin == "low_level_zero":
         return Booster(
@@ -105,7 +82,7 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
                 stage=1,
                 precision=strategy.precision,
                 initial_scale=INITIAL_LOSS_SCALE,
-                max_norm=args.max_grad_norm,
+                max_norm=max_grad_norm,
                 cpu_offload=strategy.placement == "cpu",
             )
         )
@@ -123,9 +100,9 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
                 initial_scale=INITIAL_LOSS_SCALE,
                 # Always a limit; an infinite one clips nothing. Without one Gemini does not wait for gradients that
                 # are on their way between GPUs, and the backward pass may write over them.
-                max_norm=args.max_grad_norm or math.inf,
+                max_norm=max_grad_norm or math.inf,
                 pin_memory=True,
-                enable_gradient_accumulation=args.gradient_accumulation_steps > 1,
+                enable_gradient_accumulation=accumulation > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.
                 min_chunk_size_m=min(32, denoiser.trained.numel() / 4 / 2**20),
             )
@@ -137,26 +114,32 @@ def build_booster(args: argparse.Namespace, strategy: Strategy, denoiser: Denois
 
 
 def boost(
-    args: argparse.Namespace,
     strategy: Strategy,
     denoiser: Denoiser,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    inputs: tuple[torch.Tensor, torch.Tensor, Conditioning],
     masters: dict[str, torch.Tensor],
+    *,
+    max_grad_norm: float,
+    accumulation: int = 1,
+    record: tuple[torch.Tensor, torch.Tensor, Conditioning] | None = None,
 ) -> BoosterTraining:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
 
     Args:
-        inputs: an example of the denoiser's.
+        strategy: of the run.
+        denoiser, optimizer, lr_scheduler: as they are without a plugin.
         masters: the weights as their files have them, from which a sharding plugin's shards are filled.
+        max_grad_norm: as of the flag.
+        accumulation: batches of each step.
+        record: an example of the denoiser's inputs, by which it is recorded as CUDA graphs; None for none.
     """
-    if args.cuda_graphs:
+    if record is not None:
         half = None if strategy.shards or strategy.precision == "no" else DTYPES[strategy.precision]
-        denoiser.to(inputs[0].device, strategy.weights_dtype).record(*inputs, half)
-    booster = build_booster(args, strategy, denoiser)
+        denoiser.to(record[0].device, strategy.weights_dtype).record(*record, half)
+    booster = build_booster(strategy, denoiser, max_grad_norm=max_grad_norm, accumulation=accumulation)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
-    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, args.max_grad_norm)
+    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, max_grad_norm)
     if strategy.zero_offloads:
         training.pin_master_weights()
     if strategy.shards:
@@ -184,11 +167,12 @@ def train(
 
 @unlocked_at_the_end()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments.parse(build_parser(), argv)
-    strategy = choose_strategy(args)
-    remember_cheaper_flags(args, sharded=strategy.shards, has_plugins=True)
-    inputs = check_inputs(args)
-    run = agree(args, inputs, join(inputs.place), strategy.precision)
+    flags = parse(ColossalAIFlags, argv, __doc__)
+    strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer)
+    place = {"sharded": strategy.shards, "placement": strategy.placement}
+    remember_cheaper_flags(flags.model, flags.training, flags.optimizer, **place)
+    inputs = check_inputs(flags)
+    run = agree(flags, inputs, join(inputs.place), strategy.precision)
 
     # The model; what is trained of it comes from the checkpoint, if there is one.
     model = prepare_model(run)
@@ -202,21 +186,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     denoiser.train().to(strategy.weights_dtype)
     if not strategy.shards:
         denoiser.normalize_in_half()
-    if args.gradient_checkpointing:
+    if flags.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    elif strategy.spares_memory and not (args.compile or args.cuda_graphs):
+    elif strategy.spares_memory and not (flags.training.compile or flags.training.cuda_graphs):
         discard_activations(denoiser.unet)
-    if args.compile:
+    if flags.training.compile:
         denoiser.compile_blocks()
     fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
-    if not (fetches_weights or args.use_8bit_adam):  # these two go by single parameters
+    if not (fetches_weights or flags.optimizer.use_8bit_adam):  # these two go by single parameters
         denoiser.trained.flatten(multiple_of=run.ranks.world_size)
 
     # The optimizer, and the plugin around it and what is trained.
-    optimizer = build_optimizer(args, strategy, denoiser, run.schedule)
-    lr_scheduler = build_lr_scheduler(args, optimizer, run.schedule)
-    example = samples.example_inputs(dtype=strategy.weights_dtype)
-    training = boost(args, strategy, denoiser, optimizer, lr_scheduler, example, masters)
+    optimizer = build_optimizer(flags.optimizer, strategy, denoiser, run.schedule)
+    lr_scheduler = build_lr_scheduler(flags.optimizer, optimizer, run.schedule)
+    training = boost(
+        strategy,
+        denoiser,
+        optimizer,
+        lr_scheduler,
+        masters,
+        max_grad_norm=flags.optimizer.max_grad_norm,
+        accumulation=flags.training.gradient_accumulation_steps,
+        record=samples.example_inputs(dtype=strategy.weights_dtype) if flags.training.cuda_graphs else None,
+    )
     if run.checkpoint is not None:
         training.resume(run.checkpoint)
 

@@ -1,6 +1,5 @@
 """Properties that hold for any flags, any damaged image, and any sizes of a run."""
 
-import argparse
 import contextlib
 import io
 from collections import Counter
@@ -14,15 +13,15 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import train_dreambooth
-import train_dreambooth_colossalai
-from dreambooth.command_line import arguments
 from dreambooth.command_line.console import UserError
+from dreambooth.command_line.flags import Flags, TrainingFlags
+from dreambooth.command_line.parser import build_parser, parse
 from dreambooth.data.images import load_image, photo_of
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
 from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.strategy import choose_strategy
 from dreambooth.processes.ranks import Ranks
+from train_dreambooth_colossalai import ColossalAIFlags
 
 # The same examples on every machine; a slow one is no failure.
 always = {
@@ -31,11 +30,8 @@ always = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 
-PARSERS = {
-    "colossalai": train_dreambooth_colossalai.build_parser(),
-    "traditional": arguments.build_parser(train_dreambooth.__doc__),
-}
-FLAGS = sorted(PARSERS["colossalai"]._option_string_actions)
+KINDS = {"colossalai": ColossalAIFlags, "traditional": Flags}
+FLAGS = sorted(build_parser(ColossalAIFlags, "")._option_string_actions)
 GOOD = ["--pretrained_model_name_or_path", "model", "--instance_data_dir", str(ROOT / "assets/instance_images")]
 GOOD += ["--instance_prompt", "a photo of sks dog"]
 ODD_VALUES = [
@@ -66,7 +62,7 @@ words = st.one_of(st.lists(groups, max_size=6), st.lists(likely, max_size=3)).ma
 )
 
 
-@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=1000, **always)
 @given(words=words, whole=st.booleans())
 def test_any_words_are_parsed_or_refused_in_one_line(name, words, whole):
@@ -74,9 +70,9 @@ def test_any_words_are_parsed_or_refused_in_one_line(name, words, whole):
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            args = arguments.parse(PARSERS[name], [*GOOD, *words] if whole else words)
+            flags = parse(KINDS[name], [*GOOD, *words] if whole else words)
             if name == "colossalai":
-                choose_strategy(args)
+                choose_strategy(flags.strategy, flags.training, flags.optimizer)
             event("parsed")
         except UserError as error:
             assert str(error).isprintable() and str(error).strip()
@@ -142,9 +138,9 @@ class Numbered(DreamBoothDataset):
 
 
 def numbered(instance_images: int, class_images: int, seed: int) -> Numbered:
-    args = argparse.Namespace(resolution=8, center_crop=False, noise_offset=0.0, prior_loss_weight=1.0)
     photos = [[photo_of(Path(f"{n}.png")) for n in range(count)] for count in (instance_images, class_images)]
-    dataset = build_dataset(args, *photos, seed=seed, latent_shape=(1, 1, 1), num_timesteps=10)
+    settings = {"resolution": 8, "center_crop": False, "latent_shape": (1, 1, 1), "num_timesteps": 10}
+    dataset = build_dataset(*photos, seed=seed, **settings)
     return Numbered(dataset.sets[0], dataset.sets[1] if class_images else None, dataset.prompts)
 
 
@@ -199,9 +195,8 @@ def test_the_stream_of_samples(instance_images, class_images, seed, world_size, 
     epochs=st.integers(1, 100),
 )
 def test_epochs_take_every_image_and_no_step_more(images, world_size, batch, accumulation, epochs):
-    args = argparse.Namespace(max_train_steps=None, train_batch_size=batch, num_train_epochs=epochs)
-    args.gradient_accumulation_steps = accumulation
-    schedule = plan(args, world_size, images)
+    flags = TrainingFlags(train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs)
+    schedule = plan(flags, world_size, images)
     steps_per_epoch = schedule.steps // epochs
     assert schedule.steps == epochs * steps_per_epoch
     assert (steps_per_epoch - 1) * schedule.total_batch < images <= steps_per_epoch * schedule.total_batch

@@ -1,6 +1,5 @@
 """What becomes of photos, captions and class images: what is read, what is generated, what is kept."""
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth.command_line.console import RunError, UserError
+from dreambooth.command_line.flags import InstanceFlags, ModelFlags, PriorFlags
 from dreambooth.data import images
 from dreambooth.data.class_images import (
     Origin,
@@ -58,7 +58,7 @@ ALONE, CPU = Place(), Ranks(0, 1, torch.device("cpu"))
 # Captions ------------------------------------------------------------------------------------------------------------
 
 
-def folder_of(folder: Path, files: dict[str, str | None]) -> argparse.Namespace:
+def folder_of(folder: Path, files: dict[str, str | None]) -> InstanceFlags:
     """Writes files, each a text or, for None, a picture of its own; returns the flags of a run on the folder."""
     folder.mkdir(exist_ok=True)
     for number, (name, text) in enumerate(files.items()):
@@ -67,36 +67,29 @@ def folder_of(folder: Path, files: dict[str, str | None]) -> argparse.Namespace:
             Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name, format="PNG")
         else:
             (folder / name).write_text(text)
-    return argparse.Namespace(
-        instance_data_dir=str(folder),
-        dataset_name=None,
-        instance_prompt="a sks dog",
-        caption_column="text",
-        test_run=False,
-        resolution=8,
-    )
+    return InstanceFlags(instance_data_dir=str(folder), instance_prompt="a sks dog", resolution=8)
 
 
 @pytest.mark.parametrize("name", ["1.txt", "1.TXT", "1.Caption", "1.png.txt", "1.png.caption"])
 def test_a_caption_beside_an_image(name, tmp_path, capfd):
-    args = folder_of(tmp_path / "set", {"1.png": None, "2.PNG": None, name: "a dog on a sofa"})
-    assert [photo.prompt for photo in find_instance_images(args, ALONE)] == ["a dog on a sofa", "a sks dog"]
+    flags = folder_of(tmp_path / "set", {"1.png": None, "2.PNG": None, name: "a dog on a sofa"})
+    assert [photo.prompt for photo in find_instance_images(flags, ALONE)] == ["a dog on a sofa", "a sks dog"]
     told = capfd.readouterr()
     assert told.out == "captions: 1 of 2 images have one\n" and not told.err
 
 
 def test_two_captions_of_an_image_are_an_error(tmp_path):
-    args = folder_of(tmp_path / "set", {"1.png": None, "1.txt": "a dog", "1.caption": "a cat"})
+    flags = folder_of(tmp_path / "set", {"1.png": None, "1.txt": "a dog", "1.caption": "a cat"})
     with pytest.raises(UserError, match=r"1\.png has two captions, in 1\.caption and in 1\.txt: remove one"):
-        find_instance_images(args, ALONE)
+        find_instance_images(flags, ALONE)
 
 
 @pytest.mark.parametrize(
     "name", ["notes.txt", "captions.txt", "9.caption", "metadata.csv", "metadata.json", "1.json", "Metadata.jsonl"]
 )
 def test_a_file_that_looks_like_captions_and_is_not_read_is_told(name, tmp_path, capfd):
-    args = folder_of(tmp_path / "set", {"1.png": None, name: "1.png, a dog"})
-    find_instance_images(args, ALONE)
+    flags = folder_of(tmp_path / "set", {"1.png": None, name: "1.png, a dog"})
+    find_instance_images(flags, ALONE)
     told = capfd.readouterr()
     (warning,) = told.err.splitlines()
     assert f"{name} is not read (1 such), captions are in NAME.txt" in warning
@@ -256,27 +249,22 @@ def test_pictures_are_those_of_diffusers_and_finite(tiny_model):
 # Class images --------------------------------------------------------------------------------------------------------
 
 
-def class_flags(model: Path, folder: Path, **changed) -> argparse.Namespace:
-    settings = {
-        "pretrained_model_name_or_path": str(model),
-        "external_unet_path": None,
-        "with_prior_preservation": True,
-        "class_data_dir": str(folder),
-        "class_prompt": "a dog",
-        "num_class_images": 3,
-        "sample_batch_size": 2,
-        "resolution": 32,
-        "cache_latents": "auto",
-        "center_crop": False,
-        "test_run": False,
-        "dry_run": False,
-    }
-    return argparse.Namespace(**settings | changed)
+SMALL = InstanceFlags(resolution=32)
 
 
-def generate(args: argparse.Namespace, seed: int = 1, change=lambda pipeline: None):
+def prior_flags(folder: Path, images: int = 3, prompt: str = "a dog") -> PriorFlags:
+    return PriorFlags(
+        with_prior_preservation=True,
+        class_data_dir=str(folder),
+        class_prompt=prompt,
+        num_class_images=images,
+        sample_batch_size=2,
+    )
+
+
+def generate(model: Path, prior: PriorFlags, *, seed: int = 1, change=lambda pipeline: None, dry_run: bool = False):
     """Does what a trainer does about class images; `change` may change the pipeline that draws them, quickly."""
-    model = Path(args.pretrained_model_name_or_path)
+    flags = ModelFlags(pretrained_model_name_or_path=str(model))
 
     def load():
         pipeline = load_pipeline(model)
@@ -286,22 +274,21 @@ def generate(args: argparse.Namespace, seed: int = 1, change=lambda pipeline: No
         pipeline.__class__ = quick
         return pipeline
 
-    found = check_class_images(args, ALONE)
-    check_origins(args, found, model)
-    return generate_class_images(args, found, load, model, seed=seed, ranks=CPU)
+    found = check_class_images(prior, SMALL, ALONE)
+    check_origins(prior, flags, found, model)
+    return generate_class_images(prior, SMALL, flags, found, load, model, seed=seed, ranks=CPU, dry_run=dry_run)
 
 
 def test_class_images_know_what_they_were_made_from(tiny_model, tmp_path, capfd):
     """Another prompt or model is refused; a seed of another run is told; what is missing comes from this run's."""
-    args = class_flags(tiny_model, tmp_path / "class", num_class_images=2)
-    first = generate(args)
+    first = generate(tiny_model, prior_flags(tmp_path / "class", images=2))
     assert "class images: 2 of 2 are generated first" in capfd.readouterr().out
     for path in (tmp_path / "class").iterdir():
         origin = json.loads(Image.open(path).text["dreambooth"])
         assert origin["prompt"] == "a dog" and origin["seed"] == 1 and origin["model"] == tiny_model.name
         assert str(tmp_path) not in str(origin)
     with pytest.raises(UserError, match="00000.png was generated for 'a dog', and --class_prompt is 'a cat': name an"):
-        check_class_images(class_flags(tiny_model, tmp_path / "class", class_prompt="a cat"), ALONE)
+        check_class_images(prior_flags(tmp_path / "class", prompt="a cat"), SMALL, ALONE)
 
     # The same model in another place and in half precision is no other.
     moved = tmp_path / "moved"
@@ -317,8 +304,7 @@ def test_class_images_know_what_they_were_made_from(tiny_model, tmp_path, capfd)
         == digest_of_weights(moved, moved / "unet")
     )
     variant.rename(weights)
-    more = class_flags(moved, tmp_path / "class")
-    photos = generate(more, seed=2)
+    photos = generate(moved, prior_flags(tmp_path / "class"), seed=2)
     told = "class images: 2 found in {} (2 generated by an earlier run, from seed 1), 1 of 3 are generated first"
     assert told.format(tmp_path / "class") in capfd.readouterr().out
     assert [photo.facts.digest for photo in photos[:2]] == [photo.facts.digest for photo in first]
@@ -329,16 +315,15 @@ def test_class_images_know_what_they_were_made_from(tiny_model, tmp_path, capfd)
     tensors["decoder.conv_out.bias"] += 0.1
     save_file(tensors, weights)
     with pytest.raises(UserError, match="00000.png was generated by .*, whose weights are not those of moved: name"):
-        generate(more)
+        generate(moved, prior_flags(tmp_path / "class"))
     assert len(list((tmp_path / "class").iterdir())) == 3
 
 
 def test_class_images_of_ones_own_and_of_older_versions_are_used(tiny_model, tmp_path, capfd):
     """Black ones are told by name, as an earlier version made them of pixels that are not finite."""
-    args = class_flags(tiny_model, tmp_path)
     large_photo(tmp_path / "mine.jpg")
     Image.new("RGB", (32, 32)).save(tmp_path / "00001.png")
-    photos = generate(args)
+    photos = generate(tiny_model, prior_flags(tmp_path))
     assert [Path(photo.name).name for photo in photos] == ["00000.png", "00001.png", "mine.jpg"]
     told = capfd.readouterr()
     assert f"class images: 2 found in {tmp_path} (2 of unknown origin), 1 of 3 are generated first" in told.out
@@ -347,16 +332,15 @@ def test_class_images_of_ones_own_and_of_older_versions_are_used(tiny_model, tmp
 
 
 def test_class_images_that_are_all_there_may_be_on_a_disk_that_takes_none(tiny_model, tmp_path, monkeypatch):
-    generate(class_flags(tiny_model, tmp_path, num_class_images=2))
+    generate(tiny_model, prior_flags(tmp_path, images=2))
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    assert len(check_class_images(class_flags(tiny_model, tmp_path, num_class_images=2), ALONE)) == 2
+    assert len(check_class_images(prior_flags(tmp_path, images=2), SMALL, ALONE)) == 2
     with pytest.raises(UserError, match="--class_data_dir .*: no permission to read and write"):
-        check_class_images(class_flags(tiny_model, tmp_path, num_class_images=3), ALONE)
+        check_class_images(prior_flags(tmp_path), SMALL, ALONE)
 
 
 def test_a_dry_run_stands_in_for_class_images(tiny_model, tmp_path, capfd):
-    args = class_flags(tiny_model, tmp_path / "class", dry_run=True)
-    photos = generate(args)
+    photos = generate(tiny_model, prior_flags(tmp_path / "class"), dry_run=True)
     assert len(photos) == 3 and all(photo.is_square and photo.facts.digest for photo in photos)
     assert "class images: 3 of 3 would be generated first" in capfd.readouterr().out
     assert not (tmp_path / "class").exists()
@@ -370,15 +354,14 @@ def makes_no_numbers(pipeline) -> None:
 
 
 def test_class_images_that_are_not_finite_are_not_written(tiny_model, tmp_path):
-    args = class_flags(tiny_model, tmp_path / "class")
     with pytest.raises(RunError, match="class image 00000.png, drawn in fp32, has .* not finite: try --mixed_prec"):
-        generate(args, change=makes_no_numbers)
+        generate(tiny_model, prior_flags(tmp_path / "class"), change=makes_no_numbers)
     assert list((tmp_path / "class").iterdir()) == []
 
 
 def test_runs_of_two_seeds_share_no_class_image(tiny_model, tmp_path):
-    args = [class_flags(tiny_model, tmp_path / str(seed)) for seed in (1, 2)]
-    made = [load_image(photo).tobytes() for seed in (1, 2) for photo in generate(args[seed - 1], seed=seed)]
+    photos = [generate(tiny_model, prior_flags(tmp_path / str(seed)), seed=seed) for seed in (1, 2)]
+    made = [load_image(photo).tobytes() for of_seed in photos for photo in of_seed]
     assert len(set(made)) == len(made) == 6
 
 
@@ -411,13 +394,13 @@ def test_what_a_run_that_died_has_left_is_removed(tiny_model, tmp_path):
         (tmp_path / name).write_bytes(b"half")
     for name in (names[0], names[1], names[3]):
         os.utime(tmp_path / name, (0, 0))
-    generate(class_flags(tiny_model, tmp_path, num_class_images=1))
+    generate(tiny_model, prior_flags(tmp_path, images=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[2], names[3], "00000.png"])
 
 
 def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
     """It is kept and used if it is of the same origin, else the run ends."""
-    args = class_flags(tiny_model, tmp_path, num_class_images=2)
+    prior = prior_flags(tmp_path, images=2)
     weights = digest_of_weights(tiny_model, None)
 
     def written(prompt: str):
@@ -425,7 +408,7 @@ def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
         content = png_of(Image.new("RGB", (32, 32), "red"), json.dumps(vars(origin)))
         return lambda pipeline: save_new(content, tmp_path / "00001.png")
 
-    photos = generate(args, change=written("a dog"))
+    photos = generate(tiny_model, prior, change=written("a dog"))
     assert [photo.is_square for photo in photos] == [True] * 2 and load_image(photos[1]).getpixel((0, 0)) == (
         255,
         0,
@@ -434,7 +417,7 @@ def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="00001.png was generated for 'a cat', and --class_prompt is 'a dog'"):
-        generate(args, change=written("a cat"))
+        generate(tiny_model, prior, change=written("a cat"))
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -488,7 +471,6 @@ def test_validation_images_that_are_not_finite_end_nothing(script, flags, tiny_m
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_model, photos, tmp_path):
     """And the VAE ends on the CPU, or in the run's precision where steps still need it."""
-    args = argparse.Namespace(resolution=32, center_crop=center_crop, cache_latents="auto", noise_offset=0.0)
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     large_photo(folder / "square.png", 100, 100)
@@ -496,10 +478,11 @@ def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_mod
     vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
     exact = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
     shape = latent_shape(vae, 32)
-    dataset = build_dataset(args, found, [], seed=1, latent_shape=shape, num_timesteps=10)
+    settings = {"seed": 1, "resolution": 32, "latent_shape": shape, "num_timesteps": 10}
+    dataset = build_dataset(found, [], center_crop=center_crop, **settings)
     moves, move = [], vae.to
     vae.to = lambda *where: moves.append(where) or move(*where)
-    cache_latents(args, dataset, vae, CPU, dtype=torch.bfloat16)
+    cache_latents(dataset, vae, CPU, dtype=torch.bfloat16)
     assert moves[-1] == (("cpu",) if center_crop else (CPU.device, torch.bfloat16)), "a cached run needs no VAE"
     (part,) = dataset.sets
     assert len(part.moments) == (6 if center_crop else 1)
@@ -520,8 +503,8 @@ def test_prompts_are_embedded_in_fp32_and_travel_with_their_batch(tiny_model, ph
     embedded = embed(STABLE_DIFFUSION, tokens, encoders, device=torch.device("cpu"), dtype=torch.bfloat16)
     prompts = embedded["encoder_hidden_states"]
     assert prompts.device.type == "cpu" and torch.equal(prompts, exact.bfloat16())
-    args = argparse.Namespace(resolution=32, center_crop=True, noise_offset=0.0)
     found = [replace(photo, prompt=f"{n % 2}") for n, photo in enumerate(find_images(photos, "--x", resolution=32))]
-    dataset = build_dataset(args, found, [], seed=1, latent_shape=(4, 16, 16), num_timesteps=10)
+    settings = {"resolution": 32, "center_crop": True, "latent_shape": (4, 16, 16), "num_timesteps": 10}
+    dataset = build_dataset(found, [], seed=1, **settings)
     for (batch,) in build_loader(dataset, Schedule(3, 1, 2), CPU, conditioning={"encoder_hidden_states": prompts}):
         assert torch.equal(batch["conditioning"]["encoder_hidden_states"], prompts[batch["prompt_indices"]])

@@ -11,7 +11,8 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, t
 from PIL import Image
 
 from benchmarks import random_model
-from dreambooth.command_line.arguments import build_parser
+from dreambooth.command_line.flags import Flags
+from dreambooth.command_line.parser import read
 
 # Flags changed from those of a good run, and what the error line has to say.
 BAD_FLAGS = {
@@ -102,9 +103,9 @@ def test_a_home_directory_behind_an_equal_sign(monkeypatch):
     """A shell leaves it there as it is."""
     monkeypatch.setenv("HOME", "/home/someone")
     words = ["--pretrained_model_name_or_path=~/sd", "--output_dir=~/out", "--instance_prompt=~ sks"]
-    args = build_parser("").parse_args(words)
-    assert args.pretrained_model_name_or_path == "/home/someone/sd" and args.output_dir == "/home/someone/out"
-    assert args.instance_prompt == "~ sks"
+    flags = read(Flags, words)
+    assert flags.model.pretrained_model_name_or_path == "/home/someone/sd"
+    assert flags.output.output_dir == "/home/someone/out" and flags.instance.instance_prompt == "~ sks"
 
 
 @pytest.mark.parametrize("case", BAD_PLUGINS)

@@ -235,21 +235,21 @@ COUNT_REDUCTIONS = """
 import sys, torch
 import train_dreambooth_colossalai as trainer
 from torch.nn.parallel import DistributedDataParallel
-from dreambooth.command_line import arguments
+from dreambooth.command_line.parser import parse
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.strategy import choose_strategy
 
-args = arguments.parse(trainer.build_parser(), sys.argv[1:])
-strategy = choose_strategy(args)
+flags = parse(trainer.ColossalAIFlags, sys.argv[1:])
+strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer)
 trainer.join(trainer.find_place())
 denoiser = Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", sys.argv[2]))
-optimizer = trainer.build_optimizer(args, strategy, denoiser, Schedule(1, 1, 1))
+optimizer = trainer.build_optimizer(flags.optimizer, strategy, denoiser, Schedule(1, 1, 1))
 lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
 inputs = (torch.ones(1, 4, 16, 16), torch.tensor([1]), {"encoder_hidden_states": torch.ones(1, 77, 32)})
-training = trainer.boost(args, strategy, denoiser, optimizer, lr_scheduler, inputs, {})
+training = trainer.boost(strategy, denoiser, optimizer, lr_scheduler, {}, max_grad_norm=1.0)
 (ddp,) = (module for module in training.model.modules() if isinstance(module, DistributedDataParallel))
 reduced = []
 

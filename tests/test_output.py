@@ -1,6 +1,5 @@
 """What is in an output folder, whoever put it there and whatever ends a run: it stays, or is replaced as a whole."""
 
-import argparse
 import errno
 import fcntl
 import functools
@@ -19,8 +18,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import COLOSSALAI, TRADITIONAL, train, unet_weights
 from safetensors.torch import load_file
 
-from dreambooth.command_line.arguments import build_parser
 from dreambooth.command_line.console import RunError, UserError
+from dreambooth.command_line.flags import Flags, OutputFlags
+from dreambooth.command_line.parser import read
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
 from dreambooth.model.denoiser import Denoiser
@@ -38,7 +38,7 @@ from dreambooth.run.checkpoint import (
     list_checkpoints,
     remove_checkpoints,
 )
-from dreambooth.run.room import room_of
+from dreambooth.run.room import Sizes, room_of
 
 OUTSIDE = json.dumps({"files": {"../mine": asdict(output.Written(1, 1, ""))}})  # a listing that no run writes
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
@@ -75,7 +75,7 @@ def a_pipeline(folder: Path, text: str, *names: str) -> Path:
 
 
 def enter(output_dir: Path) -> None:
-    output.prepare_output_dir(argparse.Namespace(output_dir=str(output_dir), dry_run=False))
+    output.prepare_output_dir(output_dir)
 
 
 def killed_at_call(number: int, work) -> bool:
@@ -458,9 +458,8 @@ def test_a_run_may_go_on_for_longer(script, flags, photos, tmp_path, monkeypatch
 
 
 def settings_of(*words: str, steps: int = 8) -> dict:
-    required = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
-    args = build_parser("").parse_args([*required, *words])
-    return flag_settings(args, Schedule(2, 1, steps), seed=1, precision="no")
+    flags = read(Flags, ["--pretrained_model_name_or_path", "m", *words])
+    return flag_settings(flags, Schedule(2, 1, steps), seed=1, precision="no")
 
 
 def a_read_checkpoint(settings: dict) -> Checkpoint:
@@ -533,7 +532,7 @@ def test_checkpoints_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def find(wanted: str) -> Checkpoint | None:
-        return find_checkpoint(argparse.Namespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path / "out")))
+        return find_checkpoint(wanted, tmp_path / "out")
 
     for folder in ("out/checkpoint-400", "out/checkpoint-9", "elsewhere/checkpoint-4"):
         write(tmp_path / folder, {"optimizer.bin": "", "random_states_0.pkl": "", "unet/config.json": "{}"})
@@ -555,25 +554,29 @@ def test_checkpoints_by_their_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("existing", "flags", "first_step", "needed"),
+    ("existing", "flags", "steps", "first_step", "needed"),
     [
         # In thousands of bytes: a checkpoint takes 12, the pipeline 20.
-        ({}, {}, 0, 4 * 12 + 20),
-        ({}, {"checkpoints_total_limit": 2}, 0, 2 * 12 + 20),
-        ({}, {"checkpoints_total_limit": 9, "save_steps": 9}, 0, 20),
-        ({2: 12, 4: 12}, {}, 2, 2 * 12 + 20),  # one of three is there
-        ({2: 50, 4: 50}, {"checkpoints_total_limit": 2}, 4, 12),  # the first one comes before larger ones go
-        ({2: 12}, {"checkpoints_total_limit": 1, "save_steps": 8}, 2, 20),
-        ({}, {"use_8bit_adam": True}, 0, 4 * 6 + 20),
-        ({}, {"save_steps": 1, "steps": 10**9}, 0, 100_000 * 12 + 20),
+        ({}, {}, 8, 0, 4 * 12 + 20),
+        ({}, {"checkpoints_total_limit": 2}, 8, 0, 2 * 12 + 20),
+        ({}, {"checkpoints_total_limit": 9, "save_steps": 9}, 8, 0, 20),
+        ({2: 12, 4: 12}, {}, 8, 2, 2 * 12 + 20),  # one of three is there
+        ({2: 50, 4: 50}, {"checkpoints_total_limit": 2}, 8, 4, 12),  # the first one comes before larger ones go
+        ({2: 12}, {"checkpoints_total_limit": 1, "save_steps": 8}, 8, 2, 20),
+        ({}, {"save_steps": 1}, 10**9, 0, 100_000 * 12 + 20),
     ],
 )
-def test_the_most_that_is_there_at_a_time(existing, flags, first_step, needed, tmp_path):
+def test_the_most_that_is_there_at_a_time(existing, flags, steps, first_step, needed, tmp_path):
     for step, size in existing.items():
         folder = a_checkpoint(tmp_path / f"checkpoint-{step}", written_at=step)
         missing = 1000 * size - sum(map(len, files_in(folder).values()))
         (folder / "optimizer.safetensors").write_bytes(bytes(missing))
-    defaults = {"save_steps": 2, "checkpoints_total_limit": None, "use_8bit_adam": False, "steps": 8}
-    args = argparse.Namespace(output_dir=str(tmp_path), **(defaults | flags))
-    room = room_of(args, Schedule(1, 1, args.steps), first_step=first_step, weights=1000, pipeline=20_000)
+    flags = OutputFlags(output_dir=str(tmp_path), **{"save_steps": 2} | flags)
+    room = room_of(flags, Schedule(1, 1, steps), Sizes(checkpoint=12_000, pipeline=20_000), first_step=first_step)
     assert room.needed == 1000 * needed
+
+
+def test_moments_in_8_bits_take_half_a_checkpoint():
+    parts = {"unet": torch.nn.Linear(999, 1), "vae": torch.nn.Linear(3999, 1)}
+    assert Sizes.of(parts, ["unet"], use_8bit_adam=False) == Sizes(checkpoint=12_000, pipeline=20_000)
+    assert Sizes.of(parts, ["unet"], use_8bit_adam=True) == Sizes(checkpoint=6_000, pipeline=20_000)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dreambooth.command_line import arguments
-from dreambooth.command_line.arguments import ALWAYS_SO, NOT_HERE
+from dreambooth.command_line import parser
 from dreambooth.command_line.console import UserError
+from dreambooth.command_line.flags import ALWAYS_SO, NOT_HERE, Flags
 from dreambooth.model.components import load_tokenizer
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.precision import sampling_dtype
@@ -30,11 +30,11 @@ with_prior_preservation
 def parse(tmp_path, *words):
     required = ["--pretrained_model_name_or_path", "model", "--instance_data_dir", str(tmp_path)]
     output = ["--instance_prompt", "a sks dog", "--output_dir", str(tmp_path / "out")]
-    return arguments.parse(arguments.build_parser("a trainer"), [*required, *output, *words])
+    return parser.parse(Flags, [*required, *output, *words])
 
 
 def test_every_flag_of_diffusers_is_known():
-    options = arguments.build_parser("a trainer")._option_string_actions
+    options = parser.build_parser(Flags, "")._option_string_actions
     assert {name for name in DIFFUSERS if f"--{name}" not in options} == NOT_HERE.keys()
 
 
@@ -65,7 +65,7 @@ def test_embeddings_that_are_not_computed_before(tmp_path):
 
 
 def test_offset_noise_is_a_noise_offset(tmp_path):
-    assert parse(tmp_path).noise_offset == 0
+    assert parse(tmp_path).training.noise_offset == 0
     assert parse(tmp_path, "--offset_noise") == parse(tmp_path, "--noise_offset", "0.1")
     for words in (["--offset_noise", "--noise_offset", "0.2"], ["--noise_offset=0.2", "--offset_noise"]):
         with pytest.raises(UserError, match="not allowed with argument"):
@@ -73,19 +73,18 @@ def test_offset_noise_is_a_noise_offset(tmp_path):
 
 
 def test_cache_latents_alone_is_on(tmp_path):
-    found = [parse(tmp_path, *words).cache_latents for words in ([], ["--cache_latents"], ["--cache_latents", "off"])]
+    found = [
+        parse(tmp_path, *words).instance.cache_latents
+        for words in ([], ["--cache_latents"], ["--cache_latents", "off"])
+    ]
     assert found == ["auto", "on", "off"]
 
 
 def test_the_precision_of_class_images(tmp_path, monkeypatch, capsys):
     dtypes = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
     for requested, dtype in dtypes.items():
-        assert (
-            sampling_dtype(
-                "fp16", parse(tmp_path, "--prior_generation_precision", requested).prior_generation_precision
-            )
-            == dtype
-        )
+        prior = parse(tmp_path, "--prior_generation_precision", requested).prior
+        assert sampling_dtype("fp16", prior.prior_generation_precision) == dtype
     assert "--prior_generation_precision: no effect without --with_prior_preservation" in capsys.readouterr().err
     assert sampling_dtype("bf16") == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

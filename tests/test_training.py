@@ -1,6 +1,5 @@
 """Whole runs of both trainers on the CPU."""
 
-import argparse
 import os
 import shutil
 import socket
@@ -266,12 +265,12 @@ def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
     """Once all images are in it, the photos may be gone."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    args = argparse.Namespace(resolution=32, center_crop=True, cache_latents="on", noise_offset=0.0)
     vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
     shape = latent_shape(vae, 32)
-    dataset = build_dataset(args, find_images(folder, "--x"), [], seed=1, latent_shape=shape, num_timesteps=10)
+    settings = {"seed": 1, "resolution": 32, "center_crop": True, "latent_shape": shape, "num_timesteps": 10}
+    dataset = build_dataset(find_images(folder, "--x"), [], **settings)
     encoded = latents_of(collate([dataset[n] for n in range(5)]), vae)
-    cache_latents(args, dataset, vae, Ranks(0, 1, torch.device("cpu")))
+    cache_latents(dataset, vae, Ranks(0, 1, torch.device("cpu")))
     shutil.rmtree(folder)
     torch.testing.assert_close(latents_of(collate([dataset[n] for n in range(5)]), vae=None), encoded)
 

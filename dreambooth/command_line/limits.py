@@ -1,12 +1,13 @@
 """What to say when the machine's memory is not enough, the most common failure of all."""
 
-import argparse
 import re
 import resource
 import shutil
 from pathlib import Path
 
 import torch
+
+from dreambooth.command_line.flags import ModelFlags, OptimizerFlags, TrainingFlags
 
 GIB = 2**30
 # What torch, cuBLAS, cuDNN and NCCL say when a GPU has no more memory, in whatever error.
@@ -23,21 +24,28 @@ ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 _cheaper: list[str] = []
 
 
-def remember_cheaper_flags(args: argparse.Namespace, *, sharded: bool = False, has_plugins: bool = False) -> None:
+def remember_cheaper_flags(
+    model: ModelFlags,
+    training: TrainingFlags,
+    optimizer: OptimizerFlags,
+    *,
+    sharded: bool = False,
+    placement: str | None = None,
+) -> None:
     """Keeps what would make this run take less memory, in the order of its cost, until memory runs out.
 
     Args:
-        args: the flags.
+        model, training, optimizer: the flags.
         sharded: whether the optimizer state is split or in host memory already.
-        has_plugins: whether the script has ColossalAI's plugins.
+        placement: where ColossalAI's plugin keeps weights; None in a script without its plugins.
     """
     offered = {
-        "--gradient_checkpointing": not args.gradient_checkpointing,
-        "a smaller --train_batch_size with more --gradient_accumulation_steps": args.train_batch_size > 1,
-        "--use_8bit_adam": not (args.use_8bit_adam or sharded),
-        "--plugin low_level_zero on several GPUs": has_plugins and not sharded,
-        "--placement cpu": has_plugins and args.placement == "cuda",
-        "no --train_text_encoder": args.train_text_encoder,
+        "--gradient_checkpointing": not training.gradient_checkpointing,
+        "a smaller --train_batch_size with more --gradient_accumulation_steps": training.train_batch_size > 1,
+        "--use_8bit_adam": not (optimizer.use_8bit_adam or sharded),
+        "--plugin low_level_zero on several GPUs": placement is not None and not sharded,
+        "--placement cpu": placement == "cuda",
+        "no --train_text_encoder": model.train_text_encoder,
         "a lower --resolution": True,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]

@@ -1,6 +1,5 @@
 """Images: finding, reading, cropping and writing them."""
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -20,6 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import functional as F
 
 from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.flags import InstanceFlags, PriorFlags
 from dreambooth.command_line.paths import partial_name
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import from_all_ranks
@@ -260,16 +260,16 @@ def scaled_image(photo: Photo, resolution: int) -> Image.Image:
     return image
 
 
-def images_to_use(args: argparse.Namespace, wanted: int | None = None) -> int | None:
+def images_to_use(wanted: int | None, test_run: bool) -> int | None:
     """Returns how many images of a folder a run uses: `wanted` (None: all), but 10 at most in a --test_run."""
-    if not args.test_run:
+    if not test_run:
         return wanted
     return TEST_RUN_IMAGES if wanted is None else min(wanted, TEST_RUN_IMAGES)
 
 
-def images_per_epoch(args: argparse.Namespace, instance_images: list[Photo]) -> int:
+def images_per_epoch(prior: PriorFlags, instance_images: list[Photo], test_run: bool) -> int:
     """Returns the size of the larger of the two sets of images, of which those of the class may not be there yet."""
-    class_images = images_to_use(args, args.num_class_images) if args.with_prior_preservation else 0
+    class_images = images_to_use(prior.num_class_images, test_run) if prior.with_prior_preservation else 0
     return max(len(instance_images), class_images)
 
 
@@ -341,13 +341,13 @@ def facts_of_all(photos: list[Photo], resolution: int | None = None) -> list[Pho
     ]
 
 
-def check_crops(args: argparse.Namespace, photos: list[Photo]) -> None:
+def check_crops(flags: InstanceFlags, photos: list[Photo]) -> None:
     """Finds images that --cache_latents on cannot cache, among those that have been looked at.
 
     Raises:
         UserError: if each step crops one of them elsewhere.
     """
-    if args.cache_latents != "on" or args.center_crop:
+    if flags.cache_latents != "on" or flags.center_crop:
         return
     for photo in photos:
         if photo.facts is not None and not photo.is_square:

@@ -1,6 +1,5 @@
 """The images of the subject and their prompts: a folder, with captions or without, or a data set."""
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -13,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from dreambooth.command_line.console import UserError, first_line, say, warn
+from dreambooth.command_line.flags import InstanceFlags
 from dreambooth.data.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
 from dreambooth.processes.environment import Place
@@ -26,7 +26,7 @@ LOOK_LIKE_CAPTIONS = (*CAPTION_SUFFIXES, ".captions", ".csv", ".tsv", ".json", "
 REPEATS_AND_PROMPT = re.compile(r"\d+_(.*\S.*)")
 
 
-def find_instance_images(args: argparse.Namespace, place: Place) -> list[Photo]:
+def find_instance_images(flags: InstanceFlags, place: Place) -> list[Photo]:
     """Returns the images of --instance_data_dir or --dataset_name, this process's share of them looked at.
 
     An image's caption is its prompt; --instance_prompt serves where it has none.
@@ -34,27 +34,29 @@ def find_instance_images(args: argparse.Namespace, place: Place) -> list[Photo]:
     Raises:
         UserError: if an image or a caption cannot be used, or an image has no prompt.
     """
-    photos, looks_captioned = _of_folder(args, place) if args.dataset_name is None else _of_dataset(args, place)
+    photos, looks_captioned = _of_folder(flags, place) if flags.dataset_name is None else _of_dataset(flags, place)
     captioned = sum(photo.prompt != "" for photo in photos)
     if captioned or looks_captioned:
         say(f"captions: {captioned} of {len(photos)} images have one")
-    if captioned == len(photos) and args.instance_prompt is not None:
+    if captioned == len(photos) and flags.instance_prompt is not None:
         warn("--instance_prompt: no effect, as every image has a caption")
-    if captioned < len(photos) and args.instance_prompt is None:
+    if captioned < len(photos) and flags.instance_prompt is None:
         bare = next(photo.name for photo in photos if not photo.prompt)
         raise UserError(f"{bare} has no caption: give it one, or all without one an --instance_prompt")
-    return [dataclasses.replace(photo, prompt=photo.prompt or args.instance_prompt) for photo in photos]
+    return [dataclasses.replace(photo, prompt=photo.prompt or flags.instance_prompt) for photo in photos]
 
 
-def _of_folder(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+def _of_folder(flags: InstanceFlags, place: Place) -> tuple[list[Photo], bool]:
     """Returns the images of --instance_data_dir with their captions, empty where there is none.
 
     And whether there are files that look as if they had captions, read or not.
     """
-    folder = Path(args.instance_data_dir)
-    photos = find_images(folder, "--instance_data_dir", images_to_use(args), resolution=args.resolution, place=place)
-    of_folder = _read_metadata(folder, args.caption_column)
-    if args.caption_column != "text" and not Path(folder, METADATA).exists():
+    folder = Path(flags.instance_data_dir)
+    photos = find_images(
+        folder, "--instance_data_dir", images_to_use(None, flags.test_run), resolution=flags.resolution, place=place
+    )
+    of_folder = _read_metadata(folder, flags.caption_column)
+    if flags.caption_column != "text" and not Path(folder, METADATA).exists():
         warn(f"--caption_column: no effect, {folder} has no {METADATA}")
     files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
     beside = _captions_beside(files)
@@ -158,44 +160,44 @@ def _read_metadata(folder: Path, column: str) -> dict[str, str]:
     return captions
 
 
-def _of_dataset(args: argparse.Namespace, place: Place) -> tuple[list[Photo], bool]:
+def _of_dataset(flags: InstanceFlags, place: Place) -> tuple[list[Photo], bool]:
     """Returns the images of --dataset_name's train split with their captions, empty where there is none.
 
     And whether it has a column of captions.
     """
-    rows = _load_dataset(args)
-    flag = f"--dataset_name {args.dataset_name}"
+    rows = _load_dataset(flags)
+    flag = f"--dataset_name {flags.dataset_name}"
     columns = rows.column_names
-    if args.image_column not in columns:
-        raise UserError(f"{flag} has no column {args.image_column!r} but {', '.join(columns)}: see --image_column")
-    has_captions = args.caption_column in columns
-    if not has_captions and args.instance_prompt is None:
+    if flags.image_column not in columns:
+        raise UserError(f"{flag} has no column {flags.image_column!r} but {', '.join(columns)}: see --image_column")
+    has_captions = flags.caption_column in columns
+    if not has_captions and flags.instance_prompt is None:
         raise UserError(
-            f"{flag} has no column {args.caption_column!r} but {', '.join(columns)}: "
+            f"{flag} has no column {flags.caption_column!r} but {', '.join(columns)}: "
             "see --caption_column, or give all images an --instance_prompt"
         )
-    wanted = images_to_use(args, len(rows))
+    wanted = images_to_use(len(rows), flags.test_run)
     if not wanted:
         raise UserError(f"{flag} has no rows")
-    images = rows.select_columns([args.image_column])
-    captions = rows.select_columns([args.caption_column]) if has_captions else None
+    images = rows.select_columns([flags.image_column])
+    captions = rows.select_columns([flags.caption_column]) if has_captions else None
 
     def photo(number: int) -> Photo:
-        name = f"{args.dataset_name} row {number}"
-        caption = None if captions is None else captions[number][args.caption_column]
+        name = f"{flags.dataset_name} row {number}"
+        caption = None if captions is None else captions[number][flags.caption_column]
         prompt = "" if caption is None else _checked(caption, name)
-        found = Photo(name, prompt, functools.partial(_file_in, images, number, args.image_column))
-        return look_at(found, args.resolution) if number % place.world_size == place.rank else found
+        found = Photo(name, prompt, functools.partial(_file_in, images, number, flags.image_column))
+        return look_at(found, flags.resolution) if number % place.world_size == place.rank else found
 
     return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
 
 
-def _load_dataset(args: argparse.Namespace):
+def _load_dataset(flags: InstanceFlags):
     """Returns the rows of the train split, their images as they are stored."""
     import datasets  # takes seconds, which only those who need it should pay
 
     datasets.disable_progress_bars()
-    name, config = args.dataset_name, args.dataset_config_name
+    name, config = flags.dataset_name, flags.dataset_config_name
     flag = f"--dataset_name {name}"
     if not os.path.exists(name):
         if not can_be_hub_id(name):
@@ -216,8 +218,8 @@ def _load_dataset(args: argparse.Namespace):
         rows = splits["train"]
     else:
         raise UserError(f"{flag} has no split named train but {', '.join(splits)}")
-    if isinstance(rows.features.get(args.image_column), datasets.Image):
-        rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
+    if isinstance(rows.features.get(flags.image_column), datasets.Image):
+        rows = rows.cast_column(flags.image_column, datasets.Image(decode=False))
     return rows
 
 

@@ -1,6 +1,5 @@
 """The VAE's work, done once for the images whose crop is the same in every step."""
 
-import argparse
 import time
 
 import torch
@@ -19,12 +18,12 @@ SHOWN_FROM = 500  # images
 
 @torch.no_grad()
 def cache_latents(
-    args: argparse.Namespace,
     dataset: DreamBoothDataset,
     vae: AutoencoderKL,
     ranks: Ranks,
     *,
     dtype: torch.dtype = torch.float32,
+    enabled: bool = True,
 ) -> None:
     """Encodes the images of `dataset` whose crop never changes; the VAE ends where the steps want it.
 
@@ -34,19 +33,19 @@ def cache_latents(
     the result does not depend on their number.
 
     Args:
-        args: with --cache_latents off nothing is encoded; `check_crops` has seen to it that on can cache all images.
         dataset: its examples take their latents from the cache afterwards.
         vae: frozen, fp32. It is on the CPU afterwards if all images are cached, else on this rank's device in `dtype`.
         ranks: which share is this process's.
         dtype: in which steps encode what is not cached.
+        enabled: whether anything is cached.
     """
     examples = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
-    fixed = [] if args.cache_latents == "off" else [one for one in examples if one[0].has_fixed_crop(one[1])]
+    fixed = [one for one in examples if enabled and one[0].has_fixed_crop(one[1])]
     if fixed:
         started = time.monotonic()
         with doing("caching latents", takes_less="--cache_latents off, or a lower --resolution"):
             vae.to(ranks.device)
-            size = _cache(fixed, vae, ranks, args.resolution)
+            size = _cache(fixed, vae, ranks)
         seconds = time.monotonic() - started
         say(f"latents of {len(fixed)} of {len(examples)} images cached in {seconds:.1f} s, {size / 2**20:.1f} MiB")
     if len(fixed) == len(examples):
@@ -55,9 +54,9 @@ def cache_latents(
         vae.to(ranks.device, dtype)
 
 
-def _cache(fixed: list[tuple[Examples, int]], vae: AutoencoderKL, ranks: Ranks, resolution: int) -> int:
+def _cache(fixed: list[tuple[Examples, int]], vae: AutoencoderKL, ranks: Ranks) -> int:
     """Encodes examples and keeps what they become; returns the bytes of it."""
-    size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // resolution**2))
+    size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // fixed[0][0].resolution ** 2))
     batches = [fixed[first : first + size] for first in range(0, len(fixed), size)]
     share = [example for batch in batches[ranks.rank :: ranks.world_size] for example in batch]
     pixel_values = in_threads(lambda one: one[0].pixel_values(one[1]), share, threads=cores_of(find_place()))

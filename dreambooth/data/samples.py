@@ -1,6 +1,5 @@
 """From images to the samples of each step."""
 
-import argparse
 import functools
 import multiprocessing.queues
 import os
@@ -165,38 +164,42 @@ class DreamBoothDataset(Dataset):
 
 
 def build_dataset(
-    args: argparse.Namespace,
     instance_images: list[Photo],
     class_images: list[Photo],
     *,
     seed: int,
+    resolution: int,
+    center_crop: bool,
     latent_shape: tuple[int, int, int],
     num_timesteps: int,
     of_view: Callable[[View], Conditioning] = nothing,
+    noise_offset: float = 0.0,
+    prior_loss_weight: float = 1.0,
 ) -> DreamBoothDataset:
     """Returns the run's samples.
 
     Args:
         instance_images: at least one.
         class_images: none where there is no prior preservation.
-        seed, latent_shape, num_timesteps, of_view: as of `Examples`.
+        seed, resolution, center_crop, latent_shape, num_timesteps, of_view, noise_offset: as of `Examples`.
+        prior_loss_weight: of the class images' errors in the loss.
     """
     prompts = list(dict.fromkeys(photo.prompt for photo in [*instance_images, *class_images]))
     settings = {
         "prompt_indices": {prompt: number for number, prompt in enumerate(prompts)},
         "seed": seed,
-        "resolution": args.resolution,
-        "center_crop": args.center_crop,
+        "resolution": resolution,
+        "center_crop": center_crop,
         "latent_shape": latent_shape,
         "num_timesteps": num_timesteps,
         "of_view": of_view,
-        "noise_offset": args.noise_offset,
+        "noise_offset": noise_offset,
     }
     instance = Examples(instance_images, order=Stream.INSTANCE_ORDER, draws=Stream.INSTANCE_SAMPLE, **settings)
     prior = None
     if class_images:
-        weight = args.prior_loss_weight
-        prior = Examples(class_images, order=Stream.CLASS_ORDER, draws=Stream.CLASS_SAMPLE, weight=weight, **settings)
+        streams = {"order": Stream.CLASS_ORDER, "draws": Stream.CLASS_SAMPLE}
+        prior = Examples(class_images, weight=prior_loss_weight, **streams, **settings)
     return DreamBoothDataset(instance, prior, prompts)
 
 

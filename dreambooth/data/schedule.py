@@ -4,11 +4,11 @@ A step takes `total_batch` consecutive samples of one endless stream; each rank 
 in `accumulation` batches, between which no weight changes.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dreambooth.command_line.console import counted
+from dreambooth.command_line.flags import TrainingFlags
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Schedule:
                 yield list(range(start, start + self.batch))
 
 
-def plan(args: argparse.Namespace, world_size: int, images_per_epoch: int) -> Schedule:
+def plan(flags: TrainingFlags, world_size: int, images_per_epoch: int) -> Schedule:
     """Returns the schedule of a run; an epoch is one pass over the larger of the two sets of images."""
-    steps = args.max_train_steps
+    steps = flags.max_train_steps
     if steps is None:
-        samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world_size
-        steps = args.num_train_epochs * -(-images_per_epoch // samples_per_step)
-    return Schedule(args.train_batch_size, world_size, steps, args.gradient_accumulation_steps)
+        samples_per_step = flags.train_batch_size * flags.gradient_accumulation_steps * world_size
+        steps = flags.num_train_epochs * -(-images_per_epoch // samples_per_step)
+    return Schedule(flags.train_batch_size, world_size, steps, flags.gradient_accumulation_steps)

@@ -1,12 +1,12 @@
 """AdamW and the learning rate, the same in both trainers."""
 
-import argparse
 from collections.abc import Iterable
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
+from dreambooth.command_line.flags import OptimizerFlags
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
 from dreambooth.model.slices import Slice
@@ -18,28 +18,28 @@ STATE = ("exp_avg", "exp_avg_sq")
 STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
 
 
-def adamw_settings(args: argparse.Namespace, schedule: Schedule) -> dict:
+def adamw_settings(flags: OptimizerFlags, schedule: Schedule) -> dict:
     """Returns the settings of AdamW, as keyword arguments of torch's."""
     return {
-        "lr": args.learning_rate * (schedule.total_batch if args.scale_lr else 1),
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
+        "lr": flags.learning_rate * (schedule.total_batch if flags.scale_lr else 1),
+        "betas": (flags.adam_beta1, flags.adam_beta2),
+        "eps": flags.adam_epsilon,
+        "weight_decay": flags.adam_weight_decay,
     }
 
 
 def build_adamw(
-    args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], schedule: Schedule
+    flags: OptimizerFlags, parameters: Iterable[torch.nn.Parameter], schedule: Schedule
 ) -> torch.optim.Optimizer:
     """Returns torch's fused AdamW, or with --use_8bit_adam that of bitsandbytes.
 
     The latter keeps the moments of large parameters in 8 bits (Dettmers et al., arXiv 2110.02861).
     """
-    if args.use_8bit_adam:
+    if flags.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # only where it is wanted
 
-        return AdamW8bit(parameters, **adamw_settings(args, schedule))
-    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(args, schedule))
+        return AdamW8bit(parameters, **adamw_settings(flags, schedule))
+    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(flags, schedule))
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -105,15 +105,15 @@ def _state_8bit(optimizer: torch.optim.Optimizer, kept: dict[str, torch.Tensor],
     return state
 
 
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
+def build_lr_scheduler(flags: OptimizerFlags, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
     """Returns the scheduler of --lr_scheduler; to be stepped once per optimizer step, on any number of ranks."""
     return get_scheduler(
-        args.lr_scheduler,
+        flags.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=flags.lr_warmup_steps,
         num_training_steps=schedule.steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        num_cycles=flags.lr_num_cycles,
+        power=flags.lr_power,
     )
 
 

@@ -1,12 +1,12 @@
 """Plugin, placement and precision: which combinations there are, and which one the flags mean."""
 
-import argparse
 import contextlib
 from dataclasses import dataclass
 
 import torch
 
 from dreambooth.command_line.console import UserError
+from dreambooth.command_line.flags import OptimizerFlags, TrainingFlags, flag
 from dreambooth.model.precision import DTYPES, choose_precision
 
 # Which placements each plugin can serve.
@@ -16,6 +16,36 @@ PLACEMENTS = {
     "low_level_zero": ("cuda", "cpu"),
     "gemini": ("cuda", "cpu", "auto"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyFlags:
+    """The flags that ColossalAI's trainer has besides."""
+
+    heading = "ColossalAI"
+
+    plugin: str | None = flag(
+        None,
+        "how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; low_level_zero, "
+        "optimizer state split (ZeRO 1); gemini, gradients split too (ZeRO 2), and the weights with --placement cpu "
+        "(ZeRO 3)",
+        shown="torch_ddp for --placement cuda, else gemini",
+        aliases=["-p"],
+        choices=tuple(PLACEMENTS),
+        metavar="PLUGIN",
+    )
+    placement: str = flag(
+        "cuda",
+        "where weights and optimizer state stay between uses: on the GPUs, or in host memory (cpu, auto); with auto "
+        "weights are whole on each GPU during a step, if they take no more than a fifth of its memory",
+        choices=("cuda", "cpu", "auto"),
+    )
+    offload_optim_frac: float | None = flag(
+        None,
+        "gemini with --placement cuda or cpu: share of the optimizer state that is kept in host memory, from 0 to 1",
+        shown="0 for cuda, 1 for cpu",
+        limits=(0, 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -72,40 +102,40 @@ class Strategy:
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
-def choose_strategy(args: argparse.Namespace) -> Strategy:
+def choose_strategy(flags: StrategyFlags, training: TrainingFlags, optimizer: OptimizerFlags) -> Strategy:
     """Returns the strategy of the flags.
 
     Raises:
         UserError: if the flags do not go together, or this machine cannot run them.
     """
     on_gpu = torch.cuda.is_available()
-    plugin = args.plugin or ("torch_ddp" if args.placement == "cuda" else "gemini")
-    chosen = f"--plugin {plugin}" if args.plugin else f"--placement {args.placement} (plugin {plugin})"
-    if args.placement not in PLACEMENTS[plugin]:
-        raise UserError(f"{chosen} goes with --placement {' or '.join(PLACEMENTS[plugin])}, not {args.placement}")
+    plugin = flags.plugin or ("torch_ddp" if flags.placement == "cuda" else "gemini")
+    chosen = f"--plugin {plugin}" if flags.plugin else f"--placement {flags.placement} (plugin {plugin})"
+    if flags.placement not in PLACEMENTS[plugin]:
+        raise UserError(f"{chosen} goes with --placement {' or '.join(PLACEMENTS[plugin])}, not {flags.placement}")
     if not on_gpu and plugin != "torch_ddp":
         raise UserError(
             f"{chosen} needs a CUDA GPU, and none was found: --plugin torch_ddp --placement cuda trains on the CPU"
         )
     sharded = plugin in ("low_level_zero", "gemini")
-    if plugin == "torch_ddp_fp16" and args.mixed_precision not in (None, "fp16"):
-        raise UserError(f"{chosen} computes in fp16, not --mixed_precision {args.mixed_precision}: use torch_ddp")
-    if sharded and args.mixed_precision == "no":
+    if plugin == "torch_ddp_fp16" and training.mixed_precision not in (None, "fp16"):
+        raise UserError(f"{chosen} computes in fp16, not --mixed_precision {training.mixed_precision}: use torch_ddp")
+    if sharded and training.mixed_precision == "no":
         raise UserError(f"{chosen} computes in bf16 or fp16: --mixed_precision no goes with --plugin torch_ddp")
-    if sharded and args.use_8bit_adam:
+    if sharded and optimizer.use_8bit_adam:
         raise UserError(
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
     for name in ("compile", "cuda_graphs"):
-        if getattr(args, name) and plugin == "gemini":
+        if getattr(training, name) and plugin == "gemini":
             raise UserError(f"--{name} cannot see what {chosen} does with the weights: use it with another plugin")
-    offload = args.offload_optim_frac
-    if offload is not None and (plugin != "gemini" or args.placement == "auto"):
+    offload = flags.offload_optim_frac
+    if offload is not None and (plugin != "gemini" or flags.placement == "auto"):
         raise UserError(
             f"--offload_optim_frac goes with --plugin gemini and --placement cuda or cpu, not with {chosen}"
         )
     if offload is None:
-        offload = 0.0 if args.placement == "cuda" else 1.0
-    precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(args.mixed_precision)
-    return Strategy(plugin, args.placement, precision, offload)
+        offload = 0.0 if flags.placement == "cuda" else 1.0
+    precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(training.mixed_precision)
+    return Strategy(plugin, flags.placement, precision, offload)

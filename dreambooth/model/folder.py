@@ -1,6 +1,5 @@
 """Where the model is: a folder, or the Hub and its cache."""
 
-import argparse
 import json
 import os
 from collections.abc import Set
@@ -11,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.flags import ModelFlags
 from dreambooth.model.components import choose, load_tokenizer, loading, unet_folder, without_weights
 from dreambooth.model.family import Family
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
@@ -87,28 +87,28 @@ def check_configurations(folder: Path, family: Family) -> None:
     family.check_fit({name: load_tokenizer(folder / name) for name in family.tokenizers}, components)
 
 
-def find_model(args: argparse.Namespace) -> Path:
+def find_model(flags: ModelFlags) -> Path:
     """Returns the folder of --pretrained_model_name_or_path; a Hub id is downloaded, or found in the Hub's cache.
 
     Raises:
         UserError: as `find_folder` does.
     """
     elsewhere = set()
-    if args.external_unet_path:
+    if flags.external_unet_path:
         elsewhere.add("unet")
-        folder = unet_folder(args.external_unet_path)
+        folder = unet_folder(flags.external_unet_path)
         with loading("UNet", folder):
-            weights = choose(UNet2DConditionModel, os.listdir(folder), args.variant)
-        if weights.variant and weights.variant != args.variant:
-            _tell_only_variant("--external_unet_path", args.external_unet_path, weights.variant)
-    if args.tokenizer_name:
+            weights = choose(UNet2DConditionModel, os.listdir(folder), flags.variant)
+        if weights.variant and weights.variant != flags.variant:
+            _tell_only_variant("--external_unet_path", flags.external_unet_path, weights.variant)
+    if flags.tokenizer_name:
         elsewhere.add("tokenizer")
     return find_folder(
-        args.pretrained_model_name_or_path,
+        flags.pretrained_model_name_or_path,
         "--pretrained_model_name_or_path",
         elsewhere=elsewhere,
-        revision=args.revision,
-        variant=args.variant,
+        revision=flags.revision,
+        variant=flags.variant,
     )
 
 

@@ -1,16 +1,16 @@
 """What happens after a step besides the next one: figures, checkpoints, validation images, an early end."""
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
 
 import torch
 
+from dreambooth.command_line.flags import OutputFlags, ValidationFlags
 from dreambooth.engine.state import Training
 from dreambooth.processes.ranks import Ranks, from_rank_0, meet, stop_early
 from dreambooth.run.checkpoint import save_checkpoint
-from dreambooth.run.room import has_room_to_spare
+from dreambooth.run.room import Sizes, has_room_to_spare
 from dreambooth.run.tracker import Tracker
 from dreambooth.run.validation import is_due
 
@@ -21,32 +21,38 @@ class Callbacks:
     """Does what is due after a step: checkpoint, validation images, an early end.
 
     Args:
-        args: the flags.
+        output, validation: the flags, which say what is due when.
         settings: of the run, for its checkpoints.
         training: what checkpoints are made of.
         ranks: of the run.
         tracker: that shows the figures, and knows when to stop.
         validate: draws the validation images after `step`, its one argument.
-        pipeline_size: what has to stay free on the disk at the end, in bytes.
+        sizes: of what the run writes.
+        dry_run: whether nothing is written, and the run is at its end after a few steps.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        output: OutputFlags,
+        validation: ValidationFlags,
         settings: dict,
         training: Training,
         ranks: Ranks,
         tracker: Tracker,
         validate: Callable[..., None],
-        pipeline_size: int,
+        *,
+        sizes: Sizes,
+        dry_run: bool,
     ):
-        self.args = args
+        self.output = output
+        self.validation = validation
         self.settings = settings
         self.training = training
         self.ranks = ranks
         self.tracker = tracker
         self.validate = validate
-        self.pipeline_size = pipeline_size
+        self.sizes = sizes
+        self.dry_run = dry_run
         self.steps_seen = 0
 
     def on_step_end(self, step: int, *, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor | float | None) -> bool:
@@ -59,14 +65,14 @@ class Callbacks:
             RunError: if figures are not finite, or something cannot be written.
             Stopped: after a checkpoint, if a signal has asked for it.
         """
-        args, steps = self.args, self.tracker.schedule.steps
+        steps = self.tracker.schedule.steps
         stop, save = self.tracker.step(step, loss=loss, lr=lr, grad_norm=grad_norm)
         self.steps_seen += 1
-        if args.dry_run:
+        if self.dry_run:
             return stop or self.steps_seen == DRY_RUN_STEPS
-        asked = step % args.save_steps == 0  # by a flag, so that it is kept
+        asked = step % self.output.save_steps == 0  # by a flag, so that it is kept
         saves = asked or stop or (save and step < steps)
-        validates = not stop and is_due(args, step, steps)
+        validates = not stop and is_due(self.validation, step, steps)
         if saves or validates:
             self.tracker.settle()
             with self.tracker.request.unhurried():
@@ -83,8 +89,7 @@ class Callbacks:
     def _save(self, step: int, *, interim: bool) -> None:
         """Writes a checkpoint; an interim one, which no flag asks for, only where the disk has room to spare."""
         started = time.monotonic()
-        sizes = {"weights": self.training.denoiser.trained.numel(), "pipeline": self.pipeline_size}
-        has_room = functools.partial(has_room_to_spare, self.args, self.tracker.schedule, step=step, **sizes)
+        has_room = functools.partial(has_room_to_spare, self.output, self.tracker.schedule, self.sizes, step=step)
         if not interim or from_rank_0(has_room):
-            save_checkpoint(self.args, self.settings, self.training, self.ranks, step, interim=interim)
+            save_checkpoint(self.output, self.settings, self.training, self.ranks, step, interim=interim)
         self.tracker.saved(time.monotonic() - started)

@@ -10,21 +10,21 @@ Nothing in it is pickled. No state of a random generator is needed: every draw f
 its sample (dreambooth/data/randomness.py). No part depends on the plugin or the number of ranks.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.command_line.arguments import EFFECT_NEEDS, build_parser
 from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, say, warn
+from dreambooth.command_line.flags import Flags, OutputFlags, defaults, idle
 from dreambooth.data.images import Photo
 from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
@@ -41,56 +41,34 @@ STATE = "state.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
 # Files of the checkpoints that diffusers' scripts and others write with accelerate.
 OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
-# Flags that change what the steps compute. Where files are is not among them: photos, prompts and the model's parts
-# are compared by what they hold.
-SETTINGS = (
-    "train_text_encoder",
-    "resolution",
-    "center_crop",
-    "test_run",
-    "with_prior_preservation",
-    "class_prompt",
-    "num_class_images",
-    "prior_loss_weight",
-    "snr_gamma",
-    "noise_offset",
-    "learning_rate",
-    "scale_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "lr_num_cycles",
-    "lr_power",
-    "max_grad_norm",
-    "use_8bit_adam",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_weight_decay",
-    "adam_epsilon",
-)
-SETTINGS_ON_GPUS = ("allow_tf32",)
 # Courses of the learning rate that do not depend on where they end.
 ENDLESS = ("constant", "constant_with_warmup")
 
 
-def seed_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+def seed_of(seed: int | None, checkpoint: Checkpoint | None) -> int:
     """Returns the seed of the run: --seed, or that of the run that it goes on with, or one drawn for all ranks."""
     earlier = None if checkpoint is None else checkpoint.settings.get("seed")
-    return shared_seed(earlier if args.seed is None else args.seed)
+    return shared_seed(earlier if seed is None else seed)
 
 
-def flag_settings(args: argparse.Namespace, schedule: Schedule, *, seed: int, precision: str) -> dict:
+def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str) -> dict:
     """Returns the settings that two runs have to share so that one can go on where the other stopped.
 
     Args:
-        args: the flags; those that have no effect beside the others do not count.
+        flags: those that change numbers count, but for those that have no effect beside the others. Where files are
+            is not among them: photos, prompts and the model's parts are compared by what they hold.
         schedule: ranks and batch per rank may change, if their product does not.
         seed, precision: of the run, whether the flags name them or not.
     """
-    names = SETTINGS + (SETTINGS_ON_GPUS if torch.cuda.is_available() else ())
-    idle = {name for needed, names in EFFECT_NEEDS.items() if not getattr(args, needed) for name in names}
-    flags = {name: getattr(args, name) for name in names if name not in idle}
+    here = (True, "on GPUs") if torch.cuda.is_available() else (True,)
+    settings = {
+        flag.name: getattr(group, flag.name)
+        for group in flags.groups()
+        for flag in fields(group)
+        if flag.metadata["numbers"] in here and flag not in idle(group)
+    }
     steps = {"steps": schedule.steps, "samples per step": schedule.total_batch}
-    return flags | {"seed": seed, "mixed_precision": precision} | steps
+    return settings | {"seed": seed, "mixed_precision": precision} | steps
 
 
 def image_settings(images: list[Photo]) -> dict:
@@ -101,7 +79,7 @@ def image_settings(images: list[Photo]) -> dict:
     return {"images": digest.hexdigest()[:16]}
 
 
-def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
     """Returns the checkpoint of --resume_from_checkpoint: the one named, or the newest; None without any.
 
     To be called on every rank, once rank 0 has entered the output folder.
@@ -109,9 +87,9 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     Raises:
         UserError: if the one named is missing, broken, or of another program.
     """
-    if args.resume_from_checkpoint is None:
+    if wanted is None:
         return None
-    folder = from_rank_0(lambda: _folder_to_resume(args.resume_from_checkpoint, Path(args.output_dir)))
+    folder = from_rank_0(lambda: _folder_to_resume(wanted, output_dir))
     if folder is None:
         return None
     checkpoint = until_found(lambda: _read(folder))
@@ -223,10 +201,7 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
             f"{resumed}: nothing is left to train, it has {checkpoint.step} steps and the run {settings['steps']}: "
             "give more --max_train_steps"
         )
-    parser = build_parser("")
-    flags = {action.dest for action in parser._actions}
-    earlier = {name: parser.get_default(name) if name in flags else value for name, value in settings.items()}
-    earlier |= checkpoint.settings
+    earlier = settings | {name: value for name, value in defaults().items() if name in settings} | checkpoint.settings
     if settings.get("lr_scheduler") in ENDLESS:
         earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does
     differing = {
@@ -250,7 +225,7 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(
-    args: argparse.Namespace, settings: dict, training: Training, ranks: Ranks, step: int, *, interim: bool = False
+    flags: OutputFlags, settings: dict, training: Training, ranks: Ranks, step: int, *, interim: bool = False
 ) -> None:
     """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
 
@@ -261,7 +236,7 @@ def save_checkpoint(
         ToldByRank0: then, on the others.
     """
     started = time.monotonic()
-    output_dir = Path(args.output_dir)
+    output_dir = Path(flags.output_dir)
     folder = output_dir / f"checkpoint-{step}"
     from_rank_0(lambda: _check_name(folder))
     weights, moments, progress = training.weights(), training.optimizer_state(), training.progress()
@@ -284,8 +259,8 @@ def save_checkpoint(
         return
     say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
     remove_interim_checkpoints(output_dir, before=step)
-    if args.checkpoints_total_limit:
-        remove_checkpoints(list_checkpoints(output_dir)[: -args.checkpoints_total_limit])
+    if flags.checkpoints_total_limit:
+        remove_checkpoints(list_checkpoints(output_dir)[: -flags.checkpoints_total_limit])
 
 
 def _check_name(folder: Path) -> None:

@@ -1,34 +1,30 @@
 """What a run would take, told by a --dry_run."""
 
-import argparse
-
 from dreambooth.command_line.console import say, warn
-from dreambooth.model.denoiser import Denoiser
+from dreambooth.command_line.flags import OutputFlags
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
 from dreambooth.run.output import hub_name
-from dreambooth.run.room import room_of, too_little
+from dreambooth.run.room import Sizes, room_of, too_little
 from dreambooth.run.tracker import Tracker
 
 
 def tell_plan(
-    args: argparse.Namespace,
+    flags: OutputFlags,
     tracker: Tracker,
     ranks: Ranks,
     *,
     first_step: int,
-    denoiser: Denoiser,
-    pipeline_size: int,
+    sizes: Sizes,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 
     Args:
-        args: the flags.
+        flags: of what a run would write.
         tracker: that has seen the steps; the last one is what others are taken to be like.
         ranks: of the run.
         first_step: steps that an earlier run has done.
-        denoiser: what is trained of it counts.
-        pipeline_size: of what the run would save, in bytes.
+        sizes: of what the run would write.
     """
     steps = max(0, tracker.schedule.steps - first_step)
     say(f"steps: {tracker.schedule}, {steps} of them to do")
@@ -37,13 +33,12 @@ def tell_plan(
         say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
         on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
         say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
-    sizes = {"weights": denoiser.trained.numel(), "pipeline": pipeline_size}
-    room = room_of(args, tracker.schedule, first_step=first_step, **sizes)
+    room = room_of(flags, tracker.schedule, sizes, first_step=first_step)
     say(f"disk: {room}")
     if room.free < room.needed:
-        warn(too_little(args, room))
-    if args.push_to_hub:
-        say(f"upload: {readable(pipeline_size)} to {hub_name(args)}")
+        warn(too_little(flags.output_dir, room))
+    if flags.push_to_hub:
+        say(f"upload: {readable(sizes.pipeline)} to {hub_name(flags)}")
     say("nothing was written")
 
 

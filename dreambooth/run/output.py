@@ -4,7 +4,6 @@ The pipeline's files, and no others, are listed in dreambooth.json beside them, 
 digest. So this program knows later what it may replace, and what it uploads; what was changed since, it leaves alone.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -19,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from dreambooth.command_line.arguments import PIPELINE
 from dreambooth.command_line.console import (
     RunError,
     ToldByRank0,
@@ -30,6 +28,8 @@ from dreambooth.command_line.console import (
     say,
     warn,
 )
+from dreambooth.command_line.flags import OutputFlags
+from dreambooth.command_line.paths import PIPELINE
 from dreambooth.engine.state import Training
 from dreambooth.model.components import empty_copy
 from dreambooth.model.hub import hub_reason
@@ -45,7 +45,7 @@ ASIDE, CHANGE = "aside", "change.json"
 PATHS = ("_name_or_path", "name_or_path")
 
 
-def enter_output_dir(args: argparse.Namespace) -> None:
+def enter_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
     """Keeps other runs out of --output_dir, if it is there, and ends what a run that was killed has begun in it.
 
     Does so on rank 0, and not in a --dry_run.
@@ -54,11 +54,10 @@ def enter_output_dir(args: argparse.Namespace) -> None:
         UserError: if another run writes into the folder, or nobody can, or what the pipeline would replace was not
             written by this program.
     """
-    output_dir = Path(args.output_dir)
     if not is_rank_0() or not output_dir.is_dir():
         return
     try:
-        if not args.dry_run:
+        if not dry_run:
             lock(output_dir)
             put_right(output_dir)
             for aside in output_dir.glob(f".*.{ASIDE}"):
@@ -69,20 +68,19 @@ def enter_output_dir(args: argparse.Namespace) -> None:
         raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
 
 
-def prepare_output_dir(args: argparse.Namespace) -> None:
+def prepare_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
     """Creates --output_dir, and enters it; on rank 0, and not in a --dry_run.
 
     Raises:
         UserError: as `enter_output_dir` does.
     """
-    output_dir = Path(args.output_dir)
-    if is_rank_0() and not args.dry_run:
+    if is_rank_0() and not dry_run:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
-    enter_output_dir(args)
-    if (output_dir / INDEX).exists() and not args.dry_run:
+    enter_output_dir(output_dir, dry_run=dry_run)
+    if (output_dir / INDEX).exists() and not dry_run:
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / INDEX).stat().st_mtime))
         step = read_listing(output_dir).get("step")
         say(f"{one_line(str(output_dir))} has a pipeline of step {step}, written {written}: this run replaces it")
@@ -377,12 +375,12 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def hub_name(args: argparse.Namespace) -> str:
+def hub_name(flags: OutputFlags) -> str:
     """Returns the repository that --push_to_hub uploads to, as far as the flags name it."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    return flags.hub_model_id or Path(flags.output_dir).resolve().name
 
 
-def prepare_hub(args: argparse.Namespace) -> str | None:
+def prepare_hub(flags: OutputFlags) -> str | None:
     """Creates the repository that --push_to_hub names, before any time is spent on training; on rank 0.
 
     Returns:
@@ -391,25 +389,25 @@ def prepare_hub(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: if the Hub cannot be reached or refuses.
     """
-    if not args.push_to_hub or args.dry_run or not is_rank_0():
+    if not flags.push_to_hub or not is_rank_0():
         return None
-    name = hub_name(args)
+    name = hub_name(flags)
     try:
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+        return HfApi(token=flags.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
         raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error)}") from error
 
 
-def upload(args: argparse.Namespace, repo_id: str) -> None:
+def upload(flags: OutputFlags, repo_id: str) -> None:
     """Uploads the trained pipeline's files, and nothing else of the output folder.
 
     Raises:
         RunError: if the Hub cannot be reached or refuses.
     """
-    output_dir = Path(args.output_dir)
+    output_dir = Path(flags.output_dir)
     files = pipeline_files(output_dir)
     try:
-        HfApi(token=args.hub_token).create_commit(
+        HfApi(token=flags.hub_token).create_commit(
             repo_id=repo_id,
             operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=output_dir / name) for name in files],
             commit_message="DreamBooth training",

@@ -1,6 +1,5 @@
 """The room that a run takes on the disk: told by a dry run, and asked for before a real one spends any time."""
 
-import argparse
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.command_line.console import UserError, is_rank_0
+from dreambooth.command_line.flags import OutputFlags
 from dreambooth.data.schedule import Schedule
 from dreambooth.run.checkpoint import check_names, list_checkpoints, step_of
 from dreambooth.run.folders import readable
@@ -43,93 +43,86 @@ class Room:
         return f"{readable(self.needed)} for {checkpoints}{kept} and the pipeline of {readable(self.pipeline)}"
 
 
-def room_of(args: argparse.Namespace, schedule: Schedule, *, first_step: int, weights: int, pipeline: int) -> Room:
+@dataclass(frozen=True)
+class Sizes:
+    """Of what a run writes, in bytes: a checkpoint, and the trained pipeline."""
+
+    checkpoint: int
+    pipeline: int
+
+    @classmethod
+    def of(
+        cls, components: Mapping[str, torch.nn.Module], trained: Collection[str], *, use_8bit_adam: bool = False
+    ) -> "Sizes":
+        """Returns them for a pipeline whose `components` of the names `trained` are trained.
+
+        All weights are written in fp32; with those in a checkpoint are their two moments, in fp32 or in a byte each.
+        """
+        weights = {name: sum(one.numel() for one in module.parameters()) for name, module in components.items()}
+        of_a_weight = 4 + (2 if use_8bit_adam else 8)
+        return cls(of_a_weight * sum(weights[name] for name in trained), 4 * sum(weights.values()))
+
+
+def room_of(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, first_step: int) -> Room:
     """Returns the room of a run whose pipeline is staged beside an earlier one's, as its checkpoints are.
 
     Args:
-        args: the flags.
+        flags: name the folder, and say how many checkpoints there are.
         schedule: of the run.
+        sizes: of what it writes.
         first_step: steps that an earlier run has done.
-        weights: how many are trained.
-        pipeline: its bytes.
     """
-    output_dir = Path(args.output_dir)
-    # In fp32 each weight and its two moments; or the moments in a byte each.
-    size = (4 + (2 if args.use_8bit_adam else 8)) * weights
-    steps = range((first_step // args.save_steps + 1) * args.save_steps, schedule.steps + 1, args.save_steps)
+    output_dir = Path(flags.output_dir)
+    steps = range((first_step // flags.save_steps + 1) * flags.save_steps, schedule.steps + 1, flags.save_steps)
     kept = {step_of(folder): _size(folder) for folder in list_checkpoints(output_dir)}  # the oldest first
     taken = most = 0
     for step in islice(steps, MOST_CHECKPOINTS):
-        most = max(most, taken + size)
-        taken += size - kept.pop(step, 0)
-        kept[step] = size
-        while len(kept) > (args.checkpoints_total_limit or len(kept)):
+        most = max(most, taken + sizes.checkpoint)
+        taken += sizes.checkpoint - kept.pop(step, 0)
+        kept[step] = sizes.checkpoint
+        while len(kept) > (flags.checkpoints_total_limit or len(kept)):
             taken -= kept.pop(next(iter(kept)))
     return Room(
-        checkpoint=size,
+        checkpoint=sizes.checkpoint,
         written=len(steps),
         kept=len(kept),
-        pipeline=pipeline,
-        needed=max(most, taken + pipeline),
+        pipeline=sizes.pipeline,
+        needed=max(most, taken + sizes.pipeline),
         free=shutil.disk_usage(_existing(output_dir)).free,
     )
 
 
 def check_room(
-    args: argparse.Namespace,
-    schedule: Schedule,
-    *,
-    first_step: int,
-    components: Mapping[str, torch.nn.Module],
-    trained: Collection[str],
-) -> int:
+    flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, first_step: int, dry_run: bool = False
+) -> None:
     """Finds what would keep a run from writing its checkpoints and its pipeline; on rank 0.
 
     Args:
-        args: the flags.
-        schedule: of the run.
-        first_step: steps that an earlier run has done.
-        components: of the pipeline, by their names; in fp32 their weights take four bytes each.
-        trained: names of those that are trained.
-
-    Returns:
-        The bytes of the pipeline.
+        flags, schedule, sizes, first_step: as of `room_of`.
+        dry_run: whether the room is told at its end instead.
 
     Raises:
         UserError: if something of another program's is where a checkpoint goes, or the disk has too little room.
     """
-    pipeline = sum(4 * parameter.numel() for one in components.values() for parameter in one.parameters())
     if not is_rank_0():
-        return pipeline
-    check_names(Path(args.output_dir), first_step, schedule.steps)
-    if args.dry_run:
-        return pipeline  # it tells
-    weights = sum(parameter.numel() for name in trained for parameter in components[name].parameters())
-    room = room_of(args, schedule, first_step=first_step, weights=weights, pipeline=pipeline)
-    if room.free < room.needed:
-        raise UserError(too_little(args, room))
-    return pipeline
+        return
+    check_names(Path(flags.output_dir), first_step, schedule.steps)
+    room = room_of(flags, schedule, sizes, first_step=first_step)
+    if room.free < room.needed and not dry_run:
+        raise UserError(too_little(flags.output_dir, room))
 
 
-def has_room_to_spare(args: argparse.Namespace, schedule: Schedule, *, step: int, weights: int, pipeline: int) -> bool:
-    """Returns whether a checkpoint that no flag asks for leaves room for all that is still to be written.
-
-    Args:
-        args: the flags.
-        schedule: of the run.
-        step: optimizer steps done.
-        weights: how many are trained.
-        pipeline: its bytes.
-    """
-    room = room_of(args, schedule, first_step=step, weights=weights, pipeline=pipeline)
+def has_room_to_spare(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, step: int) -> bool:
+    """Returns whether a checkpoint that no flag asks for leaves room for all that is to be written after `step`."""
+    room = room_of(flags, schedule, sizes, first_step=step)
     return room.free >= room.needed + room.checkpoint
 
 
-def too_little(args: argparse.Namespace, room: Room) -> str:
+def too_little(output_dir: str, room: Room) -> str:
     """Returns what to say where the disk has too little room."""
     fewer = ", or write fewer checkpoints (--save_steps, --checkpoints_total_limit)" if room.written else ""
     return (
-        f"--output_dir {args.output_dir}: the run needs {room}, and {readable(room.free)} are free: "
+        f"--output_dir {output_dir}: the run needs {room}, and {readable(room.free)} are free: "
         f"make room, name a folder of another disk{fewer}"
     )
 

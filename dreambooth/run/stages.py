@@ -1,6 +1,5 @@
 """The stages of a run that both trainers go through, in the order of their `main`; each to be called on every rank."""
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import doing
+from dreambooth.command_line.flags import Flags
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, check_crops, facts_of_all, images_per_epoch
 from dreambooth.data.instance_images import find_instance_images
@@ -39,7 +39,7 @@ from dreambooth.run.checkpoint import (
 )
 from dreambooth.run.dry_run import tell_plan
 from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
-from dreambooth.run.room import check_room
+from dreambooth.run.room import Sizes, check_room
 from dreambooth.run.tracker import Tracker
 from dreambooth.run.validation import check_validation_images, validate
 
@@ -55,20 +55,20 @@ class Inputs:
     tokenizer_folder: Path | None  # None where it is the model's
 
 
-def check_inputs(args: argparse.Namespace) -> Inputs:
+def check_inputs(flags: Flags) -> Inputs:
     """Finds the files that a run reads, and enters the folder that it writes to.
 
     Raises:
         UserError: if one of them cannot serve.
     """
     place = find_place()
-    instance_images = find_instance_images(args, place)
-    check_crops(args, instance_images)
-    class_images = check_class_images(args, place)
-    enter_output_dir(args)
-    model_folder = find_model(args)
-    check_origins(args, class_images, model_folder)
-    return Inputs(place, instance_images, class_images, model_folder, find_tokenizer(args.tokenizer_name))
+    instance_images = find_instance_images(flags.instance, place)
+    check_crops(flags.instance, instance_images)
+    class_images = check_class_images(flags.prior, flags.instance, place)
+    enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run)
+    model_folder = find_model(flags.model)
+    check_origins(flags.prior, flags.model, class_images, model_folder)
+    return Inputs(place, instance_images, class_images, model_folder, find_tokenizer(flags.model.tokenizer_name))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Run:
     """What the processes of a run have agreed on.
 
     Args:
-        args: the flags.
+        flags: of the run.
         ranks: of the run.
         precision: "no", "bf16" or "fp16".
         instance_images, class_images: those that were found, with their facts.
@@ -89,7 +89,7 @@ class Run:
         repo_id: on the Hub, for the upload; None for none.
     """
 
-    args: argparse.Namespace
+    flags: Flags
     ranks: Ranks
     precision: str
     instance_images: list[Photo]
@@ -107,6 +107,11 @@ class Run:
         """Steps that an earlier run has done."""
         return 0 if self.checkpoint is None else self.checkpoint.step
 
+    @property
+    def output_dir(self) -> Path:
+        """The folder of all that is written."""
+        return Path(self.flags.output.output_dir)
+
     def settle(self, what: str, settings: dict) -> None:
         """Adds settings, which have to be those of all ranks and of the checkpoint.
 
@@ -114,25 +119,26 @@ class Run:
             UserError: naming what differs.
         """
         compare(what, lambda: settings)
-        check_settings(self.checkpoint, settings, self.args.resume_anyway)
+        check_settings(self.checkpoint, settings, self.flags.output.resume_anyway)
         self.settings.update(settings)
 
 
-def agree(args: argparse.Namespace, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
+def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     """Settles on the checkpoint, the seed, the schedule and the flags that change numbers.
 
     Raises:
         UserError: if ranks have found different things, or the checkpoint is of another run.
     """
-    set_tf32(args.allow_tf32)
-    instance_images = facts_of_all(inputs.instance_images, args.resolution)
-    checkpoint = find_checkpoint(args)
-    seed = seed_of(args, checkpoint)
-    schedule = plan(args, ranks.world_size, images_per_epoch(args, instance_images))
+    set_tf32(flags.training.allow_tf32)
+    instance_images = facts_of_all(inputs.instance_images, flags.instance.resolution)
+    checkpoint = find_checkpoint(flags.output.resume_from_checkpoint, Path(flags.output.output_dir))
+    seed = seed_of(flags.training.seed, checkpoint)
+    per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
+    schedule = plan(flags.training, ranks.world_size, per_epoch)
     found = instance_images, inputs.class_images, inputs.model_folder, inputs.tokenizer_folder
-    run = Run(args, ranks, precision, *found, checkpoint, seed, schedule)
-    run.settle("settings", flag_settings(args, schedule, seed=seed, precision=precision))
-    return replace(run, repo_id=prepare_hub(args))
+    run = Run(flags, ranks, precision, *found, checkpoint, seed, schedule)
+    run.settle("settings", flag_settings(flags, schedule, seed=seed, precision=precision))
+    return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
 
 
 @dataclass
@@ -142,12 +148,12 @@ class PreparedModel(Model):
     Args:
         trained: names of its components that are trained.
         load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
-        pipeline_size: its bytes in fp32.
+        sizes: of what the run writes.
     """
 
     trained: tuple[str, ...]
     load_pipeline: Callable[..., DiffusionPipeline]
-    pipeline_size: int
+    sizes: Sizes
 
 
 def prepare_model(run: Run) -> PreparedModel:
@@ -156,45 +162,56 @@ def prepare_model(run: Run) -> PreparedModel:
     Raises:
         UserError: if parts do not fit, or are not those of the checkpoint or of other ranks, or the disk is too small.
     """
-    args, folder = run.args, run.model_folder
+    flags, folder, dry_run = run.flags, run.model_folder, run.flags.training.dry_run
     model = load_model(
         folder,
-        resolution=args.resolution,
-        variant=args.variant,
+        resolution=flags.instance.resolution,
+        variant=flags.model.variant,
         tokenizer=run.tokenizer_folder,
-        unet=args.external_unet_path,
+        unet=flags.model.external_unet_path,
         trained=None if run.checkpoint is None else run.checkpoint.folder,
     )
     for tokenizer, text_encoder in zip(model.tokenizers.values(), model.text_encoders.values(), strict=True):
-        check_max_length(args.tokenizer_max_length, tokenizer, text_encoder)
-    trained = ("unet", *(model.text_encoders if args.train_text_encoder else ()))
+        check_max_length(flags.model.tokenizer_max_length, tokenizer, text_encoder)
+    trained = ("unet", *(model.text_encoders if flags.model.train_text_encoder else ()))
     warn_of_dropout(*(model.components[name] for name in trained))
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
     frozen = [model.components[name] for name in ("vae", *model.text_encoders) if name not in trained]
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
-    pipeline_size = check_room(
-        args, run.schedule, first_step=run.first_step, components=model.components, trained=trained
+    sizes = Sizes.of(model.components, trained, use_8bit_adam=flags.optimizer.use_8bit_adam)
+    check_room(flags.output, run.schedule, sizes, first_step=run.first_step, dry_run=dry_run)
+    check_validation_images(
+        flags.validation, run.output_dir / "validation", first_step=run.first_step, steps=run.schedule.steps
     )
-    check_validation_images(args, first_step=run.first_step, steps=run.schedule.steps)
-    prepare_output_dir(args)
-    load = functools.partial(load_pipeline, folder, variant=args.variant, **model.tokenizers)
-    return PreparedModel(**vars(model), trained=trained, load_pipeline=load, pipeline_size=pipeline_size)
+    prepare_output_dir(run.output_dir, dry_run=dry_run)
+    load = functools.partial(load_pipeline, folder, variant=flags.model.variant, **model.tokenizers)
+    return PreparedModel(**vars(model), trained=trained, load_pipeline=load, sizes=sizes)
 
 
 def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
     """Generates the class images that are missing, by the model as it is before training; none without a prior."""
-    args = run.args
-    if not args.with_prior_preservation:
+    flags, prior = run.flags, run.flags.prior
+    if not prior.with_prior_preservation:
         return []
-    dtype = sampling_dtype(run.precision, args.prior_generation_precision)
+    dtype = sampling_dtype(run.precision, prior.prior_generation_precision)
 
     def load() -> DiffusionPipeline:
-        folder = args.external_unet_path or run.model_folder
-        unet = load_part(model.family, "unet", folder, dtype, variant=args.variant)
+        folder = flags.model.external_unet_path or run.model_folder
+        unet = load_part(model.family, "unet", folder, dtype, variant=flags.model.variant)
         return model.load_pipeline(dtype=dtype, unet=unet)
 
-    return generate_class_images(args, run.class_images, load, run.model_folder, seed=run.seed, ranks=run.ranks)
+    return generate_class_images(
+        prior,
+        flags.instance,
+        flags.model,
+        run.class_images,
+        load,
+        run.model_folder,
+        seed=run.seed,
+        ranks=run.ranks,
+        dry_run=flags.training.dry_run,
+    )
 
 
 @dataclass(frozen=True)
@@ -220,29 +237,33 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     Returns:
         The samples, and what is trained on them.
     """
-    args, ranks = run.args, run.ranks
+    flags, ranks = run.flags, run.ranks
     vae = model.components["vae"]
-    of_latents = latent_shape(vae, args.resolution)
+    of_latents = latent_shape(vae, flags.instance.resolution)
     dataset = build_dataset(
-        args,
         run.instance_images,
         class_images,
         seed=run.seed,
+        resolution=flags.instance.resolution,
+        center_crop=flags.instance.center_crop,
         latent_shape=of_latents,
         num_timesteps=model.noise_scheduler.config.num_train_timesteps,
         of_view=model.family.of_view,
+        noise_offset=flags.training.noise_offset,
+        prior_loss_weight=flags.prior.prior_loss_weight,
     )
     run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
-    if not args.train_text_encoder:
+    if not flags.model.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
     denoiser = Denoiser(model.family, **{name: model.components[name] for name in model.trained})
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
-        cache_latents(args, dataset, vae, ranks, dtype=dtype)
-    steps = build_loader(dataset, run.schedule, ranks, run.first_step, args.dataloader_num_workers, conditioning)
-    batch = args.train_batch_size * dataset.examples_per_sample
+        cache_latents(dataset, vae, ranks, dtype=dtype, enabled=flags.instance.cache_latents != "off")
+    workers = flags.training.dataloader_num_workers
+    steps = build_loader(dataset, run.schedule, ranks, run.first_step, workers, conditioning)
+    batch = flags.training.train_batch_size * dataset.examples_per_sample
     of_view = model.family.of_view(dataset.sets[0].view(0, 0))
     conditioning = conditioning | {name: tensor[None] for name, tensor in of_view.items()}
     inputs = functools.partial(example_inputs, batch, of_latents, conditioning, device=ranks.device)
@@ -256,38 +277,54 @@ def loss_by(run: Run, model: PreparedModel, dtype: torch.dtype) -> Callable:
         vae=model.components["vae"],
         noise_scheduler=model.noise_scheduler,
         dtype=dtype,
-        snr_gamma=run.args.snr_gamma,
+        snr_gamma=run.flags.training.snr_gamma,
     )
 
 
 @contextlib.contextmanager
 def callbacks_of(run: Run, model: PreparedModel, samples: Samples, training: Training) -> Iterator[Callbacks]:
     """Yields what is to be told of each step; signals that end a process wait for it while the context lasts."""
-    args, ranks = run.args, run.ranks
-    skips = run.precision == "fp16"
-    with Tracker(args, run.schedule, ranks, samples.dataset, first_step=run.first_step, skips=skips) as tracker:
+    flags, ranks, dry_run = run.flags, run.ranks, run.flags.training.dry_run
+    with Tracker(
+        run.schedule,
+        ranks,
+        samples.dataset,
+        folder=None if dry_run else run.output_dir / flags.output.logging_dir,
+        first_step=run.first_step,
+        save_minutes=flags.output.save_minutes,
+        cuda_graphs=flags.training.cuda_graphs,
+        skips=run.precision == "fp16",
+    ) as tracker:
+        folder = run.output_dir / "validation"
         draws = {"seed": run.seed, "dtype": sampling_dtype(run.precision), "ranks": ranks}
-        draw = functools.partial(validate, args, training, model.load_pipeline, tracker, **draws)
-        yield Callbacks(args, run.settings, training, ranks, tracker, draw, model.pipeline_size)
+        yield Callbacks(
+            flags.output,
+            flags.validation,
+            run.settings,
+            training,
+            ranks,
+            tracker,
+            functools.partial(validate, flags.validation, folder, training, model.load_pipeline, tracker, **draws),
+            sizes=model.sizes,
+            dry_run=dry_run,
+        )
 
 
 def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -> None:
     """Writes the trained pipeline and lets the ranks leave; after a dry run, tells what a real one would take."""
-    args, ranks = run.args, run.ranks
+    flags, ranks = run.flags, run.ranks
     tracker.finish()
-    if args.dry_run:
-        sizes = {"denoiser": training.denoiser, "pipeline_size": model.pipeline_size}
-        tell_plan(args, tracker, ranks, first_step=run.first_step, **sizes)
+    if flags.training.dry_run:
+        tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
         return leave()
-    output_dir = Path(args.output_dir)
-    origin = {"step": run.schedule.steps, "base": args.pretrained_model_name_or_path, "settings": run.settings}
-    save_pipeline(output_dir, model.load_pipeline, training, ranks, size=model.pipeline_size, **origin)
+    origin = {"step": run.schedule.steps, "base": flags.model.pretrained_model_name_or_path, "settings": run.settings}
+    save_pipeline(run.output_dir, model.load_pipeline, training, ranks, size=model.sizes.pipeline, **origin)
     if ranks.rank == 0:
-        remove_interim_checkpoints(output_dir)
+        remove_interim_checkpoints(run.output_dir)
     leave()
 
 
 def publish(run: Run) -> None:
     """Uploads what was saved, if the flags say so; it may take long, and keeps no other rank waiting."""
-    if run.repo_id and not run.args.dry_run:
-        upload(run.args, run.repo_id)
+    if run.repo_id:
+        upload(run.flags.output, run.repo_id)

@@ -1,6 +1,5 @@
 """How a run is going: shown, logged and watched, without holding up the GPU."""
 
-import argparse
 import gc
 import math
 import os
@@ -68,42 +67,45 @@ class Tracker:
     the host; what a step's figures say about the run counts LAG steps later, at the same step on every rank.
 
     Args:
-        args: names the TensorBoard folder, which is written on rank 0 only, and not in a --dry_run.
         schedule: of the run.
         ranks: rank 0 shows.
         dataset: whose samples the run takes.
+        folder: for TensorBoard, written on rank 0 only; None for none.
         first_step: steps done before, by the run that this one goes on with.
+        save_minutes: after the last checkpoint, until one is to be written; 0 is never.
+        cuda_graphs: whether steps are replayed from them, which counts for the memory that they take.
         skips: whether there is a loss scale, because of which steps may be skipped.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
         schedule: Schedule,
         ranks: Ranks,
         dataset: DreamBoothDataset,
         *,
+        folder: Path | None,
         first_step: int,
+        save_minutes: float,
+        cuda_graphs: bool,
         skips: bool,
     ):
         self.schedule = schedule
         self.device = ranks.device
-        self.cuda_graphs = args.cuda_graphs
+        self.cuda_graphs = cuda_graphs
         self.world_size = ranks.world_size
         self.dataset = dataset
         self.skips = skips
         self.request = StopRequest()
         self.stop_since = self.save_since = self.slow_since = self.failed_since = math.inf  # steps
-        self.save_every_s = 60 * args.save_minutes or math.inf
+        self.save_every_s = 60 * save_minutes or math.inf
         self.save_due_at = math.inf  # on the clock of rank 0
         self.skipped = self.skipped_in_a_row = 0
         self.shown = ranks.rank == 0
         self.seconds_per_step = self.peak_memory_gib = self.peak_host_memory_gib = math.nan  # of the last step shown
-        # Steps that an earlier run has logged in the folder, and that are taken again, are hidden.
-        folder = str(Path(args.output_dir, args.logging_dir))
         self.writer = None
-        if self.shown and not args.dry_run:
-            self.writer = SummaryWriter(folder, purge_step=first_step + 1)
+        if self.shown and folder is not None:
+            # Steps that an earlier run has logged in the folder, and that are taken again, are hidden.
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self.progress = progress(schedule.steps, initial=first_step, desc="training", unit="step", shown=self.shown)
         self.pending: deque = deque()
         if self.device.type == "cuda":

@@ -1,6 +1,5 @@
 """Images of --validation_prompt while the training goes on."""
 
-import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import UserError, doing, is_rank_0, say, warn
+from dreambooth.command_line.flags import ValidationFlags
 from dreambooth.command_line.limits import explain
 from dreambooth.data.class_images import one_cpu_thread
 from dreambooth.data.images import NotFinite, pictures_of
@@ -25,32 +25,34 @@ from dreambooth.run.trained import gather_trained
 INFERENCE_STEPS = 25
 
 
-def check_validation_images(args: argparse.Namespace, *, first_step: int, steps: int) -> None:
+def check_validation_images(flags: ValidationFlags, folder: Path, *, first_step: int, steps: int) -> None:
     """Finds files of somebody else's where the validation images of a run of `steps` steps go; on rank 0.
 
     Args:
-        args: the flags.
+        flags: say whether and when there are images.
+        folder: that they go to.
         first_step: steps that an earlier run has done.
         steps: optimizer steps of the whole run.
 
     Raises:
         UserError: naming one.
     """
-    if not args.validation_prompt or not is_rank_0():
+    if not flags.validation_prompt or not is_rank_0():
         return
-    for file in sorted(Path(args.output_dir, "validation").glob("step-*.png")):
+    for file in sorted(folder.glob("step-*.png")):
         step = int(number[1]) if (number := re.fullmatch(r"step-([1-9]\d*)\.png", file.name)) else 0
-        if first_step < step <= steps and is_due(args, step, steps):
+        if first_step < step <= steps and is_due(flags, step, steps):
             check_image_file(file, "--validation_prompt:")
 
 
-def is_due(args: argparse.Namespace, step: int, steps: int) -> bool:
+def is_due(flags: ValidationFlags, step: int, steps: int) -> bool:
     """Whether images are drawn after `step` of `steps`."""
-    return bool(args.validation_prompt) and (step % args.validation_steps == 0 or step == steps)
+    return bool(flags.validation_prompt) and (step % flags.validation_steps == 0 or step == steps)
 
 
 def validate(
-    args: argparse.Namespace,
+    flags: ValidationFlags,
+    folder: Path,
     training: Training,
     load_pipeline: Callable[..., DiffusionPipeline],
     tracker: Tracker,
@@ -62,12 +64,13 @@ def validate(
 ) -> None:
     """Draws --num_validation_images from the weights after `step`; to be called on every rank, rank 0 draws.
 
-    Image i starts from latents that follow from the seed and i alone, whatever the step. They go to
-    output_dir/validation/step-N.png and to TensorBoard. No random generator of the training is touched. Images that
+    Image i starts from latents that follow from the seed and i alone, whatever the step. They go to step-N.png in
+    `folder`, and to TensorBoard. No random generator of the training is touched. Images that
     cannot be had, or be written, are told and end nothing: they are not what the training is for.
 
     Args:
-        args: the flags.
+        flags: say what is drawn.
+        folder: see above.
         training: whose weights are gathered.
         load_pipeline: returns a pipeline of a dtype with some of its parts replaced.
         tracker: that logs.
@@ -82,8 +85,8 @@ def validate(
     pictures, reason = [], None
     try:
         with doing("drawing validation images", takes_less="no --validation_prompt"):
-            pipeline = load_pipeline(dtype=dtype, sampler=args.validation_scheduler, **trained).to(ranks.device)
-            pictures = pictures_of(_draw(pipeline, args.validation_prompt, args.num_validation_images, seed))
+            pipeline = load_pipeline(dtype=dtype, sampler=flags.validation_scheduler, **trained).to(ranks.device)
+            pictures = pictures_of(_draw(pipeline, flags.validation_prompt, flags.num_validation_images, seed))
     except NotFinite as error:
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
     except torch.OutOfMemoryError as error:
@@ -94,10 +97,10 @@ def validate(
     if reason:
         warn(f"no validation images of step {step}: {reason}")
         return
-    path = Path(args.output_dir, "validation", f"step-{step}.png")
+    path = folder / f"step-{step}.png"
     try:
         check_image_file(path, "validation images:")
-        save_image(captioned_grid([pictures], [args.validation_prompt], []), path)
+        save_image(captioned_grid([pictures], [flags.validation_prompt], []), path)
     except UserError as error:
         warn(str(error))
     else:

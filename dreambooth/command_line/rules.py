@@ -1,0 +1,207 @@
+"""The rules that hold between flags: what stands in the way of a run, and which flags have no effect.
+
+Each yields what it has to say, in a line.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
+from dreambooth.command_line.paths import PIPELINE, same_folder, unwritable
+
+POLYNOMIAL_LR_END = 1e-7  # of diffusers
+
+
+def problems_of(flags: Flags) -> list[str]:
+    """Returns what stands in the way of a run, as far as flags and folders tell."""
+    # Without words where there have to be some, the other rules have little to go by.
+    return list(_blank_words(flags)) or [problem for rule in PROBLEMS for problem in rule(flags)]
+
+
+def warnings_of(flags: Flags) -> list[str]:
+    """Returns what is said of flags without an effect, and of what is hardly meant."""
+    return [warning for rule in WARNINGS for warning in rule(flags)]
+
+
+def _blank_words(flags: Flags) -> Iterator[str]:
+    """A shell gives an empty word for a variable that is not set."""
+    for group in flags.groups():
+        for name, text in vars(group).items():
+            if isinstance(text, str) and not any(c.isprintable() and not c.isspace() for c in text):
+                yield f"--{name} {text!r} is blank: give it a value or leave it out"
+
+
+def _broken_prompts(flags: Flags) -> Iterator[str]:
+    prompts = {
+        "instance_prompt": flags.instance.instance_prompt,
+        "class_prompt": flags.prior.class_prompt,
+        "validation_prompt": flags.validation.validation_prompt,
+    }
+    for name, text in prompts.items():
+        if re.search("[\ud800-\udfff]", text or ""):
+            yield f"--{name} is not valid UTF-8"
+
+
+def _half_a_prior(flags: Flags) -> Iterator[str]:
+    prior, instance = flags.prior, flags.instance
+    if not prior.with_prior_preservation:
+        return
+    missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(prior, name)]
+    if missing:
+        yield f"--with_prior_preservation also needs {' and '.join(missing)}"
+    elif instance.instance_data_dir and same_folder(prior.class_data_dir, instance.instance_data_dir):
+        yield "--class_data_dir is the folder of --instance_data_dir: class images need their own"
+
+
+def _no_instance_images(flags: Flags) -> Iterator[str]:
+    folder, dataset = flags.instance.instance_data_dir, flags.instance.dataset_name
+    if folder and dataset:
+        yield "--instance_data_dir and --dataset_name: name one of them"
+    elif not folder and not dataset:
+        yield "the images of the subject are missing: --instance_data_dir names a folder, --dataset_name a data set"
+    elif folder and not os.path.isdir(folder):
+        yield f"--instance_data_dir {folder} is not a folder"
+
+
+def _unfit_output_dir(flags: Flags) -> Iterator[str]:
+    folder = flags.output.output_dir
+    yield from unwritable("--output_dir", folder)
+    for part in (*PIPELINE, "validation"):
+        if os.path.isfile(os.path.join(folder, part)):
+            yield f"--output_dir {folder} has a file named {part}, where a folder goes"
+    if same_folder(folder, flags.model.pretrained_model_name_or_path):
+        yield "--output_dir is the folder of --pretrained_model_name_or_path, which it would replace"
+
+
+def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
+    output_dir, logs = flags.output.output_dir, flags.output.logging_dir
+    if {*Path(os.path.normpath(logs)).parts[:1]} & {*PIPELINE}:
+        yield f"--logging_dir {logs}: the trained pipeline's folder of that name replaces it"
+    if os.path.isdir(output_dir):
+        yield from unwritable("--logging_dir", os.path.join(output_dir, logs))
+
+
+def _no_external_unet(flags: Flags) -> Iterator[str]:
+    folder = flags.model.external_unet_path
+    if folder and not os.path.isdir(folder):
+        yield f"--external_unet_path {folder} is not a folder"
+
+
+def _embeddings_that_change(flags: Flags) -> Iterator[str]:
+    if "pre_compute_text_embeddings" in flags.training.always_so and flags.model.train_text_encoder:
+        yield "--pre_compute_text_embeddings: with --train_text_encoder prompts are encoded in every step"
+
+
+def _polynomial_that_rises(flags: Flags) -> Iterator[str]:
+    if flags.optimizer.lr_scheduler == "polynomial" and flags.optimizer.learning_rate <= POLYNOMIAL_LR_END:
+        yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_LR_END}: give a --learning_rate above it"
+
+
+def _no_bitsandbytes(flags: Flags) -> Iterator[str]:
+    if flags.optimizer.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        yield "--use_8bit_adam needs a package that is not there: pip install bitsandbytes"
+
+
+def _what_cuda_graphs_cannot(flags: Flags) -> Iterator[str]:
+    training = flags.training
+    if training.cuda_graphs and not torch.cuda.is_available():
+        yield "--cuda_graphs needs a CUDA GPU, and none was found"
+    if training.cuda_graphs and training.gradient_accumulation_steps > 1:
+        yield "--cuda_graphs leaves each batch's gradients in one place: not with gradient accumulation"
+    if training.cuda_graphs and training.gradient_checkpointing:
+        yield "--cuda_graphs cannot record --gradient_checkpointing: leave one of them out"
+
+
+def _flags_that_need_another(flags: Flags) -> Iterator[str]:
+    for group in flags.groups():
+        given: dict[str, list[str]] = {}
+        for flag in idle(group):
+            if getattr(group, flag.name) != flag.default:
+                given.setdefault(flag.metadata["needs"], []).append(f"--{flag.name}")
+        for needed, names in given.items():
+            yield f"{', '.join(names)}: no effect without --{needed}"
+
+
+def _flags_of_other_trainers(flags: Flags) -> Iterator[str]:
+    for name in flags.training.always_so:
+        yield f"--{name}: no effect, {ALWAYS_SO[name]}"
+
+
+def _prompts_that_are_the_same(flags: Flags) -> Iterator[str]:
+    prior, instance_prompt = flags.prior, flags.instance.instance_prompt or ""
+    if prior.with_prior_preservation and prior.class_prompt.split() == instance_prompt.split():
+        yield "--class_prompt is --instance_prompt: give the subject a rare word, which the class does not have"
+
+
+def _revision_of_a_folder(flags: Flags) -> Iterator[str]:
+    if flags.model.revision and Path(flags.model.pretrained_model_name_or_path).is_dir():
+        yield "--revision: no effect on a local folder"
+
+
+def _epochs_beside_steps(flags: Flags) -> Iterator[str]:
+    if flags.training.max_train_steps and flags.training.num_train_epochs != TrainingFlags.num_train_epochs:
+        yield "--num_train_epochs: no effect beside --max_train_steps"
+
+
+def _warm_up_to_no_end(flags: Flags) -> Iterator[str]:
+    warmup, steps = flags.optimizer.lr_warmup_steps, flags.training.max_train_steps
+    if flags.optimizer.lr_scheduler == "constant" and warmup:
+        yield "--lr_warmup_steps: no effect on --lr_scheduler constant; constant_with_warmup has a warm-up"
+    elif steps and warmup >= steps:
+        yield f"--lr_warmup_steps {warmup}: a run of --max_train_steps {steps} ends before --learning_rate is reached"
+
+
+def _settings_of_another_scheduler(flags: Flags) -> Iterator[str]:
+    optimizer = flags.optimizer
+    for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        changed = getattr(optimizer, name) != getattr(OptimizerFlags, name)
+        if changed and optimizer.lr_scheduler != scheduler:
+            yield f"--{name}: no effect on --lr_scheduler {optimizer.lr_scheduler}, but on {scheduler}"
+
+
+def _settings_of_accelerate(flags: Flags) -> Iterator[str]:
+    accumulation = str(flags.training.gradient_accumulation_steps)
+    for name, defaults, flag in (
+        ("GRADIENT_ACCUMULATION_STEPS", ("1", accumulation), "--gradient_accumulation_steps"),
+        ("DYNAMO_BACKEND", ("no",), "--compile"),
+        ("USE_CPU", ("false",), "CUDA_VISIBLE_DEVICES"),
+    ):
+        value = os.environ.get(f"ACCELERATE_{name}", "")
+        if value and value.lower() not in defaults:
+            yield f"ACCELERATE_{name}={value}: no effect, {flag} decides"
+
+
+def _another_local_rank(flags: Flags) -> Iterator[str]:
+    local_rank = flags.training.local_rank
+    if local_rank is not None and local_rank != int(os.environ.get("LOCAL_RANK", "0")):
+        yield f"--local_rank {local_rank}: no effect, LOCAL_RANK of the environment decides"
+
+
+PROBLEMS = (
+    _broken_prompts,
+    _half_a_prior,
+    _no_instance_images,
+    _unfit_output_dir,
+    _unfit_logging_dir,
+    _no_external_unet,
+    _embeddings_that_change,
+    _polynomial_that_rises,
+    _no_bitsandbytes,
+    _what_cuda_graphs_cannot,
+)
+WARNINGS = (
+    _flags_that_need_another,
+    _flags_of_other_trainers,
+    _prompts_that_are_the_same,
+    _revision_of_a_folder,
+    _epochs_beside_steps,
+    _warm_up_to_no_end,
+    _settings_of_another_scheduler,
+    _settings_of_accelerate,
+    _another_local_rank,
+)
