@@ -4,7 +4,6 @@ import os
 import secrets
 from pathlib import Path
 
-PIPELINE = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")  # folders of a trained pipeline
 PARTIAL = ".partial"  # ends the name of a file while it is written
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
-from dreambooth.command_line.paths import PIPELINE, same_folder, unwritable
+from dreambooth.command_line.paths import same_folder, unwritable
 
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
 
@@ -71,17 +71,14 @@ def _no_instance_images(flags: Flags) -> Iterator[str]:
 def _unfit_output_dir(flags: Flags) -> Iterator[str]:
     folder = flags.output.output_dir
     yield from unwritable("--output_dir", folder)
-    for part in (*PIPELINE, "validation"):
-        if os.path.isfile(os.path.join(folder, part)):
-            yield f"--output_dir {folder} has a file named {part}, where a folder goes"
+    if os.path.isfile(os.path.join(folder, "validation")):
+        yield f"--output_dir {folder} has a file named validation, where a folder goes"
     if same_folder(folder, flags.model.pretrained_model_name_or_path):
         yield "--output_dir is the folder of --pretrained_model_name_or_path, which it would replace"
 
 
 def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
     output_dir, logs = flags.output.output_dir, flags.output.logging_dir
-    if {*Path(os.path.normpath(logs)).parts[:1]} & {*PIPELINE}:
-        yield f"--logging_dir {logs}: the trained pipeline's folder of that name replaces it"
     if os.path.isdir(output_dir):
         yield from unwritable("--logging_dir", os.path.join(output_dir, logs))
 

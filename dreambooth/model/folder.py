@@ -19,6 +19,10 @@ from dreambooth.model.weights import Weights, shard_names, weight_files
 
 INDEX = "model_index.json"
 FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+# Of all of them, as an output folder may have what another one's run has left: the folders of a pipeline, and of
+# those the ones of components that can be trained.
+PIPELINE = tuple(dict.fromkeys(part for one in FAMILIES for part in (*one.components, *one.tokenizers, "scheduler")))
+TRAINABLE = tuple(dict.fromkeys(part for one in FAMILIES for part in ("unet", *one.text_encoders)))
 
 
 def read_index(path: Path, model: str) -> tuple[dict, Family]:

@@ -29,6 +29,7 @@ from dreambooth.data.images import Photo
 from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import OPTIMIZER, Checkpoint, Training
+from dreambooth.model.folder import TRAINABLE
 from dreambooth.model.slices import write_slices
 from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
 from dreambooth.run.folders import discard, readable, written_by_all
@@ -36,7 +37,6 @@ from dreambooth.run.output import leave_out_paths
 from dreambooth.run.trained import check_finite, write_trained
 
 NAME = re.compile(r"checkpoint-(\d+)")
-PARTS = ("unet", "text_encoder")
 STATE = "state.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
 # Files of the checkpoints that diffusers' scripts and others write with accelerate.
@@ -146,7 +146,7 @@ def not_ours(folder: Path) -> str | None:
         return None
     if not _state_of(folder):
         return f"{folder.name} was not written by this program"
-    ours = {*PARTS, OPTIMIZER, STATE}
+    ours = {*TRAINABLE, OPTIMIZER, STATE}
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
     return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
 

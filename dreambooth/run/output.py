@@ -29,9 +29,9 @@ from dreambooth.command_line.console import (
     warn,
 )
 from dreambooth.command_line.flags import OutputFlags
-from dreambooth.command_line.paths import PIPELINE
 from dreambooth.engine.state import Training
 from dreambooth.model.components import empty_copy
+from dreambooth.model.folder import PIPELINE
 from dreambooth.model.hub import hub_reason
 from dreambooth.model.pipeline import write_pipeline
 from dreambooth.processes.ranks import Ranks, from_rank_0
@@ -43,6 +43,16 @@ LISTING, INDEX = "dreambooth.json", "model_index.json"
 ASIDE, CHANGE = "aside", "change.json"
 # By which the libraries tell where on this machine a part came from.
 PATHS = ("_name_or_path", "name_or_path")
+
+
+def check_logging_dir(logging_dir: str) -> None:
+    """Finds out whether --logging_dir leads into a folder of the trained pipeline.
+
+    Raises:
+        UserError: if it does, as the pipeline would replace it.
+    """
+    if {*Path(os.path.normpath(logging_dir)).parts[:1]} & {*PIPELINE}:
+        raise UserError(f"--logging_dir {logging_dir}: the trained pipeline's folder of that name replaces it")
 
 
 def enter_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:

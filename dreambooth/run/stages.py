@@ -38,7 +38,14 @@ from dreambooth.run.checkpoint import (
     seed_of,
 )
 from dreambooth.run.dry_run import tell_plan
-from dreambooth.run.output import enter_output_dir, prepare_hub, prepare_output_dir, save_pipeline, upload
+from dreambooth.run.output import (
+    check_logging_dir,
+    enter_output_dir,
+    prepare_hub,
+    prepare_output_dir,
+    save_pipeline,
+    upload,
+)
 from dreambooth.run.room import Sizes, check_room
 from dreambooth.run.tracker import Tracker
 from dreambooth.run.validation import check_validation_images, validate
@@ -65,6 +72,7 @@ def check_inputs(flags: Flags) -> Inputs:
     instance_images = find_instance_images(flags.instance, place)
     check_crops(flags.instance, instance_images)
     class_images = check_class_images(flags.prior, flags.instance, place)
+    check_logging_dir(flags.output.logging_dir)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run)
     model_folder = find_model(flags.model)
     check_origins(flags.prior, flags.model, class_images, model_folder)
