@@ -429,14 +429,15 @@ FOLDERS = {
     "output inside the photos": Case(output_beside_photos("out")),
     "output among the photos": Case(output_beside_photos()),
     "output with a file for a part": Case(
-        lambda folder, flags: {"output_dir": [(folder / "unet").touch(), folder][1]}, "has a file named unet, where a"
+        lambda folder, flags: {"output_dir": [(folder / "unet").touch(), folder][1]},
+        "unet that this program did not write",
     ),
     "output is empty": Case({"output_dir": ""}, "--output_dir '' is blank"),
     "output, newline in the name": Case(lambda folder, flags: {"output_dir": folder / "a\nb é"}),
     "logs are a file": Case(log_folder_that_is_a_file, "logs is a file; name a folder"),
     "output with another program's part": Case(
         lambda folder, flags: {"output_dir": entries("unet/mine.png")(folder, flags)["instance_data_dir"]},
-        "has a unet that this program did not write",
+        "unet that this program did not write",
     ),
 }
 
@@ -976,7 +977,7 @@ def test_a_run_of_any_length_starts_at_once():
 
     class Numbers(torch.utils.data.Dataset):
         def __getitem__(self, n: int) -> list[dict]:
-            return [{"number": torch.tensor(n), "weights": torch.tensor(1.0)}]
+            return [{"number": torch.tensor(n), "weights": torch.tensor(1.0), "of_view": {}}]
 
     listed = []
 

@@ -239,11 +239,11 @@ import datetime, os, runpy, sys, time
 from dreambooth.processes import ranks
 from dreambooth.run import checkpoint
 ranks.IN_A_STEP = datetime.timedelta(seconds=8)
-save_file = checkpoint.save_file
-def save_slowly(*args, **settings):
+write_state = checkpoint._write_state
+def write_slowly(*args):
     time.sleep(16)
-    save_file(*args, **settings)
-checkpoint.save_file = save_slowly
+    write_state(*args)
+checkpoint._write_state = write_slowly
 runpy.run_path({COLOSSALAI!r}, run_name="__main__")
 """
 

@@ -51,7 +51,7 @@ def save_component(component: torch.nn.Module, folder: Path) -> None:
 
 def save_configuration(component: torch.nn.Module, folder: Path) -> None:
     """Writes what a component is but for its weights."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(component, PreTrainedModel):
         disable_progress_bar()
         component.save_pretrained(folder, state_dict={})  # no weights, no file of them
