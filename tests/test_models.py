@@ -39,7 +39,8 @@ def test_dropout_is_told(tiny_model, capfd):
     unet.mid_block.resnets[0].dropout.p = 0.25
     warn_of_dropout(unet, text_encoder)
     assert "the model has dropout of 0.25" in capfd.readouterr().err
-    text_encoder.text_model.encoder.layers[0].self_attn.dropout = 0.5
+    attention = {name.rpartition(".")[2]: module for name, module in text_encoder.named_modules()}["self_attn"]
+    attention.dropout = 0.5
     warn_of_dropout(unet, text_encoder)
     assert "the model has dropout of 0.5" in capfd.readouterr().err
 

@@ -67,7 +67,7 @@ class Order:
 
 def execute(program: list[str], before: str = "") -> None:
     """Executes a program (see Order), and ends this process as Python would."""
-    sys.argv = program[program[0] == "-m" :]
+    sys.argv, sys.orig_argv = program[program[0] == "-m" :], [sys.executable, *program]
     try:
         exec(before, dict(globals()))
         if program[0] == "torchrun":
