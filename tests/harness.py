@@ -89,15 +89,16 @@ def connect(name: str) -> socket.socket:
     folder = Path(os.environ["ZYGOTE"])
     with FileLock(folder / "lock"):
         if not (folder / "log").exists():
-            subprocess.Popen(
-                [sys.executable, "tests/zygote.py", folder],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"},
-                stdin=(folder / "alive").open(),
-                stdout=subprocess.DEVNULL,
-                stderr=(folder / "log").open("w"),
-                start_new_session=True,
-            )
+            with (folder / "alive").open() as alive, (folder / "log").open("w") as log:
+                subprocess.Popen(
+                    [sys.executable, "tests/zygote.py", folder],
+                    cwd=ROOT,
+                    env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"},
+                    stdin=alive,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for pytest
+                )
 
     def connected() -> socket.socket | None:
         log = (folder / "log").read_text()

@@ -224,13 +224,20 @@ def test_warnings(flags, tiny_model):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_the_process_list_does_not_show_the_token(flags):
+def test_the_process_list_does_not_show_the_token(flags, tmp_path):
+    """Nor do the libraries say anything while they are imported; here they are."""
     command = [sys.executable, COLOSSALAI, *command_line(flags | {"hub_token": "hf_secret", "max_train_steps": 10**6})]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log) as run,
+    ):
         wait_for((flags["output_dir"] / "logs").is_dir)
         shown = Path(f"/proc/{run.pid}/cmdline").read_text()
         run.kill()
+    told = (tmp_path / "log").read_text().splitlines()
+    ours = ("warning: --hub_token", "warning: no CUDA GPU was found", "training: ")
+    assert told and all(line.startswith(ours) for line in told), told
     assert "hf_secret" not in shown and "--hub_token" in shown and "***" in shown
 
 

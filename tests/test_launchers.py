@@ -94,6 +94,7 @@ def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, p
     settings = {"MODEL_NAME": "model", "INSTANCE_DIR": "photos", "COMPARISON": "", "NPROC": nproc, "CLASS_DIR": ""}
     more = ["--resolution", "32", "--num_class_images", "2", "--max_train_steps", "3"]
     done = launch(launcher, tmp_path, settings, *more, commands=None if nproc else commands_in_forks)
+    assert "Warning" not in done.stderr, "of a library"
     assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} sample" in done.stdout
     assert len(scalars(tmp_path / "a folder with spaces", "loss")) == 3, "the later --max_train_steps wins"
     StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")

@@ -181,45 +181,55 @@ def environments(order: Order) -> list[dict]:
     return [{name: str(value) for name, value in one.items()} | order.env for one in everyone]
 
 
-def wait(pids: list[int]) -> int:
-    """Returns the first exit status that is not 0, having ended the other processes then; or 0."""
-    status = 0
-    running = set(pids)
-    while running:
-        pid, found = os.wait()
-        running.remove(pid)
-        if found and not status:
-            status = os.waitstatus_to_exitcode(found)
-            for other in running:
+@dataclass
+class Run:
+    """What was ordered on a connection.
+
+    Args:
+        connection: to answer on.
+        pids: of the processes that have not ended.
+        status: the first exit status that is not 0.
+    """
+
+    connection: socket.socket
+    pids: set[int]
+    status: int = 0
+
+    def end(self, pid: int, status: int) -> None:
+        """Notes that a process has ended; where it has failed, ends the others, and with the last one, answers."""
+        self.pids.remove(pid)
+        if status and not self.status:
+            self.status = status
+            for other in self.pids:
                 os.kill(other, signal.SIGTERM)
-    return status
+        if not self.pids:
+            answer(self.connection, self.status)
+            self.connection.close()
 
 
-def carry_out(connection: socket.socket) -> None:
-    """Reads an order, has it done, and answers."""
-    line = connection.makefile().readline()
-    if not line:  # somebody has seen whether this is ready
-        return
-    order = Order(**json.loads(line))
-    pids = [start(order, environment) for environment in environments(order)]
-    connection.sendall(f"{json.dumps(pids)}\n".encode())
-    connection.sendall(f"{wait(pids)}\n".encode())
+def answer(connection: socket.socket, content: object) -> None:
+    with contextlib.suppress(ConnectionError):  # nobody waits for it any more
+        connection.sendall(f"{json.dumps(content)}\n".encode())
 
 
 def serve(listener: socket.socket) -> None:
-    """Has every order carried out in a process of its own, until standard input ends."""
+    """Has every order carried out, until standard input ends."""
     assert threading.active_count() == 1, "a fork has the thread that forks only"
-    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            try:
-                carry_out(connection)
-            finally:
-                os._exit(0)
-        connection.close()
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+    running: dict[int, tuple[int, Run]] = {}  # by what tells that a process has ended
+    while sys.stdin not in (ready := select.select([listener, sys.stdin, *running], [], [])[0]):
+        for one in ready:
+            if one is not listener:
+                pid, run = running.pop(one)
+                os.close(one)
+                run.end(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                continue
+            connection, _ = listener.accept()
+            if line := connection.makefile().readline():  # else somebody has seen whether this is ready
+                order = Order(**json.loads(line))
+                pids = [start(order, environment) for environment in environments(order)]
+                answer(connection, pids)
+                run = Run(connection, set(pids))
+                running |= {os.pidfd_open(pid): (pid, run) for pid in pids}
 
 
 def listen(path: Path) -> socket.socket:
