@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +41,7 @@ def _nothing_is_left():
     others = list(Running.unfinished)
     yield
     for left in [run for run in Running.unfinished if run not in others]:
-        left.send(signal.SIGKILL)
+        left.kill()
         left.wait(check=False)
 
 

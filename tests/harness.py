@@ -87,13 +87,15 @@ def zygote_for_all() -> Iterator[None]:
 def connect(name: str) -> socket.socket:
     """Returns a connection to the zygote's socket of that name; it is started when it is first wanted, on the CPU."""
     folder = Path(os.environ["ZYGOTE"])
+    env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"}
+    env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
     with FileLock(folder / "lock"):
         if not (folder / "log").exists():
             with (folder / "alive").open() as alive, (folder / "log").open("w") as log:
                 subprocess.Popen(
                     [sys.executable, "tests/zygote.py", folder],
                     cwd=ROOT,
-                    env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"},
+                    env=os.environ | env,
                     stdin=alive,
                     stdout=log,
                     stderr=log,
@@ -162,8 +164,15 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def kill(self) -> None:
+        """Ends all its processes, also those that torchrun has started."""
+        for pid in self.pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for one in (pid, *children_of(pid)):
+                    os.kill(one, signal.SIGKILL)
+
     def wait(self, *, check: bool = True, timeout: float = 300) -> Run:
-        killer = threading.Timer(timeout, self.send, [signal.SIGKILL])
+        killer = threading.Timer(timeout, self.kill)
         killer.start()
         returncode = int(self.answers.readline())
         self.unfinished.remove(self)
