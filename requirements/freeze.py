@@ -1,10 +1,10 @@
-"""Writes today.txt, a list of pinned versions, from today/pyproject.toml, or checks that it is of it.
+"""Writes requirements.txt, a list of pinned versions, from the pyproject.toml beside this, or checks that it is of it.
 
     python requirements/freeze.py            # needs uv: pip install uv
     python requirements/freeze.py --check    # needs nothing, not even the network
 
 Versions that the list has already are kept where they serve; `--upgrade` takes the newest. The list says in its head
-what it was made from.
+what it was made from. cuda12.txt is written by hand: there pip finds the versions by itself.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE, LIST = HERE / "today" / "pyproject.toml", HERE / "today.txt"
+SOURCE, LIST = HERE / "pyproject.toml", HERE.parent / "requirements.txt"
 OLDEST_PYTHON = "3.11"
 
 
@@ -23,8 +23,8 @@ def head() -> str:
     """Returns the comment above the list, with a digest of what it is made from."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     return (
-        "# pip install --no-deps -r requirements/today.txt\n"
-        f"# Made by requirements/freeze.py from requirements/today/pyproject.toml (SHA-256 {digest})\n"
+        "# pip install --no-deps -r requirements.txt\n"
+        f"# Made by requirements/freeze.py from requirements/pyproject.toml (SHA-256 {digest})\n"
     )
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     if not args.check:
         freeze(args.upgrade)
     elif not LIST.read_text().startswith(head()):
-        sys.exit(f"{LIST.name} is older than {SOURCE.parent.name}/{SOURCE.name}: run this to make it")
+        sys.exit(f"{LIST.name} is not of requirements/{SOURCE.name} as it is now: run this to make it")
 
 
 if __name__ == "__main__":

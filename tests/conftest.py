@@ -1,5 +1,6 @@
 """A tiny model and a few photos, made once."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -9,21 +10,23 @@ from pathlib import Path
 # Tests run several at a time, and processes with many threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-import torch
 from filelock import FileLock
-from harness import COLOSSALAI, SHARED_DATA, train
-from PIL import Image
+from harness import COLOSSALAI, SHARED_DATA, Running, train, zygote_for_all
 
-from benchmarks import random_model
 
-# Data sets are converted into a cache, which is the user's own otherwise.
-datasets_cache = tempfile.TemporaryDirectory()
-os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
+def pytest_configure(config):
+    """Sets up what all processes share: the zygote, and a cache that data sets are converted into, not the user's."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shared = contextlib.ExitStack()
+        os.environ["HF_DATASETS_CACHE"] = shared.enter_context(tempfile.TemporaryDirectory())
+        shared.enter_context(zygote_for_all())
+        config.add_cleanup(shared.close)
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     # The longest first, so that no process is left alone with them.
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
@@ -32,9 +35,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    """Ends runs that a failed test has started."""
+    others = list(Running.unfinished)
+    yield
+    for left in [run for run in Running.unfinished if run not in others]:
+        left.kill()
+        left.wait(check=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A whole Stable Diffusion of 32 px images with random weights."""
+    from benchmarks import random_model
+
     folder = tmp_path_factory.mktemp("tiny_model")
     random_model.build(folder, "tiny")
     return folder
@@ -43,6 +58,9 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Five smooth pictures of different sizes, none of them square."""
+    import numpy as np
+    from PIL import Image
+
     folder = tmp_path_factory.mktemp("photos")
     for number in range(5):
         width, height = 40 + 8 * number, 66 - 4 * number

@@ -1,25 +1,29 @@
 """Running the real scripts as a user does, and reading what they leave behind."""
 
 import contextlib
-import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import pytest
+from filelock import FileLock
+
+# Nothing that takes long is imported here: pytest's own process, which hands the tests out, needs this too.
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOSSALAI = "train_dreambooth_colossalai.py"
 TRADITIONAL = "train_dreambooth.py"
 SHARED_DATA = ROOT.parent / "shared" / "data"
+STANDALONE = ("--standalone",)  # of torchrun: on this machine, at a free port
 
 
 @dataclass
@@ -69,95 +73,155 @@ def finish(returncode: int, stdout: str, stderr: str, started: float, check: boo
     return Run(returncode, stdout, stderr, time.monotonic() - started)
 
 
-@functools.cache
-def zygote() -> subprocess.Popen:
-    """Returns the process that runs scripts without importing the libraries anew (zygote.py); on the CPU."""
-    return subprocess.Popen(
-        [sys.executable, "tests/zygote.py"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+@contextlib.contextmanager
+def zygote_for_all() -> Iterator[None]:
+    """Within it this process and those that it starts share a zygote (zygote.py), which ends with it."""
+    with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
+        os.environ["ZYGOTE"] = folder
+        os.mkfifo(Path(folder, "alive"))
+        alive = os.open(Path(folder, "alive"), os.O_RDWR)  # the zygote reads from it
+        yield
+        os.close(alive)
+
+
+def connect(name: str) -> socket.socket:
+    """Returns a connection to the zygote's socket of that name; it is started when it is first wanted, on the CPU."""
+    folder = Path(os.environ["ZYGOTE"])
+    env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"}
+    env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
+    with FileLock(folder / "lock"):
+        if not (folder / "log").exists():
+            with (folder / "alive").open() as alive, (folder / "log").open("w") as log:
+                subprocess.Popen(
+                    [sys.executable, "tests/zygote.py", folder],
+                    cwd=ROOT,
+                    env=os.environ | env,
+                    stdin=alive,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for pytest
+                )
+
+    def connected() -> socket.socket | None:
+        log = (folder / "log").read_text()
+        assert "Traceback" not in log, log
+        connection = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            connection.connect(str(folder / name))
+            return connection
+
+    return wait_for(connected, timeout=300)
 
 
 class Running:
     """A run of `python script argv` in a fork of the zygote, or several processes of it as torchrun would start them.
 
-    One at a time; one that a failed test has left is ended.
+    Args:
+        script: its path; or "-m" for a module, which is the first word of argv.
+        argv: the words after it.
+        nproc: the number of processes.
+        env: is added to the environment.
+        torchrun: options of torchrun, which then is the one process started here, and starts the others.
+        anew: whether the project's modules are imported anew, and those that import huggingface_hub; as they are with
+            variables of huggingface_hub in `env`, which it reads when it is imported.
+        before: lines of Python that each process, or torchrun, executes first.
+        cwd: the working directory.
     """
 
     unfinished: list["Running"] = []
 
-    def __init__(self, script: str, argv: list[str], nproc: int = 1, env: dict | None = None):
-        for left in list(self.unfinished):
-            left.send(signal.SIGKILL)
-            left.wait(check=False)
+    def __init__(
+        self,
+        script: str | Path,
+        argv: list,
+        nproc: int = 1,
+        *,
+        env: dict | None = None,
+        torchrun: Sequence[str] | None = None,
+        anew: bool = False,
+        before: str = "",
+        cwd: Path = ROOT,
+    ):
         self.started = time.monotonic()
         self.folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = Path(self.folder.name, "stdout"), Path(self.folder.name, "stderr")
         self.stderr.touch()
-        order = {"script": script, "argv": argv, "env": env or {}, "nproc": nproc}
+        program = [str(word) for word in (script, *argv)]
+        if torchrun is not None:
+            program, nproc = ["torchrun", f"--nproc_per_node={nproc}", *torchrun, *program], 1
+        order = {"program": program, "nproc": nproc, "env": env or {}, "cwd": str(cwd), "before": before}
         order |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
-        print(json.dumps(order), file=zygote().stdin, flush=True)
-        self.pids = json.loads(zygote().stdout.readline())
+        anew = anew or any(name.startswith("HF_") for name in order["env"])
+        with connect("anew" if anew else "socket") as connection:
+            connection.sendall(f"{json.dumps(order)}\n".encode())
+            self.answers = connection.makefile()
+        self.pids = json.loads(self.answers.readline())
         self.unfinished.append(self)
 
     def send(self, number: int, rank: int | None = None) -> None:
-        """Sends a signal to a rank, or to all."""
+        """Sends a signal to a rank, or to all; to torchrun, where it has started them."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def kill(self) -> None:
+        """Ends all its processes, also those that torchrun has started."""
+        for pid in self.pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for one in (pid, *children_of(pid)):
+                    os.kill(one, signal.SIGKILL)
+
     def wait(self, *, check: bool = True, timeout: float = 300) -> Run:
-        killer = threading.Timer(timeout, self.send, [signal.SIGKILL])
+        killer = threading.Timer(timeout, self.kill)
         killer.start()
-        returncode = int(zygote().stdout.readline())
+        returncode = int(self.answers.readline())
         self.unfinished.remove(self)
         killer.cancel()
-        with self.folder:
+        with self.folder, self.answers:
             return finish(returncode, self.stdout.read_text(), self.stderr.read_text(), self.started, check)
 
 
-def train(script: str, flags: dict, *, nproc: int = 1, torchrun: bool = False, on_gpu: bool = False, **options) -> Run:
-    """Runs a trainer, on the CPU unless `on_gpu`; several processes through torchrun itself there, or if asked to."""
-    # huggingface_hub reads its variables when it is imported; scripts of a test's own may be about torchrun's.
-    ours = script in (COLOSSALAI, TRADITIONAL)
-    fresh = "env" in options and not (ours and not any(name.startswith("HF_") for name in options["env"]))
-    if not (torchrun or on_gpu or fresh):
-        return Running(script, command_line(flags), nproc, options.pop("env", None)).wait(**options)
+def train(script: str | Path, flags: dict, *, nproc: int = 1, on_gpu: bool = False, **options) -> Run:
+    """Runs a trainer to its end, on the CPU in a fork of the zygote (see Running), or on GPUs by a command."""
+    ending = {name: options.pop(name) for name in ("check", "timeout") if name in options}
+    if not on_gpu:
+        return Running(script, command_line(flags), nproc, **options).wait(**ending)
     launcher = [sys.executable]
-    if nproc > 1 or torchrun:
+    if nproc > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc]
-    env = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    return run([*launcher, script, *command_line(flags)], env=env | options.pop("env", {}), **options)
+    return run([*launcher, script, *command_line(flags)], **options, **ending)
 
 
 def start_torchrun(
     script: str, flags: dict, log: Path, *options: str, on_gpu: bool = False, before: tuple[str, ...] = ()
 ) -> subprocess.Popen:
-    """Starts two processes of a trainer with torchrun and further options of it; the output goes to `log`.
+    """Starts two processes of a trainer with torchrun, as a user does, and further options of it.
 
-    `before` are words that go before the command.
+    The output goes to `log`; `before` are words that go before the command.
     """
-    command = [
-        *before,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *options,
-    ]
+    command = [*before, sys.executable, "-m", "torch.distributed.run", *STANDALONE, "--nproc_per_node=2", *options]
     return subprocess.Popen(
         [*command, script, *command_line(flags)],
         cwd=ROOT,
         env=os.environ | {"TQDM_MININTERVAL": "0.1"} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
+    )
+
+
+def small_disk(folder: Path | str, size: str) -> str:
+    """Returns lines that give a process, and no other, a file system of `size` at `folder`: `before` of Running.
+
+    Skips the test where that cannot be.
+    """
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if subprocess.run(["unshare", "--mount", *mount], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    return (
+        "import ctypes, subprocess\n"
+        "assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS\n"
+        "subprocess.run(['mount', '--make-rprivate', '/'], check=True)\n"
+        f"subprocess.run({mount}, check=True)\n"
     )
 
 
@@ -177,6 +241,8 @@ def wait_for(what, timeout: float = 120):
 
 def scalars(output_dir: Path, name: str, first: int = 1) -> list[float]:
     """Returns a TensorBoard scalar of every step from `first` on, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(Path(output_dir) / "logs"), size_guidance={"scalars": 0})
     events.Reload()
     points = events.Scalars(name)
@@ -186,4 +252,6 @@ def scalars(output_dir: Path, name: str, first: int = 1) -> list[float]:
 
 def unet_weights(folder: Path) -> dict:
     """Returns the tensors of a saved UNet."""
+    from safetensors.torch import load_file
+
     return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")

@@ -43,6 +43,16 @@ def test_flags_of_commands_are_parsed(document, options):
         assert used - {"--help"} <= options[script], (script, words)
 
 
+def test_readme_installs_each_list_as_its_first_line_says():
+    """Today's is complete, and pip would not resolve it: ColossalAI asks for other libraries."""
+    for path, command in (
+        ("requirements.txt", "pip install --no-deps -r requirements.txt"),
+        ("requirements/cuda12.txt", "pip install -r requirements/cuda12.txt"),
+    ):
+        assert (ROOT / path).read_text().startswith(f"# {command}\n")
+        assert f"`{command}`" in (ROOT / "README.md").read_text()
+
+
 def test_flags_of_the_launchers_are_parsed(options):
     def flags(text: str) -> set[str]:
         return set(re.findall(r"(?<=[\s(])--[a-z]\w*", text))

@@ -5,11 +5,8 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,12 +15,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from harness import (
     COLOSSALAI,
-    ROOT,
+    STANDALONE,
     TRADITIONAL,
     Running,
     children_of,
     command_line,
     scalars,
+    small_disk,
     start_torchrun,
     train,
     unet_weights,
@@ -119,10 +117,10 @@ def test_killed_ten_times_a_run_ends_as_if_nothing_had_been(script, long_run, un
 def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, uninterrupted, tmp_path, report):
     whole, killed = uninterrupted(COLOSSALAI, 2) / "out", tmp_path / "killed"
     more = {"output_dir": killed, "resume_from_checkpoint": "latest"}
-    run = start_torchrun(COLOSSALAI, long_run | more, tmp_path / "log", "--max_restarts", "1")
+    run = Running(COLOSSALAI, command_line(long_run | more), nproc=2, torchrun=[*STANDALONE, "--max_restarts=1"])
     wait_for((killed / "checkpoint-10").is_dir)
-    os.kill(children_of(run.pid)[1], signal.SIGKILL)
-    assert run.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    os.kill(children_of(run.pids[0])[1], signal.SIGKILL)
+    run.wait()
     assert_same(whole, killed, f"checkpoint-{STEPS}")
     report("killed, and started again by torchrun", resumed=1, equal=1)
 
@@ -202,17 +200,6 @@ def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, report):
     report("loss or gradient that is no number")
 
 
-def run_in_shell(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "-c", script],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 @BOTH
 def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, report):
     """Files of more than 1 MiB cannot be written: the UNet has 0.8 MiB, the optimizer's state twice that."""
@@ -221,8 +208,8 @@ def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, report):
     earlier = {path: path.read_bytes() for path in (flags["output_dir"] / "checkpoint-2").rglob("*.*")}
     assert len(earlier) == 4
     more = {"resume_from_checkpoint": "latest", "resume_anyway": True}
-    command = shlex.join([sys.executable, script, *command_line(flags | more)])
-    done = run_in_shell(f"ulimit -f 1024; exec {command}")
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+    done = train(script, flags | more, before=limited, check=False)
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "cannot write" in error and "checkpoint-4, which needs 2.3 MiB" in error
     assert "File too large" in error
@@ -232,23 +219,24 @@ def test_a_full_disk_costs_no_earlier_checkpoint(script, flags, report):
     report("disk full")
 
 
-def run_on_small_disk(output_dir: Path, size: str, script: str) -> subprocess.CompletedProcess:
-    """Runs a shell script that has a file system of `size` in the place of `output_dir`; skips where it cannot."""
-    output_dir.mkdir()
-    mount = f"mount -t tmpfs -o size={size} none {output_dir}"
-    if run_in_shell(f"unshare --mount {mount}").returncode:
-        pytest.skip("file systems cannot be mounted here")
-    return run_in_shell(f"unshare --mount bash -c {shlex.quote(f'{mount}; {script}')}")
+# Prints what is in a folder when the process is over, as long as it can be seen.
+LIST_AT_THE_END = """
+import os
+if process := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(os.listdir({folder!r}), flush=True)
+    os._exit(status)
+"""
 
 
 @BOTH
 def test_a_disk_too_small_is_known_before_any_time_is_spent(script, flags, prior, report):
     """Five checkpoints do not fit on 8 MiB beside the pipeline; no class image has been generated then."""
-    output_dir = flags["output_dir"]
+    flags["output_dir"].mkdir()
     shutil.rmtree(prior["class_data_dir"])
-    command = shlex.join([sys.executable, script, *command_line(flags | prior | {"save_steps": 2})])
-    done = run_on_small_disk(output_dir, "8m", f"{command}; status=$?; ls -A {output_dir}; exit $status")
-    assert done.returncode == 2 and done.stdout.split() == []
+    before = small_disk(flags["output_dir"], "8m") + LIST_AT_THE_END.format(folder=str(flags["output_dir"]))
+    done = train(script, flags | prior | {"save_steps": 2}, before=before, check=False)
+    assert done.returncode == 2 and done.stdout.split() == ["[]"]
     (error,) = (line for line in done.stderr.splitlines() if ": error: " in line)
     for words in ("5 checkpoints of 2.3 MiB and the pipeline of ", "8.0 MiB are free", "--checkpoints_total_limit"):
         assert words in error
@@ -259,10 +247,11 @@ def test_a_disk_too_small_is_known_before_any_time_is_spent(script, flags, prior
 def test_a_disk_that_fills_up_loses_no_trained_pipeline(flags, tmp_path, report):
     """All of it is taken by somebody else once the run has begun; the pipeline is written elsewhere."""
     output_dir, elsewhere = flags["output_dir"], tmp_path / "temporary"
+    output_dir.mkdir()
     elsewhere.mkdir()
-    command = shlex.join([sys.executable, TRADITIONAL, *command_line(flags)])
-    fill = f"until [ -d {output_dir}/logs ]; do sleep 0.01; done; cat /dev/zero > {output_dir}/grows"
-    done = run_on_small_disk(output_dir, "16m", f"({fill}) 2>/dev/null & TMPDIR={elsewhere} {command}")
+    fill = f"until [ -d {output_dir}/logs ]; do sleep 0.01; done; exec 2>&-; cat /dev/zero > {output_dir}/grows"
+    before = small_disk(output_dir, "16m") + f"subprocess.Popen(['bash', '-c', {fill!r}])"
+    done = train(TRADITIONAL, flags, before=before, env={"TMPDIR": str(elsewhere)}, check=False)
     error = done.stderr.splitlines()[-1]
     (saved,) = elsewhere.glob("dreambooth-pipeline-step-10-*")
     assert done.returncode == 1 and f"the trained pipeline is whole in {saved} instead" in error
@@ -304,7 +293,7 @@ def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, report):
     argv = command_line(flags | {"max_train_steps": 2000})
     first = Running(TRADITIONAL, argv)
     wait_for(lambda: steps_shown(first))
-    second = run_in_shell(shlex.join([sys.executable, COLOSSALAI, *argv]))
+    second = Running(COLOSSALAI, argv).wait(check=False)
     first.send(signal.SIGTERM)
     assert first.wait(check=False).returncode == 75
     assert second.returncode == 2
@@ -312,10 +301,11 @@ def test_a_second_run_keeps_out_of_the_folder_of_the_first(flags, report):
     report("two runs, one output folder")
 
 
-def assert_ends_with_first_cause(run: subprocess.Popen, log: Path, cause: str) -> None:
+def assert_ends_with_first_cause(run: Running, cause: str) -> None:
     """All ranks end; torchrun's last words, and the one error line, name the first cause."""
-    assert run.wait(timeout=ENDS_WITHIN_S) == 1
-    text = log.read_text()
+    done = run.wait(timeout=ENDS_WITHIN_S, check=False)
+    assert done.returncode == 1
+    text = done.stderr
     last_words = text[text.rindex("Root Cause") :].split("traceback : ")[1].strip("=\n ")
     assert cause in last_words and "\n" not in last_words
     errors = [line for line in text.splitlines() if ": error: " in line]
@@ -342,30 +332,31 @@ def test_a_rank_that_fails_in_the_data(flags, tmp_path, report):
     for number in range(60):
         Image.new("RGB", (48, 32), (number, 0, 0)).save(folder / f"{number}.png")
     more = {"instance_data_dir": folder, "max_train_steps": 2000, "save_steps": 20, "train_batch_size": 1}
-    run = start_torchrun(COLOSSALAI, flags | more, tmp_path / "log")
+    run = Running(COLOSSALAI, command_line(flags | more), nproc=2, torchrun=STANDALONE)
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
     for path in folder.iterdir():
         path.write_bytes(b"no image")
-    assert_ends_with_first_cause(run, tmp_path / "log", "cannot read the image")
+    assert_ends_with_first_cause(run, "cannot read the image")
     report("one rank fails: in the data")
 
 
-def test_a_rank_that_fails_in_generating_class_images(flags, prior, tmp_path, report):
+def test_a_rank_that_fails_in_generating_class_images(flags, prior, report):
     """An image of the second batch cannot be written, whichever rank takes it: a folder has its name."""
     shutil.rmtree(prior["class_data_dir"])
     (prior["class_data_dir"] / "00002.png").mkdir(parents=True)
-    run = start_torchrun(TRADITIONAL, flags | prior, tmp_path / "log")
+    run = Running(TRADITIONAL, command_line(flags | prior), nproc=2, torchrun=STANDALONE)
     wait_for((prior["class_data_dir"] / "00000.png").is_file)
-    assert_ends_with_first_cause(run, tmp_path / "log", "00002.png")
+    assert_ends_with_first_cause(run, "00002.png")
     report("one rank fails: in generating class images")
 
 
-def test_a_rank_that_fails_in_saving(flags, tmp_path, report):
+def test_a_rank_that_fails_in_saving(flags, report):
     """Something else has got the name of the next checkpoint."""
-    run = start_torchrun(COLOSSALAI, flags | {"max_train_steps": 2000, "save_steps": 20}, tmp_path / "log")
+    argv = command_line(flags | {"max_train_steps": 2000, "save_steps": 20})
+    run = Running(COLOSSALAI, argv, nproc=2, torchrun=STANDALONE)
     wait_for((flags["output_dir"] / "checkpoint-20").is_dir)
     (flags["output_dir"] / "checkpoint-60").touch()
     cause = f"cannot write {flags['output_dir']}/checkpoint-60: checkpoint-60 was not written by this program"
-    assert_ends_with_first_cause(run, tmp_path / "log", cause)
+    assert_ends_with_first_cause(run, cause)
     assert unet_weights(flags["output_dir"] / "checkpoint-40" / "unet")
     report("one rank fails: in saving")

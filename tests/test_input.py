@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, train, wait_for
+from harness import COLOSSALAI, ROOT, STANDALONE, TRADITIONAL, Running, command_line, train, wait_for
 from PIL import Image
 
 from benchmarks import random_model
@@ -169,7 +169,7 @@ def test_on_several_ranks_the_line_appears_once(flags, photos, tmp_path):
     shutil.copytree(photos, folder)
     Image.new("RGB", (64, 64)).save(folder / "9.png")
     (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:60])
-    done = train(TRADITIONAL, flags | {"instance_data_dir": folder}, nproc=2, torchrun=True, check=False)
+    done = train(TRADITIONAL, flags | {"instance_data_dir": folder}, nproc=2, torchrun=STANDALONE, check=False)
     assert done.returncode == 1
     assert len(done.error_lines) == 1, done.stderr
     assert "cannot read the image" in done.error_lines[0] and "9.png" in done.error_lines[0]
@@ -205,7 +205,7 @@ def test_warnings(flags, tiny_model):
         "resume_anyway": True,
         "caption_column": "caption",
     }
-    done = train(COLOSSALAI, flags, nproc=2, torchrun=True)
+    done = train(COLOSSALAI, flags, nproc=2)
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     for expected in (
         "--class_prompt, --prior_loss_weight: no effect without --with_prior_preservation",
@@ -225,13 +225,20 @@ def test_warnings(flags, tiny_model):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_the_process_list_does_not_show_the_token(flags):
+def test_the_process_list_does_not_show_the_token(flags, tmp_path):
+    """Nor do the libraries say anything while they are imported; here they are."""
     command = [sys.executable, COLOSSALAI, *command_line(flags | {"hub_token": "hf_secret", "max_train_steps": 10**6})]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log) as run,
+    ):
         wait_for((flags["output_dir"] / "logs").is_dir)
         shown = Path(f"/proc/{run.pid}/cmdline").read_text()
         run.kill()
+    told = (tmp_path / "log").read_text().splitlines()
+    ours = ("warning: --hub_token", "warning: no CUDA GPU was found", "training: ")
+    assert told and all(line.startswith(ours) for line in told), told
     assert "hf_secret" not in shown and "--hub_token" in shown and "***" in shown
 
 
@@ -257,6 +264,6 @@ def test_inference(words, expected):
 
 
 def test_inference_with_a_hub_id_that_cannot_be_had():
-    env = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = run([sys.executable, "inference.py", "nowhere", "--prompt", "a dog"], env=env, check=False)
+    words = ["nowhere", "--prompt", "a dog"]
+    done = Running("inference.py", words, env={"HF_HUB_OFFLINE": "1"}).wait(check=False)
     assert_one_line(done, "MODEL nowhere is no folder, and cannot be had from the Hub: HF_HUB_OFFLINE is set")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from harness import ROOT, run, scalars
+from harness import ROOT, connect, run, scalars
 from PIL import Image
 
 SETTINGS = {
@@ -25,10 +25,21 @@ printf '%s\\n' "${0##*/}" "threads ${OMP_NUM_THREADS-all}" "$@" ""
 """
 
 
-def launch(launcher: str, folder: Path, settings: dict, *flags, **options):
-    """Runs a launcher on the CPU, in `folder`, where it writes to."""
+@pytest.fixture(scope="module")
+def commands_in_forks(tmp_path_factory):
+    """A folder of commands, `python` and `torchrun`, whose programs run in forks (stand_in.py)."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("python", "torchrun"):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/stand_in.py "$0" "$@"\n')
+        (folder / name).chmod(0o755)
+    connect("socket").close()  # as soon as they can run there
+    return folder
+
+
+def launch(launcher: str, folder: Path, settings: dict, *flags, commands: Path | None = None, **options):
+    """Runs a launcher on the CPU, in `folder`, where it writes to; with `commands` that are not Python's own."""
     env = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{commands or Path(sys.executable).parent}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
         "CLASS_DIR": "class_images",
         "OUTPUT_DIR": "a folder with spaces",
@@ -76,13 +87,14 @@ def value(words: list[str], flag: str) -> str:
         ("dreambooth.sh", "2", "traditional process"),
     ],
 )
-def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, photos, tmp_path):
-    """Paths are of the folder that the user is in."""
+def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, photos, commands_in_forks, tmp_path):
+    """Paths are of the folder that the user is in. The second time nothing stands in for Python and torchrun."""
     (tmp_path / "model").symlink_to(tiny_model)
     (tmp_path / "photos").symlink_to(photos)
     settings = {"MODEL_NAME": "model", "INSTANCE_DIR": "photos", "COMPARISON": "", "NPROC": nproc, "CLASS_DIR": ""}
     more = ["--resolution", "32", "--num_class_images", "2", "--max_train_steps", "3"]
-    done = launch(launcher, tmp_path, settings, *more)
+    done = launch(launcher, tmp_path, settings, *more, commands=None if nproc else commands_in_forks)
+    assert "Warning" not in done.stderr, "of a library"
     assert expected in done.stdout and f"on {nproc or 1} x cpu, 3 steps of {nproc or 1} sample" in done.stdout
     assert len(scalars(tmp_path / "a folder with spaces", "loss")) == 3, "the later --max_train_steps wins"
     StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
@@ -90,9 +102,10 @@ def test_a_model_and_photos_of_ones_own(launcher, nproc, expected, tiny_model, p
     assert len(list(tmp_path.glob("class_images/tiny_model*/a dog/*.png"))) == 2
 
 
-def test_with_nothing_set_the_small_model_is_trained_and_compared(tmp_path):
+def test_with_nothing_set_the_small_model_is_trained_and_compared(commands_in_forks, tmp_path):
     """A step of 4 samples on any number of processes; pictures of 128 px. What sets them is the same in both."""
-    done = launch("colossalai.sh", tmp_path, {}, "--max_train_steps", "1", "--num_class_images", "4")
+    flags = ["--max_train_steps", "1", "--num_class_images", "4"]
+    done = launch("colossalai.sh", tmp_path, {}, *flags, commands=commands_in_forks)
     assert f"on {min(2, os.cpu_count())} x cpu, 1 step of 4 samples" in done.stdout
     comparison = Image.open(tmp_path / "comparison.png")
     assert comparison.width == 4 * (128 + 8) + 8 and comparison.height > 8 * 128, "six prompts and the instance images"
@@ -109,11 +122,12 @@ def test_what_the_comparison_follows_is_a_setting_only(flag, tmp_path):
         assert f"{flag}: set {SETTINGS[flag]} in the environment" in done.error_lines[0]
 
 
-def test_settings_reach_the_trainer(tmp_path):
+def test_settings_reach_the_trainer(commands_in_forks, tmp_path):
     for name, flag in (("PLACEMENT", "--placement"), ("PLUGIN", "--plugin"), ("INSTANCE_DIR", "--instance_data_dir")):
         training, *_ = commands(tmp_path, {name: "a b"})
         assert value(training, flag) == "a b"
-    done = launch("colossalai.sh", tmp_path, {"NPROC": "1", "PLUGIN": "gemini"}, check=False)
+    settings = {"NPROC": "1", "PLUGIN": "gemini"}
+    done = launch("colossalai.sh", tmp_path, settings, commands=commands_in_forks, check=False)
     assert done.returncode == 2, "that of the trainer"
     assert len(done.error_lines) == 1 and "--plugin gemini needs a CUDA GPU" in done.error_lines[0], done.stderr
 

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
-from harness import COLOSSALAI, ROOT, TRADITIONAL, run, scalars, train, unet_weights
+from harness import COLOSSALAI, TRADITIONAL, Running, scalars, train, unet_weights
 from PIL import Image
 from test_hub import Hub
 from transformers import CLIPTokenizerFast
@@ -41,7 +39,8 @@ def test_dropout_is_told(tiny_model, capfd):
     unet.mid_block.resnets[0].dropout.p = 0.25
     warn_of_dropout(unet, text_encoder)
     assert "the model has dropout of 0.25" in capfd.readouterr().err
-    text_encoder.text_model.encoder.layers[0].self_attn.dropout = 0.5
+    attention = {name.rpartition(".")[2]: module for name, module in text_encoder.named_modules()}["self_attn"]
+    attention.dropout = 0.5
     warn_of_dropout(unet, text_encoder)
     assert "the model has dropout of 0.5" in capfd.readouterr().err
 
@@ -274,7 +273,8 @@ import json, sys
 import huggingface_hub.constants
 from dreambooth.command_line.console import UserError
 from dreambooth.model.folder import find_folder
-for line in sys.stdin:
+orders, answers = (open(path, mode) for path, mode in zip(sys.argv[1:], "rw"))
+for line in orders:
     order = json.loads(line)
     huggingface_hub.constants.HF_HUB_CACHE = order["cache"]
     wanted = {"variant": order["variant"], "elsewhere": set(order["elsewhere"])}
@@ -282,7 +282,7 @@ for line in sys.stdin:
         answer = str(find_folder("someone/tiny", "MODEL", **wanted)), ""
     except UserError as error:
         answer = "", str(error)
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answer), file=answers, flush=True)
 """
 
 
@@ -291,18 +291,15 @@ def finder(tiny_model, tmp_path_factory):
     """A server of the Hub's protocol, and a process that looks for models there: it is known when it starts."""
     server = Hub(tiny_model)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    log = tmp_path_factory.mktemp("finder") / "log"
-    with subprocess.Popen(
-        [sys.executable, "-c", FIND],
-        cwd=ROOT,
-        env=os.environ | {"HF_ENDPOINT": server.url, "DIFFUSERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log.open("w"),
-        text=True,
-    ) as process:
-        yield server, process, log
-        process.stdin.close()
+    folder = tmp_path_factory.mktemp("finder")
+    (folder / "find.py").write_text(FIND)
+    pipes = [folder / "orders", folder / "answers"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    process = Running(folder / "find.py", [str(pipe) for pipe in pipes], env={"HF_ENDPOINT": server.url})
+    with pipes[0].open("w") as orders, pipes[1].open() as answers:
+        yield server, orders, answers, process.stderr
+    process.wait()
     server.shutdown()
 
 
@@ -312,14 +309,14 @@ def find(finder, model, tmp_path):
 
     What cannot be had raises UserError; what is fetched goes into a cache of the test.
     """
-    server, process, _ = finder
+    server, orders, answers, _ = finder
 
     def found(*, variant=None, elsewhere=()):
         server.files = {str(path.relative_to(model)): path for path in model.rglob("*") if path.is_file()}
         server.fetched.clear()
         order = {"cache": str(tmp_path / "cache"), "variant": variant, "elsewhere": list(elsewhere)}
-        print(json.dumps(order), file=process.stdin, flush=True)
-        folder, error = json.loads(process.stdout.readline())
+        print(json.dumps(order), file=orders, flush=True)
+        folder, error = json.loads(answers.readline())
         if error:
             raise UserError(error)
         return Path(folder), {name for name in server.fetched if not name.endswith((".json", ".txt"))}
@@ -355,7 +352,7 @@ def test_the_only_variant_on_the_hub(find, finder, model):
     folder, fetched = find()
     assert len(fetched) == 3
     assert_same_weights(states(folder), states(model))
-    assert finder[2].read_text().count("MODEL someone/tiny has fp16 weights alone") == 1
+    assert finder[3].read_text().count("MODEL someone/tiny has fp16 weights alone") == 1
 
 
 def other_unet(model, **config):
@@ -410,6 +407,6 @@ def test_what_a_trainer_has_fetched_is_enough_offline(tiny_model, model, tmp_pat
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     words = [tiny_model, "--compare_with", "someone/tiny", "--prompt", "a dog", "--num_inference_steps", 2]
-    env = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = run([sys.executable, "inference.py", *words, "--output", tmp_path / "sheet.png"], env=env)
+    words = [str(word) for word in (*words, "--output", tmp_path / "sheet.png")]
+    done = Running("inference.py", words, env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}).wait()
     assert "sheet.png: 2 images" in done.stdout and (tmp_path / "sheet.png").is_file()

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -13,12 +12,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import (
     COLOSSALAI,
-    ROOT,
     TRADITIONAL,
     Running,
     children_of,
     command_line,
-    run,
     scalars,
     train,
     unet_weights,
@@ -267,8 +264,9 @@ for synchronized in (False, True):
 """
 
 
-def test_ranks_share_their_gradients_once_a_step(short):
-    done = run([sys.executable, "-c", COUNT_REDUCTIONS, *command_line(short)], env={"PYTHONPATH": str(ROOT)})
+def test_ranks_share_their_gradients_once_a_step(short, tmp_path):
+    (tmp_path / "count_reductions.py").write_text(COUNT_REDUCTIONS)
+    done = train(tmp_path / "count_reductions.py", short)
     before_the_last, after = (int(line.split()[1]) for line in done.stdout.splitlines() if "reductions" in line)
     assert before_the_last == 0 and after > 0
 
@@ -295,10 +293,8 @@ def test_8_bit_adam_keeps_its_moments_in_8_bits(script, short, tmp_path):
 
 
 def test_8_bit_adam_without_bitsandbytes_says_what_to_install(short):
-    code = (
-        f"import sys, runpy; sys.modules['bitsandbytes'] = None; runpy.run_path({TRADITIONAL!r}, run_name='__main__')"
-    )
-    done = run([sys.executable, "-c", code, *command_line(short | {"use_8bit_adam": True})], check=False)
+    without = "import sys; sys.modules['bitsandbytes'] = None"
+    done = train(TRADITIONAL, short | {"use_8bit_adam": True}, before=without, anew=True, check=False)
     assert done.returncode == 2 and "pip install bitsandbytes" in done.stderr.splitlines()[-1], done.stderr
 
 

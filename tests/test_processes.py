@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, run, train, unet_weights, wait_for
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, small_disk, train, unet_weights, wait_for
 from test_hub import Hub
 
 from benchmarks import random_model
@@ -100,7 +100,7 @@ def test_what_accelerate_launch_asks_for_acts_or_is_told(script, flags):
     assert "precision no" in done.stdout
 
 
-TWICE = """
+SEVERAL_RUNS = """
 import importlib, sys
 main = importlib.import_module(sys.argv[1].removesuffix(".py")).main
 for name in ("out", "out", "other"):
@@ -113,15 +113,9 @@ for name in ("out", "out", "other"):
 def test_one_process_makes_several_runs(script, flags, tmp_path):
     """As a notebook does: into the same folder again, and into another one."""
     del flags["output_dir"]
-    command = [sys.executable, "-c", TWICE, script, *command_line(flags | {"max_train_steps": 1})]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    (tmp_path / "notebook.py").write_text(SEVERAL_RUNS)
+    argv = [script, *command_line(flags | {"max_train_steps": 1})]
+    done = Running("notebook.py", argv, cwd=tmp_path).wait()
     assert done.stdout.count("is there") == 3, done.stderr
     assert unet_weights(tmp_path / "out" / "unet").keys() == unet_weights(tmp_path / "other" / "unet").keys()
 
@@ -262,7 +256,7 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_step(tiny_model, flags, t
         "push_to_hub": True,
         "hub_token": "hf_secret",
     }
-    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ".", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     train(launcher, flags | more, nproc=2, env=env)
     hub.shutdown()
     assert (flags["output_dir"] / "checkpoint-2").is_dir() and "model_index.json" in hub.uploaded
@@ -348,11 +342,11 @@ run_program(lambda: train_dreambooth.main(sys.argv[1:]), "train_dreambooth.py")
 """
 
 
-def test_too_little_memory_is_one_line(flags):
+def test_too_little_memory_is_one_line(flags, tmp_path):
     """With what takes less, but for what the run has already."""
     more = {"train_batch_size": 2048, "gradient_checkpointing": True, "center_crop": True}
-    command = [sys.executable, "-c", LITTLE_MEMORY, *command_line(flags | more)]
-    done = run(command, env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, check=False)
+    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
+    done = train(tmp_path / "little_memory.py", flags | more, check=False)
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert re.search(r"out of host memory while training: this process held \d+\.\d GiB", done.error_lines[0])
     assert "a smaller --train_batch_size" in done.error_lines[0]
@@ -361,11 +355,7 @@ def test_too_little_memory_is_one_line(flags):
 
 def test_too_little_shared_memory_is_one_line(flags):
     """As in a container."""
-    mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
     more = {"train_batch_size": 64, "cache_latents": "off", "dataloader_num_workers": 2}
-    words = [sys.executable, COLOSSALAI, *command_line(flags | more)]
-    done = run(["unshare", "-m", "bash", "-c", f'{mount} && exec "$@"', "bash", *words], check=False)
+    done = train(COLOSSALAI, flags | more, before=small_disk("/dev/shm", "256k"), check=False)
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert "/dev/shm has 0.2 MiB. Start the container with a larger --shm-size" in done.error_lines[0]

@@ -168,7 +168,7 @@ def test_machines_that_share_no_files_send_theirs_to_rank_0(strategy, run_of, fl
     script.write_text(IN_A_FOLDER_OF_ITS_OWN)
     more = {"output_dir": "out", "save_steps": STEPS, "validation_prompt": "a dog", "num_validation_images": 1}
     argv = [str(ROOT / SCRIPT), *command_line(flags | strategy_flags(*strategy) | more)]
-    Running(str(script), argv, 2, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}).wait()
+    Running(script, argv, 2, env={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}).wait()
     here, there = tmp_path / "0" / "out", run_of(strategy)
     for file in (f"checkpoint-{STEPS}/optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         assert (here / file).read_bytes() == (there / file).read_bytes()

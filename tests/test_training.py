@@ -1,16 +1,13 @@
 """Whole runs of both trainers on the CPU."""
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, ROOT, TRADITIONAL, command_line, scalars, train, unet_weights
+from harness import COLOSSALAI, TRADITIONAL, Running, command_line, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth.data.images import find_images
@@ -40,7 +37,7 @@ def assert_weights_close(first: dict, second: dict, learning_rate: float, steps:
 @BOTH
 def test_two_processes_on_real_photos(script, flags, prior, dog_photos):
     flags |= prior | {"instance_data_dir": dog_photos, "max_train_steps": 4, "save_steps": 2}
-    done = train(script, flags, nproc=2, torchrun=script == COLOSSALAI)
+    done = train(script, flags, nproc=2)
     assert "4 steps of 4 samples (2 ranks x 2)" in done.stdout
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 5, "what is told is told by one rank"
@@ -72,25 +69,14 @@ def test_two_machines_are_as_two_processes_of_one(flags, prior, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    machines = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *address,
-                f"--node_rank={n}",
-                ROOT / COLOSSALAI,
-                *apart,
-            ],
-            cwd=folder,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        for n, folder in enumerate(folders)
-        if not folder.mkdir()
-    ]
-    assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
+    address = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    machines = []
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        torchrun = [*address, f"--node_rank={number}"]
+        machines.append(Running(ROOT / COLOSSALAI, apart, torchrun=torchrun, cwd=folder))
+    for machine in machines:
+        machine.wait()
     here, there = (sorted(folder.iterdir()) for folder in (tmp_path / "class_1", prior["class_data_dir"]))
     assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there] and len(here) == 7
     written = folders[0] / "apart"

@@ -1,8 +1,14 @@
-"""Runs scripts in forks of a process that has imported the libraries, which takes longer than most tests.
+"""Runs programs in forks of a process that has imported the libraries, which takes longer than most tests.
 
-Reads a line of JSON for each run, {"script", "argv", "env", "stdout", "stderr", "nproc"}, with names of files for the
-outputs; answers with a line each for the ids of its processes and its exit status. The script's file is executed as
-`python script` would, each process with the environment that torchrun would give it if there are several.
+    python tests/zygote.py FOLDER
+
+A run is a connection to FOLDER/socket: a line of JSON with the fields of `Order` goes in, a line each with the ids of
+the run's processes and with the exit status comes out. A program is executed as Python would execute it, each process
+with the environment that torchrun would give it if there are several. It may be torchrun itself: it does all that it
+always does, but the processes that it starts are forks too.
+
+Runs that connect to FOLDER/anew instead are forks of a process that has not imported the project, nor huggingface_hub,
+which reads variables of the environment when it is imported, nor what imports that.
 """
 
 import atexit
@@ -12,35 +18,79 @@ import json
 import os
 import random
 import runpy
+import select
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
-import datasets  # noqa: F401
+# All that takes long and does not import huggingface_hub.
+import bitsandbytes  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import pandas  # noqa: F401
+import pyarrow  # noqa: F401
+import torch._dynamo
+import torch._inductor.select_algorithm
+import torch.distributed.run
+import torch.distributed.tensor
+import torch.utils.tensorboard  # noqa: F401
+import torchvision  # noqa: F401
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-import inference  # noqa: F401
-import train_dreambooth  # noqa: F401
-import train_dreambooth_colossalai  # noqa: F401
+
+@dataclass(frozen=True)
+class Order:
+    """What is run, and how.
+
+    Args:
+        program: a script and the words after it, or "-m" and a module, or "torchrun".
+        env: is added to the environment.
+        cwd: the working directory.
+        stdout, stderr: files that the outputs are added to.
+        nproc: the number of processes.
+        before: lines of Python that each process executes first; they know all names of this file.
+    """
+
+    program: list[str]
+    env: dict[str, str]
+    cwd: str
+    stdout: str
+    stderr: str
+    nproc: int = 1
+    before: str = ""
 
 
-def start(script: str, argv: list[str], stdout: str, stderr: str, environment: dict) -> int:
-    """Returns the id of a new process that executes the script."""
-    pid = os.fork()
-    if pid:
-        return pid
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update(environment)
-    sys.argv = [script, *argv]
+def execute(program: list[str], before: str = "") -> None:
+    """Executes a program (see Order), and ends this process as Python would."""
+    sys.argv, sys.orig_argv = program[program[0] == "-m" :], [sys.executable, *program]
     try:
-        runpy.run_path(script, run_name="__main__")
-        leave(0)
-    except SystemExit as end:
-        if not isinstance(end.code, str):
-            leave(end.code or 0)
-        raise
+        exec(before, dict(globals()))
+        if program[0] == "torchrun":
+            SubprocessHandler._popen = lambda self, args, env: Forked(args, env=env, start_new_session=True)
+            torch.distributed.run.main()
+        elif program[0] == "-m":
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program[0], run_name="__main__")
+    except BaseException:
+        leave(status_of(*sys.exc_info()))
+    leave(0)
+
+
+def status_of(kind: type, end: BaseException, traceback: object) -> int:
+    """Returns the exit status of a program that an exception has ended, having printed what Python would."""
+    if kind is SystemExit:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+    else:
+        sys.excepthook(kind, end, traceback)
+    return 1
 
 
 def leave(status: int) -> None:
@@ -52,6 +102,66 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+class Forked(subprocess.Popen):
+    """What Popen is; but a process that would execute Python is a fork.
+
+    What a new program does not take over from the one that starts it, the fork gives up: files, what handles signals,
+    and what is to be removed in the end.
+    """
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
+        if args[0] != sys.executable:
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others)
+            return
+        pipes, start_new_session = others[3:9], others[14]
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for number, end in enumerate(pipes[number] for number in (0, 3, 5)):
+                    if end != -1:
+                        os.dup2(end, number)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                if start_new_session:
+                    os.setsid()
+                handle_no_signals()
+                weakref.finalize._registry.clear()
+                if env is not None:
+                    os.environ.clear()
+                    os.environ.update(env)
+                os.chdir(cwd or ".")
+                execute([str(word) for word in args[1:] if word != "-u"])
+            finally:
+                os._exit(1)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+
+def handle_no_signals() -> None:
+    """Has signals do what they do to a new program; those that are ignored stay so."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start(order: Order, environment: dict) -> int:
+    """Returns the id of a new process that does what is ordered."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for number, path in enumerate((os.devnull, order.stdout, order.stderr)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.environ.update(environment)
+        os.chdir(order.cwd)
+        tempfile.tempdir = None  # another one, if TMPDIR is
+        execute(order.program, order.before)
+    finally:
+        os._exit(1)
+
+
 def free_port() -> int:
     """Returns a port that nobody listens at, below those that the system gives to anybody who asks for some."""
     for port in random.sample(range(15000, 30000), 100):
@@ -61,41 +171,97 @@ def free_port() -> int:
     raise OSError("of 100 ports none was free")
 
 
-def environments(nproc: int) -> list[dict]:
-    """Returns what torchrun adds to the environment of each of several processes."""
-    if nproc == 1:
-        return [{}]
-    port = free_port()
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+def environments(order: Order) -> list[dict]:
+    """Returns what each process gets into its environment: what torchrun adds, if there are several without it."""
+    if order.nproc == 1:
+        return [order.env]
+    nproc = order.nproc
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
     everyone = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(nproc)]
-    return [{name: str(value) for name, value in one.items()} for one in everyone]
+    return [{name: str(value) for name, value in one.items()} | order.env for one in everyone]
 
 
-def wait(pids: list[int]) -> int:
-    """Returns the first exit status that is not 0, having ended the other processes then; or 0."""
-    status = 0
-    running = set(pids)
-    while running:
-        pid, found = os.wait()
-        running.remove(pid)
-        if found and not status:
-            status = os.waitstatus_to_exitcode(found)
-            for other in running:
+@dataclass
+class Run:
+    """What was ordered on a connection.
+
+    Args:
+        connection: to answer on.
+        pids: of the processes that have not ended.
+        status: the first exit status that is not 0.
+    """
+
+    connection: socket.socket
+    pids: set[int]
+    status: int = 0
+
+    def end(self, pid: int, status: int) -> None:
+        """Notes that a process has ended; where it has failed, ends the others, and with the last one, answers."""
+        self.pids.remove(pid)
+        if status and not self.status:
+            self.status = status
+            for other in self.pids:
                 os.kill(other, signal.SIGTERM)
-    return status
+        if not self.pids:
+            answer(self.connection, self.status)
+            self.connection.close()
+
+
+def answer(connection: socket.socket, content: object) -> None:
+    with contextlib.suppress(ConnectionError):  # nobody waits for it any more
+        connection.sendall(f"{json.dumps(content)}\n".encode())
+
+
+def serve(listener: socket.socket) -> None:
+    """Has every order carried out, until standard input ends."""
+    assert threading.active_count() == 1, "a fork has the thread that forks only"
+    running: dict[int, tuple[int, Run]] = {}  # by what tells that a process has ended
+    while sys.stdin not in (ready := select.select([listener, sys.stdin, *running], [], [])[0]):
+        for one in ready:
+            if one is not listener:
+                pid, run = running.pop(one)
+                os.close(one)
+                run.end(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                continue
+            connection, _ = listener.accept()
+            if line := connection.makefile().readline():  # else somebody has seen whether this is ready
+                order = Order(**json.loads(line))
+                pids = [start(order, environment) for environment in environments(order)]
+                answer(connection, pids)
+                run = Run(connection, set(pids))
+                running |= {os.pidfd_open(pid): (pid, run) for pid in pids}
+
+
+def listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def freeze() -> None:
+    """Keeps the collector of a fork from going through all that was imported, which would copy the pages of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:
-    assert threading.active_count() == 1, "a fork has the thread that forks only"
-    # A fork's collector would go through all that was imported, and copy the pages of it.
-    gc.collect()
-    gc.freeze()
-    for line in sys.stdin:
-        run = json.loads(line)
-        more = run.pop("env")
-        pids = [start(**run, environment=environment | more) for environment in environments(run.pop("nproc"))]
-        print(json.dumps(pids), flush=True)
-        print(wait(pids), flush=True)
+    folder = Path(sys.argv[1])
+    assert "huggingface_hub" not in sys.modules
+    anew = listen(folder / "anew")
+    freeze()
+    if os.fork():
+        serve(anew)
+        return
+    anew.close()
+    import datasets  # noqa: F401
+
+    import inference  # noqa: F401
+    import train_dreambooth  # noqa: F401
+    import train_dreambooth_colossalai  # noqa: F401
+
+    freeze()
+    serve(listen(folder / "socket"))
 
 
 main()
