@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, TRADITIONAL, Running, command_line, scalars, train, unet_weights
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, scalars, train, unet_weights
 
 from benchmarks import random_model
 from dreambooth.data.images import find_images

@@ -31,7 +31,7 @@ def write_trained(folder: Path, training: Training, ranks: Ranks) -> None:
 
 
 def _configured(component: torch.nn.Module, folder: Path) -> Path:
-    save_configuration(component, folder)
+    save_configuration(empty_copy(component), folder)  # it has weights in fp32, whatever a plugin has made of others
     return folder
 
 
