@@ -116,7 +116,8 @@ class BoosterTraining:
         """Sets the fp32 master weights of a sharding plugin, which has made its own out of the half-precision copy.
 
         Args:
-            weights: by their names. This rank reads what it holds of them, from the files that they are mapped from.
+            weights: by their names. This rank reads what it holds of them, from the files that they are mapped from;
+                they are taken out, so that the files are mapped no longer than that.
 
         Raises:
             RunError: on all ranks, if those that the plugin has made lie elsewhere than is known here.
@@ -125,7 +126,7 @@ class BoosterTraining:
         found = []
         for piece in self._pieces():
             own = piece.of(piece.shard.tensor)
-            exact = weights[piece.weight.name].flatten()[piece.first : piece.last].to(own.device, torch.float32)
+            exact = weights.pop(piece.weight.name).flatten()[piece.first : piece.last].to(own.device, torch.float32)
             rounded = exact.to(self.strategy.weights_dtype).float()
             found.append(own.isclose(rounded, rtol=0, atol=0, equal_nan=True).sum().to(device))
             own.copy_(exact)
