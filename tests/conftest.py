@@ -1,6 +1,7 @@
 """A tiny model and a few photos, made once."""
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -27,8 +28,16 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     import torch
 
-    # The longest first, so that no process is left alone with them.
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    # The longest first, so that no worker is left alone with them: each begins with an equal part of the list.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    long = sorted((item for item in items if item.path.stem in LONG), key=lambda item: LONG.index(item.path.stem))
+    others = [item for item in items if item.path.stem not in LONG]
+    share = math.ceil(len(others) / workers)
+    items[:] = [
+        item
+        for number in range(workers)
+        for item in [*long[number::workers], *others[number * share : (number + 1) * share]]
+    ]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
