@@ -1,7 +1,9 @@
 """A model as a whole: loaded for training, or as the pipeline that draws."""
 
+import inspect
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -106,10 +108,15 @@ def load_pipeline(
         for name in family.components.keys() - parts.keys():
             parts[name] = load_part(family, name, folder, dtype, variant=variant)
         scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
-        pipeline = family.pipeline(
-            **parts, scheduler=scheduler.from_pretrained(folder / "scheduler"), **family.left_out
-        )
+        parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
+        pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
     return pipeline.to(dtype=dtype)
+
+
+def settings_in(index: dict, family: Family) -> dict[str, Any]:
+    """Returns the arguments of a pipeline that its model_index.json has besides the parts."""
+    names = inspect.signature(family.pipeline).parameters.keys() & index.keys()
+    return {name: index[name] for name in names if not isinstance(index[name], list)}
 
 
 def write_pipeline(pipeline: DiffusionPipeline, folder: str | Path, *, without: Collection[str] = ()) -> None:
