@@ -52,11 +52,10 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
 
 
 def _describes(family: Family, classes: dict[str, str | None]) -> bool:
-    """Whether the parts of a pipeline, with the names of their classes, are those of a family; some may be missing."""
-    known = {*family.components, *family.tokenizers, *family.others, "scheduler"}
-    others = [part for part, kind in classes.items() if kind is not None and part not in known]
-    fits = all(classes.get(part) in (None, kind.__name__) for part, kind in family.components.items())
-    return fits and not others
+    """Whether the parts of a pipeline, with the names of their classes, are those of a family."""
+    parts = {part for part, kind in classes.items() if kind is not None} - {*family.others}
+    fits = all(classes.get(part) == kind.__name__ for part, kind in family.components.items())
+    return fits and parts == parts_of(family)
 
 
 def parts_of(family: Family) -> set[str]:
