@@ -105,7 +105,7 @@ def find_model(flags: ModelFlags) -> Path:
         if weights.variant and weights.variant != flags.variant:
             _tell_only_variant("--external_unet_path", flags.external_unet_path, weights.variant)
     if flags.tokenizer_name:
-        elsewhere.add("tokenizer")
+        elsewhere.update(name for family in FAMILIES for name in family.tokenizers)
     return find_folder(
         flags.pretrained_model_name_or_path,
         "--pretrained_model_name_or_path",

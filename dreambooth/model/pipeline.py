@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
 from dreambooth.model.components import (
     check_resolution,
@@ -42,7 +42,7 @@ def load_model(
         folder: of the model.
         resolution: of the images, in pixels.
         variant: of the weights, where a part has it.
-        tokenizer: folder of another tokenizer than its own.
+        tokenizer: folder of other tokenizers than its own, as of `load_tokenizers`.
         unet: folder of another UNet than its own.
         trained: checkpoint whose parts count instead of those of the model.
 
@@ -50,7 +50,7 @@ def load_model(
         UserError: if a part cannot be loaded, parts do not fit, or images of that resolution have no latents.
     """
     family = family_of(folder)
-    tokenizers = {name: load_tokenizer(tokenizer or folder / name) for name in family.tokenizers}
+    tokenizers = load_tokenizers(family, tokenizer or folder)
     components = {}
     for name in family.components:
         in_checkpoint = trained is not None and (trained / name).is_dir()
@@ -61,6 +61,12 @@ def load_model(
             components[name].requires_grad_(False)
     family.check_fit(tokenizers, components)
     return Model(family, tokenizers, components, load_noise_scheduler(folder))
+
+
+def load_tokenizers(family: Family, folder: Path) -> dict[str, CLIPTokenizer | CLIPTokenizerFast]:
+    """Loads a family's tokenizers, each from its folder within `folder`, which may be that of an only one itself."""
+    alone = len(family.tokenizers) == 1 and not (folder / family.tokenizers[0]).is_dir()
+    return {name: load_tokenizer(folder if alone else folder / name) for name in family.tokenizers}
 
 
 def load_part(
