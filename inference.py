@@ -28,6 +28,7 @@ from dreambooth.command_line.flags import MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
+from dreambooth.model.family import readers_of
 from dreambooth.model.folder import family_of, find_folder
 from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
@@ -168,9 +169,7 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     dtype, total = drawing.dtype, drawing.total
     pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant)
     pipeline.to(drawing.device)
-    family = family_of(model.folder)
-    for tokenizer, text_encoder in zip(family.tokenizers, family.text_encoders, strict=True):
-        warn_of_cut_prompts(drawing.prompts, pipeline.components[tokenizer], pipeline.components[text_encoder])
+    warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), pipeline.components))
     pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in drawing.prompts:

@@ -93,8 +93,9 @@ class Training:
     max_grad_norm: float
 
     def weights(self) -> list[Slice]:
-        """Returns the fp32 weights, which every rank has."""
-        return [piece.slice_of(piece.shard.tensor) for piece in self.denoiser.trained.pieces()]
+        """Returns the fp32 weights, which every rank has, and those that are frozen."""
+        trained = self.denoiser.trained
+        return [piece.slice_of(piece.shard.tensor) for piece in trained.pieces()] + trained.frozen()
 
     def optimizer_state(self) -> list[Slice]:
         """Returns AdamW's state, which every rank has."""

@@ -165,6 +165,18 @@ def test_a_view_is_what_the_pixels_are_of(photos):
     assert batch["conditioning"]["time_ids"][:, 4:].eq(16).all()
 
 
+@pytest.mark.parametrize("size", [(64, 54), (54, 64), (63, 54), (16, 20)])
+def test_a_view_is_right_to_the_pixel(size, tmp_path):
+    """Also where the longer side comes out between two whole numbers of pixels when the photo is scaled."""
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png")
+    stream = examples(photos_in(tmp_path))
+    whole = torch.from_numpy(np.asarray(load_image(stream.photos[0], 16)) / np.float32(127.5) - 1).permute(2, 0, 1)
+    for position in np.linspace(0, 1, 101):
+        top, left = stream.view(0, position).crop
+        torch.testing.assert_close(stream.pixel_values(0, position), whole[:, top : top + 16, left : left + 16])
+
+
 def test_examples_with_and_without_latents_meet_in_a_batch(photos):
     """Each keeps its place, and its draws."""
     paths = photos_in(photos)

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from dreambooth.model import denoiser, trainable
 from dreambooth.model.activations import discard_activations
+from dreambooth.model.libraries import name_in_file
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
@@ -210,3 +211,17 @@ def test_what_is_frozen_is_not_in_the_set(tiny_model):
     prediction.square().mean().backward()
     given = [name for name, parameter in partly.named_parameters() if parameter.grad is not None]
     assert given == ["flat0"]
+
+
+def test_what_is_frozen_within_a_component_is_whole_in_fp32(tiny_model):
+    """With what is trained it makes the component, whatever precision the module computes in."""
+    text_encoder = load_part(STABLE_DIFFUSION, "text_encoder", tiny_model)
+    start = {f"text_encoder.{name_in_file(text_encoder, name)}": w for name, w in text_encoder.state_dict().items()}
+    start = {name: weight.clone() for name, weight in start.items()}
+    next(text_encoder.parameters()).requires_grad_(False)
+    trained = denoiser.Denoiser(STABLE_DIFFUSION, text_encoder=text_encoder).trained
+    own = trained.values()
+    trained.module.to(torch.bfloat16)
+    (frozen,) = trained.frozen()
+    assert {frozen.name, *own} == {*start} and frozen.name not in own and frozen.is_everywhere
+    assert torch.equal(frozen.values.view(frozen.shape), start[frozen.name])

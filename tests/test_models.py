@@ -18,7 +18,7 @@ from benchmarks import random_model
 from dreambooth.command_line.console import UserError
 from dreambooth.model.components import load_tokenizer, warn_of_dropout
 from dreambooth.model.folder import find_folder
-from dreambooth.model.pipeline import load_part, load_pipeline
+from dreambooth.model.pipeline import load_part, load_pipeline, settings_in
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.weights import choose_weights
 
@@ -253,6 +253,14 @@ def test_validation_images_by_another_scheduler(flags, model):
     assert isinstance(load_pipeline(model, sampler=name).scheduler, DPMSolverMultistepScheduler)
     saved = json.loads((flags["output_dir"] / str(name) / "model_index.json").read_text())
     assert saved["scheduler"] == json.loads((model / "model_index.json").read_text())["scheduler"]
+
+
+def test_settings_of_a_pipeline_stay_as_they_are(model):
+    """Those of its index that are no parts."""
+    change_json(model / "model_index.json", requires_safety_checker=True, of_a_later_release=1)
+    index = json.loads((model / "model_index.json").read_text())
+    assert settings_in(index, STABLE_DIFFUSION) == {"requires_safety_checker": True}
+    assert load_pipeline(model).config["requires_safety_checker"] is False, "there is none"
 
 
 def test_a_tokenizer_that_newer_libraries_saved(model):

@@ -99,13 +99,13 @@ def test_the_precision_of_class_images(tmp_path, monkeypatch, capsys):
 
 
 def test_a_length_of_prompts_is_what_is_read(tiny_model, capsys):
-    parts = load_tokenizer(tiny_model / "tokenizer"), load_part(STABLE_DIFFUSION, "text_encoder", tiny_model)
-    check_max_length(None, *parts)
+    readers = [(load_tokenizer(tiny_model / "tokenizer"), load_part(STABLE_DIFFUSION, "text_encoder", tiny_model))]
+    check_max_length(None, readers)
     assert capsys.readouterr().err == ""
-    check_max_length(77, *parts)
+    check_max_length(77, readers)
     assert "--tokenizer_max_length 77: no effect" in capsys.readouterr().err
     with pytest.raises(UserError, match="--tokenizer_max_length 128: this model reads 77 tokens of a prompt"):
-        check_max_length(128, *parts)
+        check_max_length(128, readers)
 
 
 @pytest.mark.parametrize("warmup, steps, told", [(5, 5, True), (500, 400, True), (4, 5, False), (500, None, False)])

@@ -357,20 +357,30 @@ def check_crops(flags: InstanceFlags, photos: list[Photo]) -> None:
             )
 
 
+def square_in(size: tuple[int, int], position: float) -> tuple[int, int, int]:
+    """Returns (left, top, side) of a square of an image's shorter side, in pixels.
+
+    Args:
+        size: (width, height) of the image.
+        position: where along the longer side the square lies, from 0 (left or top) to 1; 0.5 is the centre.
+    """
+    width, height = size
+    side = min(size)
+    return round(position * (width - side)), round(position * (height - side)), side
+
+
 def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
     """Returns the square of the image's shorter side, scaled to `resolution` if that side is another.
 
     Args:
         image: RGB image of any size.
         resolution: side of the result, in pixels.
-        position: where along the longer side the square lies, from 0 (left or top) to 1; 0.5 is the centre.
+        position: as of `square_in`.
 
     Returns:
         Tensor of shape (3, resolution, resolution), float32, in [-1, 1].
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = round(position * (width - side)), round(position * (height - side))
+    left, top, side = square_in(image.size, position)
     image = F.resized_crop(image, top, left, side, side, [resolution, resolution], antialias=True)
     return F.normalize(F.to_tensor(image), [0.5], [0.5])
 

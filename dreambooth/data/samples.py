@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dreambooth.command_line.console import UserError
-from dreambooth.data.images import Photo, crop_to_square, scaled_image
+from dreambooth.data.images import Photo, crop_to_square, scaled_image, scaled_size, square_in
 from dreambooth.data.randomness import Stream, generator
 from dreambooth.data.schedule import Schedule
 from dreambooth.model.family import Conditioning, View
@@ -87,11 +87,10 @@ class Examples:
 
     def view(self, place: int, position: float) -> View:
         """Returns what an example shows of an image whose square lies at `position`, as `pixel_values` takes it."""
-        width, height = self.photos[place].facts.size
-        along = 0.5 if self.center_crop else position
-        scale, side = self.resolution / min(width, height), (self.resolution, self.resolution)
-        top, left = (round(along * (length * scale - self.resolution)) for length in (height, width))
-        return View((height, width), (top, left), side)
+        size = self.photos[place].facts.size
+        left, top, side = square_in(scaled_size(size, self.resolution), 0.5 if self.center_crop else position)
+        scale = self.resolution / side  # of an image that is smaller than that
+        return View(size[::-1], (round(top * scale), round(left * scale)), (self.resolution, self.resolution))
 
     def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
         """Returns a square of an image, as `crop_to_square` does of one whose shorter side is `resolution` or less."""

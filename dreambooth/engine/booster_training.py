@@ -137,8 +137,8 @@ class BoosterTraining:
                 raise other_colossalai(f"has split the weights among ranks in an unknown way, as {weight.name} shows")
 
     def weights(self) -> list[Slice]:
-        """Returns what this rank holds of the fp32 weights."""
-        return [piece.slice_of(piece.shard.tensor) for piece in self._pieces()]
+        """Returns what this rank holds of the fp32 weights, and those that are frozen."""
+        return [piece.slice_of(piece.shard.tensor) for piece in self._pieces()] + self.denoiser.trained.frozen()
 
     def optimizer_state(self) -> list[Slice]:
         """Returns what it holds of AdamW's state."""

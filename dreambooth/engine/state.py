@@ -34,7 +34,7 @@ class Training(Protocol):
     denoiser: Denoiser  # a plugin may have split its parameters
 
     def weights(self) -> list[Slice]:
-        """Returns what this rank holds of the fp32 weights that are trained."""
+        """Returns what this rank holds of the denoiser's weights, in fp32; those that are frozen, every rank has."""
 
     def optimizer_state(self) -> list[Slice]:
         """Returns what it holds of AdamW's state: "exp_avg.unet.conv_in.weight" and so on."""

@@ -33,6 +33,10 @@ class View:
     size: tuple[int, int]
 
 
+# What reads a prompt: a tokenizer, and its text encoder.
+Reader = tuple[CLIPTokenizer, torch.nn.Module]
+
+
 @dataclass
 class Model:
     """A model, loaded for training, on the CPU.
@@ -53,6 +57,11 @@ class Model:
     def text_encoders(self) -> dict[str, torch.nn.Module]:
         """Those of the components that read prompts, in their order."""
         return {name: self.components[name] for name in self.family.text_encoders}
+
+    @property
+    def readers(self) -> list[Reader]:
+        """All that read prompts."""
+        return readers_of(self.family, self.tokenizers | self.components)
 
 
 class Family(Protocol):
@@ -83,7 +92,7 @@ class Family(Protocol):
         tokenizers: Mapping[str, CLIPTokenizer],
         components: Mapping[str, torch.nn.Module],
     ) -> Conditioning:
-        """Splits prompts into what the text encoders read, on the CPU; warns where one is cut."""
+        """Splits prompts into what the text encoders read, on the CPU; what is longer than they read is cut."""
 
     def encode(self, tokens: Conditioning, text_encoders: Mapping[str, torch.nn.Module]) -> Conditioning:
         """Returns what the UNet reads of prompts, with gradients where the text encoders are trained."""
@@ -95,3 +104,8 @@ class Family(Protocol):
         self, unet: torch.nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Returns the UNet's prediction, of the shape of `noisy_latents`."""
+
+
+def readers_of(family: Family, parts: Mapping[str, Any]) -> list[Reader]:
+    """Returns all that read prompts among the parts of a model, which are by their names."""
+    return [(parts[one], parts[other]) for one, other in zip(family.tokenizers, family.text_encoders, strict=True)]

@@ -52,11 +52,10 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
 
 
 def _describes(family: Family, classes: dict[str, str | None]) -> bool:
-    """Whether the parts of a pipeline, with the names of their classes, are those of a family; some may be missing."""
-    known = {*family.components, *family.tokenizers, *family.others, "scheduler"}
-    others = [part for part, kind in classes.items() if kind is not None and part not in known]
-    fits = all(classes.get(part) in (None, kind.__name__) for part, kind in family.components.items())
-    return fits and not others
+    """Whether the parts of a pipeline, with the names of their classes, are those of a family."""
+    parts = {part for part, kind in classes.items() if kind is not None} - {*family.others}
+    fits = all(classes.get(part) == kind.__name__ for part, kind in family.components.items())
+    return fits and parts == parts_of(family)
 
 
 def parts_of(family: Family) -> set[str]:
@@ -106,7 +105,7 @@ def find_model(flags: ModelFlags) -> Path:
         if weights.variant and weights.variant != flags.variant:
             _tell_only_variant("--external_unet_path", flags.external_unet_path, weights.variant)
     if flags.tokenizer_name:
-        elsewhere.add("tokenizer")
+        elsewhere.update(name for family in FAMILIES for name in family.tokenizers)
     return find_folder(
         flags.pretrained_model_name_or_path,
         "--pretrained_model_name_or_path",

@@ -1,12 +1,14 @@
 """A model as a whole: loaded for training, or as the pipeline that draws."""
 
+import inspect
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
 from dreambooth.model.components import (
     check_resolution,
@@ -40,7 +42,7 @@ def load_model(
         folder: of the model.
         resolution: of the images, in pixels.
         variant: of the weights, where a part has it.
-        tokenizer: folder of another tokenizer than its own.
+        tokenizer: folder of other tokenizers than its own, as of `load_tokenizers`.
         unet: folder of another UNet than its own.
         trained: checkpoint whose parts count instead of those of the model.
 
@@ -48,7 +50,7 @@ def load_model(
         UserError: if a part cannot be loaded, parts do not fit, or images of that resolution have no latents.
     """
     family = family_of(folder)
-    tokenizers = {name: load_tokenizer(tokenizer or folder / name) for name in family.tokenizers}
+    tokenizers = load_tokenizers(family, tokenizer or folder)
     components = {}
     for name in family.components:
         in_checkpoint = trained is not None and (trained / name).is_dir()
@@ -59,6 +61,12 @@ def load_model(
             components[name].requires_grad_(False)
     family.check_fit(tokenizers, components)
     return Model(family, tokenizers, components, load_noise_scheduler(folder))
+
+
+def load_tokenizers(family: Family, folder: Path) -> dict[str, CLIPTokenizer | CLIPTokenizerFast]:
+    """Loads a family's tokenizers, each from its folder within `folder`, which may be that of an only one itself."""
+    alone = len(family.tokenizers) == 1 and not (folder / family.tokenizers[0]).is_dir()
+    return {name: load_tokenizer(folder if alone else folder / name) for name in family.tokenizers}
 
 
 def load_part(
@@ -106,10 +114,15 @@ def load_pipeline(
         for name in family.components.keys() - parts.keys():
             parts[name] = load_part(family, name, folder, dtype, variant=variant)
         scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
-        pipeline = family.pipeline(
-            **parts, scheduler=scheduler.from_pretrained(folder / "scheduler"), **family.left_out
-        )
+        parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
+        pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
     return pipeline.to(dtype=dtype)
+
+
+def settings_in(index: dict, family: Family) -> dict[str, Any]:
+    """Returns the arguments of a pipeline that its model_index.json has besides the parts."""
+    names = inspect.signature(family.pipeline).parameters.keys() & index.keys()
+    return {name: index[name] for name in names if not isinstance(index[name], list)}
 
 
 def write_pipeline(pipeline: DiffusionPipeline, folder: str | Path, *, without: Collection[str] = ()) -> None:

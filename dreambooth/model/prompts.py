@@ -1,12 +1,12 @@
 """From prompts to what a text encoder reads, and to what it writes of them once and for all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.command_line.console import UserError, warn
-from dreambooth.model.family import Conditioning, Family
+from dreambooth.model.family import Conditioning, Family, Reader
 
 ENCODED_AT_A_TIME = 32  # prompts
 
@@ -16,38 +16,45 @@ def max_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
-def check_max_length(wanted: int | None, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+def check_max_length(wanted: int | None, readers: Iterable[Reader]) -> None:
     """Compares --tokenizer_max_length with what is read.
 
     Raises:
         UserError: if it is another number.
     """
-    longest = max_tokens(tokenizer, text_encoder)
-    if wanted is not None and wanted != longest:
-        raise UserError(
-            f"--tokenizer_max_length {wanted}: this model reads {longest} tokens of a prompt; leave it out"
-        )
-    if wanted is not None:
-        warn(f"--tokenizer_max_length {wanted}: no effect, it is always so")
+    if wanted is None:
+        return
+    for reader in readers:
+        if wanted != (longest := max_tokens(*reader)):
+            raise UserError(
+                f"--tokenizer_max_length {wanted}: this model reads {longest} tokens of a prompt; leave it out"
+            )
+    warn(f"--tokenizer_max_length {wanted}: no effect, it is always so")
 
 
-def warn_of_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-    """Tells which prompts are longer than what is read, and what of them is cut."""
+def warn_of_cut_prompts(prompts: list[str], readers: Sequence[Reader]) -> None:
+    """Tells which prompts are longer than what is read, and what of them is cut; once, where it is so for several."""
+    cuts = (_cut(prompt, *reader) for prompt in prompts for reader in readers)
+    for cut in dict.fromkeys(filter(None, cuts)):
+        warn(cut)
+
+
+def _cut(prompt: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> str | None:
+    """Returns what to say of a prompt that is longer than what is read; None of one that is not."""
     longest = max_tokens(tokenizer, text_encoder)
-    for prompt in prompts:
-        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        if len(tokens) > longest:
-            cut = tokenizer.decode(tokens[longest - 1 : -1])  # the end mark takes the last place
-            warn(f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}")
+    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    if len(tokens) <= longest:
+        return None
+    cut = tokenizer.decode(tokens[longest - 1 : -1])  # the end mark takes the last place
+    return f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}"
 
 
 def tokens_of(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Splits prompts into the tokens that a text encoder reads; warns where one is cut.
+    """Splits prompts into the tokens that a text encoder reads.
 
     Returns:
         Tensor of shape (prompts, tokens), int64, on the CPU.
     """
-    warn_of_cut_prompts(prompts, tokenizer, text_encoder)
     longest = max_tokens(tokenizer, text_encoder)
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt").input_ids
 

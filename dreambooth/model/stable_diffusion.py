@@ -9,6 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.command_line.console import UserError
 from dreambooth.model.family import Conditioning, View
+from dreambooth.model.fit import check_latents, check_vocabulary, check_width
 from dreambooth.model.prompts import tokens_of
 
 
@@ -29,25 +30,10 @@ class StableDiffusion:
     left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def check_fit(self, tokenizers: Mapping[str, CLIPTokenizer], components: Mapping[str, torch.nn.Module]) -> None:
-        tokenizer, text_encoder = tokenizers["tokenizer"], components["text_encoder"]
-        unet, vae = components["unet"], components["vae"]
-        tokens, known = len(tokenizer), text_encoder.config.vocab_size
-        if tokens > known:
-            raise UserError(f"the tokenizer has {tokens} tokens, of which the text encoder knows {known}: use its own")
-        channels, latents = unet.config.in_channels, vae.config.latent_channels
-        if channels != latents or unet.config.out_channels != latents:
-            inpainting = "it is an inpainting model, which cannot be trained here"
-            hint = inpainting if channels == 9 else "use the VAE's own UNet"
-            raise UserError(
-                f"the UNet takes {channels} channels and returns {unet.config.out_channels}, "
-                f"and the VAE's latents have {latents}: {hint}"
-            )
-        width, encoded = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-        if any(one != encoded for one in (width if isinstance(width, list | tuple) else [width])):
-            raise UserError(
-                f"the UNet reads prompts of width {width}, and the text encoder writes {encoded}: "
-                "use a UNet of this model"
-            )
+        text_encoder, unet = components["text_encoder"], components["unet"]
+        check_vocabulary(tokenizers["tokenizer"], text_encoder)
+        check_latents(unet, components["vae"])
+        check_width(unet, text_encoder.config.hidden_size)
         if any(unet.config[name] for name in ("addition_embed_type", "class_embed_type", "num_class_embeds")):
             raise UserError(f"the UNet wants more than an image and a prompt: use that of a {self.name}")
 

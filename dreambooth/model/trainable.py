@@ -82,13 +82,19 @@ class Trainable:
     """The weights of a module that take gradients.
 
     Args:
-        module: what of it is frozen stays as it is.
+        module: what of it is frozen stays as it is, and is not among them.
         names: of those whose name here is to be another, by the name in the module.
     """
 
     def __init__(self, module: torch.nn.Module, names: Mapping[str, str]):
         self.module = module
         self.is_flat = False
+        # As they are now, whatever the module is converted to.
+        self._frozen = {
+            names.get(name, name): parameter.detach()
+            for name, parameter in module.named_parameters()
+            if not parameter.requires_grad
+        }
         # The weights in each parameter.
         self._weights = [
             [Weight(names.get(name := f"{path}.{attribute}", name), parameter.shape, owner, attribute)]
@@ -163,6 +169,13 @@ class Trainable:
                 first = max(weight.offset, shard.first)
                 last = max(first, min(weight.offset + weight.shape.numel(), shard.first + shard.tensor.numel()))
                 yield Piece(weight, first - weight.offset, last - weight.offset, shard)
+
+    def frozen(self) -> list[Slice]:
+        """Returns the weights of the module that take no gradients, in fp32, as they were before training."""
+        return [
+            Slice(name, weight.shape, 0, weight.float().flatten(), is_everywhere=True)
+            for name, weight in self._frozen.items()
+        ]
 
     def values(self) -> dict[str, Tensor]:
         """Returns the weights of whole parameters by name, without gradient; they share memory with them."""

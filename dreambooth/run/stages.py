@@ -25,7 +25,7 @@ from dreambooth.model.folder import find_model, find_tokenizer
 from dreambooth.model.loss import example_inputs, training_loss
 from dreambooth.model.pipeline import load_model, load_part, load_pipeline
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
-from dreambooth.model.prompts import check_max_length, embed
+from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
 from dreambooth.run.callbacks import Callbacks
@@ -179,8 +179,7 @@ def prepare_model(run: Run) -> PreparedModel:
         unet=flags.model.external_unet_path,
         trained=None if run.checkpoint is None else run.checkpoint.folder,
     )
-    for tokenizer, text_encoder in zip(model.tokenizers.values(), model.text_encoders.values(), strict=True):
-        check_max_length(flags.model.tokenizer_max_length, tokenizer, text_encoder)
+    check_max_length(flags.model.tokenizer_max_length, model.readers)
     trained = ("unet", *(model.text_encoders if flags.model.train_text_encoder else ()))
     warn_of_dropout(*(model.components[name] for name in trained))
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
@@ -262,6 +261,7 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     )
     run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
+    warn_of_cut_prompts(dataset.prompts, model.readers)
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not flags.model.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
