@@ -656,7 +656,7 @@ MODELS = {
     "unet for other latents": Case(other_unet(in_channels=8, out_channels=8), "the VAE's latents have 4"),
     "unet that returns the variance too": Case(other_unet(out_channels=8), "takes 4 channels and returns 8"),
     "vae of other latents": Case(other_vae(latent_channels=16), "the VAE's latents have 16"),
-    "unet for another text encoder": Case(other_unet(cross_attention_dim=48), "prompts of width 48, and the text enc"),
+    "unet for another text encoder": Case(other_unet(cross_attention_dim=48), "prompts of width 48, and this model"),
     "unet of labels": Case(other_unet(num_class_embeds=10), "the UNet wants more than an image and a prompt"),
     "external unet for another text encoder": Case(external_unet, "the UNet reads prompts of width 48"),
     "external unet empty": Case(lambda folder, flags: {"external_unet_path": folder}, "cannot load the UNet of"),

@@ -89,9 +89,9 @@ class Trainable:
     def __init__(self, module: torch.nn.Module, names: Mapping[str, str]):
         self.module = module
         self.is_flat = False
-        # As they are now, whatever the module is converted to.
+        # Copies, as they are now, whatever the module is converted to: what they are mapped from is a whole file.
         self._frozen = {
-            names.get(name, name): parameter.detach()
+            names.get(name, name): parameter.detach().clone()
             for name, parameter in module.named_parameters()
             if not parameter.requires_grad
         }
