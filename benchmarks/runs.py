@@ -17,6 +17,7 @@ before_imports(__name__)
 
 import numpy as np
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
@@ -108,6 +109,7 @@ def build_parser(description: str, *, steps: int) -> argparse.ArgumentParser:
 def base_flags(args: argparse.Namespace) -> Iterator[dict]:
     """Builds the model and the photos in a temporary folder, and yields the flags that every run has."""
     disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model, photos = Path(args.model or Path(folder, "model")), Path(folder, "photos")
         if not args.model:
