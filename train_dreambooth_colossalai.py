@@ -107,6 +107,7 @@ def build_booster(strategy: Strategy, denoiser: Denoiser, *, max_grad_norm: floa
                 min_chunk_size_m=min(32, denoiser.trained.numel() / 4 / 2**20),
             )
         )
+    assert strategy.plugin in ("torch_ddp", "torch_ddp_fp16"), strategy.plugin
     return Booster(
         plugin=TorchDDPPlugin(gradient_as_bucket_view=True),
         mixed_precision=FP16TorchMixedPrecision(INITIAL_LOSS_SCALE) if strategy.precision == "fp16" else None,

@@ -66,6 +66,8 @@ class BoosterTraining:
             not finite where the loss scale of fp16 was too high and the step was skipped.
         """
         if self.strategy.shards:
+            # Which clips: low_level_zero in AheadZeroOptimizer._unscale_and_clip_grads, gemini by what it has
+            # ShardAdamW divide the gradients by.
             self.optimizer.step()
             norm = self._norm_of_sharded_gradients()
         else:
