@@ -1,6 +1,7 @@
 """AdamW and the learning rate, the same in both trainers."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -64,7 +65,10 @@ def state_slices(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece]) -> l
         for name in state_names(optimizer):
             prefix = f"{name}."
             if isinstance(optimizer, torch.optim.AdamW):
-                slices.append(piece.slice_of(state.get(name, torch.zeros_like(piece.shard.tensor)), prefix))
+                # Zeros of the piece alone: the shard may be a flat parameter, with hundreds of pieces.
+                before = piece.slice_of(piece.shard.tensor, prefix)
+                kept = piece.of(state[name]) if name in state else torch.zeros_like(before.values)
+                slices.append(replace(before, values=kept))
             elif name in state:
                 kept = state[name]
                 slices.append(Slice(f"{prefix}{piece.weight.name}", kept.shape, 0, kept.flatten(), True))

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -61,18 +62,18 @@ def save_configuration(component: torch.nn.Module, folder: Path) -> None:
 
 def without_weights(kind: type, folder: Path) -> torch.nn.Module:
     """Returns a part of the configuration in `folder`, whose weights take no memory."""
-    with init_empty_weights():
-        if issubclass(kind, PreTrainedModel):
-            return kind(kind.config_class.from_pretrained(folder))
-        return kind.from_config(kind.load_config(folder))
+    of_transformers = issubclass(kind, PreTrainedModel)
+    return _empty(kind, kind.config_class.from_pretrained(folder) if of_transformers else kind.load_config(folder))
 
 
 def empty_copy(module: torch.nn.Module) -> torch.nn.Module:
     """Returns a model of the same class and configuration, whose weights take no memory."""
+    return _empty(type(module), module.config)
+
+
+def _empty(kind: type, config: Any) -> torch.nn.Module:
     with init_empty_weights():
-        if isinstance(module, PreTrainedModel):
-            return type(module)(module.config)
-        return type(module).from_config(module.config)
+        return kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
 
 
 def load_component(
@@ -199,9 +200,8 @@ def fingerprint(*parts: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for name, tensor in sorted((name_in_file(part, name), one) for name, one in part.state_dict().items()):
-            numbers = (
-                (tensor.float() if tensor.is_floating_point() else tensor).contiguous().view(torch.uint8).flatten()
-            )
+            same = tensor.float() if tensor.is_floating_point() else tensor
+            numbers = same.contiguous().view(torch.uint8).flatten()
             whole = numbers[: numbers.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
             digest.update(f"{name} {tuple(tensor.shape)} {whole}".encode())
     return digest.hexdigest()[:16]

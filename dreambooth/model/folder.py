@@ -162,7 +162,7 @@ def find_folder(
             raise UserError(f"{flag} {name} is not a folder")
         folder = _download(name, flag, elsewhere, revision, variant)
     has_index = (folder / INDEX).is_file()
-    family = read_index(folder / INDEX, name)[1] if has_index else FAMILIES[0]
+    family = read_index(folder / INDEX, name)[1] if has_index else FAMILIES[0]  # says what is missing
     parts = parts_of(family) - elsewhere
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth.command_line.console import ToldByRank0, first_line, is_rank_0
+from dreambooth.command_line.console import RunError, ToldByRank0, first_line, is_rank_0
 from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0, on_one_machine
 
 # As safetensors files name the dtypes that are written here; in them, those with the larger elements come first.
@@ -83,7 +83,7 @@ def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
         except OSError as caught:
             error = first_line(caught)
     if found := [one for one in from_all_ranks(error) if one]:
-        raise OSError(found[0]) if is_rank_0() else ToldByRank0(1)
+        raise OSError(found[0]) if is_rank_0() else ToldByRank0(RunError.status)
     from_rank_0(lambda: _check(path))
 
 
