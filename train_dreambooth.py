@@ -38,11 +38,13 @@ from dreambooth.engine.optimizer import (
     build_lr_scheduler,
     resume_lr_scheduler,
     resume_optimizer,
+    state_bytes,
     state_slices,
 )
 from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision
+from dreambooth.model.recording import records
 from dreambooth.model.slices import Slice
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import Ranks, check_gpus, join
@@ -140,6 +142,7 @@ def train(training: Training, steps: Iterable[list], loss_of: Callable, callback
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     precision = choose_precision(flags.training.mixed_precision)
+    recorded = records(flags.training)
     remember_cheaper_flags(flags.model, flags.training, flags.optimizer)
     inputs = check_inputs(flags)
     accelerator, ranks = launch(inputs.place, precision)
@@ -161,15 +164,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.compile_blocks()
     if not flags.optimizer.use_8bit_adam:  # which goes by single parameters
         denoiser.trained.flatten(multiple_of=ranks.world_size)
-    if flags.training.cuda_graphs:
-        autocast = None if precision == "no" else DTYPES[precision]
-        denoiser.to(ranks.device).record(*samples.example_inputs(dtype=torch.float32), autocast)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     optimizer = build_adamw(flags.optimizer, denoiser.trained.parameters(), run.schedule)
     lr_scheduler = build_lr_scheduler(flags.optimizer, optimizer, run.schedule)
     prepared = accelerator.prepare(denoiser, optimizer)
     training = Training(accelerator, denoiser, *prepared, lr_scheduler, flags.optimizer.max_grad_norm)
+    if recorded:
+        denoiser.record(
+            samples.example_inputs(dtype=torch.float32),
+            dtype=DTYPES[precision],
+            keep_free=state_bytes(optimizer, denoiser.trained.numel()),
+            insist=flags.training.cuda_graphs == "on",
+            accumulates=flags.training.gradient_accumulation_steps > 1,
+        )
     if run.checkpoint is not None:
         training.resume(run.checkpoint)
 

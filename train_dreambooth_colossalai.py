@@ -35,8 +35,9 @@ from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_sc
 from dreambooth.engine.plugins import ShardAdamW
 from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
-from dreambooth.model.denoiser import Conditioning, Denoiser
-from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.precision import INITIAL_LOSS_SCALE
+from dreambooth.model.recording import records
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
 from dreambooth.run.callbacks import Callbacks
@@ -123,7 +124,6 @@ def boost(
     *,
     max_grad_norm: float,
     accumulation: int = 1,
-    record: tuple[torch.Tensor, torch.Tensor, Conditioning] | None = None,
 ) -> BoosterTraining:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
 
@@ -133,11 +133,7 @@ def boost(
         masters: the weights as their files have them, from which a sharding plugin's shards are filled.
         max_grad_norm: as of the flag.
         accumulation: batches of each step.
-        record: an example of the denoiser's inputs, by which it is recorded as CUDA graphs; None for none.
     """
-    if record is not None:
-        half = None if strategy.shards or strategy.precision == "no" else DTYPES[strategy.precision]
-        denoiser.to(record[0].device, strategy.weights_dtype).record(*record, half)
     booster = build_booster(strategy, denoiser, max_grad_norm=max_grad_norm, accumulation=accumulation)
     model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
     training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, max_grad_norm)
@@ -170,6 +166,7 @@ def train(
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(ColossalAIFlags, argv, __doc__)
     strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer)
+    recorded = records(flags.training, spares_memory=strategy.spares_memory)
     place = {"sharded": strategy.shards, "placement": strategy.placement}
     remember_cheaper_flags(flags.model, flags.training, flags.optimizer, **place)
     inputs = check_inputs(flags)
@@ -189,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.normalize_in_half()
     if flags.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    elif strategy.spares_memory and not (flags.training.compile or flags.training.cuda_graphs):
+    elif strategy.spares_memory and not (flags.training.compile or recorded):
         discard_activations(denoiser.unet)
     if flags.training.compile:
         denoiser.compile_blocks()
@@ -208,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         masters,
         max_grad_norm=flags.optimizer.max_grad_norm,
         accumulation=flags.training.gradient_accumulation_steps,
-        record=samples.example_inputs(dtype=strategy.weights_dtype) if flags.training.cuda_graphs else None,
     )
+    if recorded:
+        training.record(samples.example_inputs(dtype=strategy.weights_dtype), flags.training)
     if run.checkpoint is not None:
         training.resume(run.checkpoint)
 

@@ -63,14 +63,6 @@ BAD_PLUGINS = {
     ),
     "zero without GPU": ({"plugin": "low_level_zero"}, "--plugin low_level_zero needs a CUDA GPU"),
     "CUDA graphs without GPU": ({"cuda_graphs": True}, "--cuda_graphs needs a CUDA GPU"),
-    "CUDA graphs and accumulation": (
-        {"cuda_graphs": True, "gradient_accumulation_steps": 2},
-        "not with gradient accumulation",
-    ),
-    "CUDA graphs and checkpointing": (
-        {"cuda_graphs": True, "gradient_checkpointing": True},
-        "--cuda_graphs cannot record --gradient_checkpointing",
-    ),
     "gemini without GPU": ({"plugin": "gemini"}, "--plugin gemini needs a CUDA GPU"),
     "fp16 without GPU": ({"plugin": "torch_ddp_fp16"}, "--plugin torch_ddp_fp16 needs a CUDA GPU"),
     "placement without GPU": ({"placement": "auto"}, "--placement auto (plugin gemini) needs a CUDA GPU"),

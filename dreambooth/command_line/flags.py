@@ -239,10 +239,13 @@ class TrainingFlags:
         "compile the blocks of the UNet with torch.compile: the first step takes a minute or two, the others less "
         "time and memory; not under gemini",
     )
-    cuda_graphs: bool = flag(
-        False,
+    cuda_graphs: str = flag(
+        "auto",
         "record the forward and backward pass as CUDA graphs, so that a slow host or a small batch keeps no GPU "
-        "waiting; not under gemini, nor with gradient accumulation or checkpointing",
+        "waiting: auto does where it can, and the GPU has the room; on (or nothing after the flag) insists on it; not "
+        "under gemini",
+        choices=("auto", "on", "off"),
+        alone="on",
     )
     mixed_precision: str | None = flag(
         None,

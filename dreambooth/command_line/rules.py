@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
 from dreambooth.command_line.paths import same_folder, unwritable
 
@@ -104,16 +102,6 @@ def _no_bitsandbytes(flags: Flags) -> Iterator[str]:
         yield "--use_8bit_adam needs a package that is not there: pip install bitsandbytes"
 
 
-def _what_cuda_graphs_cannot(flags: Flags) -> Iterator[str]:
-    training = flags.training
-    if training.cuda_graphs and not torch.cuda.is_available():
-        yield "--cuda_graphs needs a CUDA GPU, and none was found"
-    if training.cuda_graphs and training.gradient_accumulation_steps > 1:
-        yield "--cuda_graphs leaves each batch's gradients in one place: not with gradient accumulation"
-    if training.cuda_graphs and training.gradient_checkpointing:
-        yield "--cuda_graphs cannot record --gradient_checkpointing: leave one of them out"
-
-
 def _flags_that_need_another(flags: Flags) -> Iterator[str]:
     for group in flags.groups():
         given: dict[str, list[str]] = {}
@@ -189,7 +177,6 @@ PROBLEMS = (
     _embeddings_that_change,
     _polynomial_that_rises,
     _no_bitsandbytes,
-    _what_cuda_graphs_cannot,
 )
 WARNINGS = (
     _flags_that_need_another,

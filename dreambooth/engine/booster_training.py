@@ -13,11 +13,19 @@ from colossalai.booster import Booster
 from colossalai.interface import OptimizerWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from dreambooth.engine.optimizer import adam_step, resume_lr_scheduler, resume_optimizer, state_slices
+from dreambooth.command_line.flags import TrainingFlags
+from dreambooth.engine.optimizer import (
+    adam_step,
+    resume_lr_scheduler,
+    resume_optimizer,
+    state_bytes,
+    state_slices,
+)
 from dreambooth.engine.plugins import grad_scaler, in_host_memory, other_colossalai, shard_of, take_over
 from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.engine.strategy import Strategy
-from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.denoiser import Conditioning, Denoiser
+from dreambooth.model.precision import DTYPES
 from dreambooth.model.slices import Slice
 from dreambooth.model.trainable import Piece
 
@@ -41,6 +49,45 @@ class BoosterTraining:
     def __post_init__(self) -> None:
         if self.strategy.shards:
             take_over(self.optimizer)
+
+    def record(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning], flags: TrainingFlags) -> None:
+        """Records the denoiser as CUDA graphs, where the GPU has the room; before anything is resumed.
+
+        Args:
+            inputs: as of `Denoiser.record`.
+            flags: of the run.
+        """
+        accumulates = flags.gradient_accumulation_steps > 1
+        in_place = not (self.strategy.shards or accumulates)
+        if in_place:
+            self._lay_out_gradients(inputs)
+        self.denoiser.record(
+            inputs,
+            dtype=DTYPES[self.strategy.precision],
+            keep_free=self._optimizer_bytes(),
+            insist=flags.cuda_graphs == "on",
+            in_place=in_place,
+            accumulates=accumulates,
+        )
+
+    def _lay_out_gradients(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning]) -> None:
+        """Gives each parameter its gradient, zeros, where DDP is going to share it.
+
+        DDP lays them out once more after the first backward pass that it has seen, when the second begins.
+        """
+        for _ in range(2):
+            with self.strategy.autocast():
+                prediction = self.model(*inputs)
+            self.backward(prediction.float().sum() * 0)
+            self.optimizer.zero_grad(set_to_none=False)
+
+    def _optimizer_bytes(self) -> int:
+        """Returns how much GPU memory a step takes on this rank when gradients are there: above all AdamW's state."""
+        if self.strategy.zero_offloads:
+            return 0
+        weights = sum(piece.last - piece.first for piece in self._pieces())
+        # A sharding plugin makes a copy of the gradients, in full precision, for AdamW.
+        return state_bytes(self._adamw, weights) + 4 * weights * self.strategy.shards
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Returns the context of all batches of a step but the last, after which alone ranks share their gradients.
@@ -74,7 +121,8 @@ class BoosterTraining:
             norm = self._clip()
             self.optimizer.step()
         self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        if not self.denoiser.overwrites_gradients:
+            self.optimizer.zero_grad()
         return norm
 
     def _clip(self) -> torch.Tensor:

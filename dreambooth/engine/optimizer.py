@@ -109,6 +109,11 @@ def _state_8bit(optimizer: torch.optim.Optimizer, kept: dict[str, torch.Tensor],
     return state
 
 
+def state_bytes(optimizer: torch.optim.Optimizer, weights: int) -> int:
+    """Returns how much memory an AdamW takes for its state of so many weights."""
+    return weights * (8 if isinstance(optimizer, torch.optim.AdamW) else 2)
+
+
 def build_lr_scheduler(flags: OptimizerFlags, optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
     """Returns the scheduler of --lr_scheduler; to be stepped once per optimizer step, on any number of ranks."""
     return get_scheduler(

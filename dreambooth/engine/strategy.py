@@ -127,8 +127,8 @@ def choose_strategy(flags: StrategyFlags, training: TrainingFlags, optimizer: Op
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"
         )
-    for name in ("compile", "cuda_graphs"):
-        if getattr(training, name) and plugin == "gemini":
+    for name, insists in {"compile": training.compile, "cuda_graphs": training.cuda_graphs == "on"}.items():
+        if insists and plugin == "gemini":
             raise UserError(f"--{name} cannot see what {chosen} does with the weights: use it with another plugin")
     offload = flags.offload_optim_frac
     if offload is not None and (plugin != "gemini" or flags.placement == "auto"):

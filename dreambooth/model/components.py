@@ -158,11 +158,16 @@ def unet_folder(folder: str | Path) -> Path:
 
 def warn_of_dropout(*parts: torch.nn.Module) -> None:
     """Warns of parts whose dropout is on in training: it draws what no seed and no checkpoint of a run fixes."""
+    if rate := dropout_of(*parts):
+        warn(f"the model has dropout of {rate:g}, drawn anew in each run: a resumed one does not go on exactly")
+
+
+def dropout_of(*parts: torch.nn.Module) -> float:
+    """Returns the highest rate of dropout in some parts; 0 where there is none."""
     modules = [module for part in parts for module in part.modules()]
     rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
     rates += [module.dropout for module in modules if isinstance(vars(module).get("dropout"), float)]  # as CLIP has it
-    if max(rates, default=0.0) > 0:
-        warn(f"the model has dropout of {max(rates):g}, drawn anew in each run: a resumed one does not go on exactly")
+    return max(rates, default=0.0)
 
 
 def load_noise_scheduler(model: Path) -> DDPMScheduler:

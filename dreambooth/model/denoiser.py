@@ -6,8 +6,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
+from dreambooth.command_line.console import say
+from dreambooth.model.components import dropout_of
 from dreambooth.model.family import Conditioning, Family
-from dreambooth.model.libraries import name_in_file
+from dreambooth.model.libraries import checkpoint_activations, name_in_file
+from dreambooth.model.recording import Recording
 from dreambooth.model.trainable import Trainable
 
 
@@ -53,6 +56,8 @@ class Denoiser(torch.nn.Module):
             for name, _ in module.named_parameters()
         }
         self.trained = Trainable(self, names)
+        self.is_compiled = False
+        self.recording: Recording | None = None
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the UNet's prediction.
@@ -65,8 +70,13 @@ class Denoiser(torch.nn.Module):
         Returns:
             Tensor of the shape of `noisy_latents`.
         """
+        if self.recording is not None:
+            return self.recording(noisy_latents, timesteps, conditioning)
         if self.trained.is_flat:
             self.trained.hand_out(noisy_latents.device.type)
+        return self._predict(noisy_latents, timesteps, conditioning)
+
+    def _predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         if text_encoders := self.text_encoders:
             conditioning = conditioning | self.family.encode(conditioning, text_encoders)
         return self.family.predict(self.unet, noisy_latents, timesteps, conditioning)
@@ -92,25 +102,62 @@ class Denoiser(torch.nn.Module):
         for block in self.unet.modules():
             if isinstance(block, ResnetBlock2D | Transformer2DModel):
                 block.compile(dynamic=False)
+        self.is_compiled = True
 
     def record(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, autocast: torch.dtype | None
+        self,
+        inputs: tuple[Tensor, Tensor, Conditioning],
+        *,
+        dtype: torch.dtype,
+        keep_free: int,
+        insist: bool,
+        **gradients: bool,
     ) -> None:
-        """Records the forward and backward pass as CUDA graphs: what the host would launch piece by piece, at once.
+        """Records the forward and backward pass as CUDA graphs, which `forward` then replays.
 
-        To be done before the module is wrapped, with its weights on the GPU, where they have to stay in place.
+        To be done when the weights are on the GPU, where they have to stay in place.
 
         Args:
-            noisy_latents, timesteps, conditioning: as in `forward`, of the shapes and dtypes of all that will follow.
-            autocast: dtype of the autocast context in which the denoiser will be called; None for none.
+            inputs: what `forward` takes, of the shapes and dtypes of all that will follow.
+            dtype: in which it computes.
+            keep_free: bytes of the GPU's memory that the training is going to take besides.
+            insist: whether to raise an error where there is not the room; otherwise a line says so, and all is as
+                before.
+            gradients: `in_place` and `accumulates` of `Recording`.
+
+        Raises:
+            torch.OutOfMemoryError: see above.
         """
-        with torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self, (noisy_latents, timesteps, conditioning))
-        torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
+        from dreambooth.model.channels_last import keep_channels_last  # Triton is not there without a GPU
+
+        undo = keep_channels_last(self.unet) if not self.is_compiled else None
+        try:
+            rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
+            self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients)
+            del rest
+        except torch.OutOfMemoryError:
+            if insist:
+                raise
+            if undo:
+                undo()
+            say("CUDA graphs: none, the GPU has not the room beside gradients and optimizer state")
+        torch.cuda.empty_cache()
+
+    @property
+    def overwrites_gradients(self) -> bool:
+        """Whether each backward pass writes over the gradients of the one before, which then have to stay."""
+        return self.recording is not None and self.recording.in_place
 
     def enable_gradient_checkpointing(self) -> None:
         """Makes the components recompute activations in the backward pass."""
-        self.unet.enable_gradient_checkpointing()
+        # The reentrant kind would go through the backward pass of the flat parameters once for each layer. Where
+        # nothing is drawn there is no state of random numbers to go back to, and a graph could not.
+        kind = {"use_reentrant": False, "preserve_rng_state": self.draws}
+        checkpoint_activations(self.unet, kind)
         for text_encoder in self.text_encoders.values():
-            # The reentrant kind would go through the backward pass of the flat parameters once for each layer.
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            text_encoder.gradient_checkpointing_enable(kind)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers, for dropout."""
+        return dropout_of(*self.children()) > 0

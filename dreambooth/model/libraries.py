@@ -3,9 +3,12 @@
 Of everything else both lists of requirements are served by the same code.
 """
 
+import functools
+import inspect
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 
@@ -13,6 +16,20 @@ def save_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes vocab.json and merges.txt: transformers 5 saves a tokenizer.json alone, which release 4 cannot load."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+# Whether what is recomputed can be recorded: release 0.29 of diffusers always keeps the state of random numbers for it.
+CHECKPOINTING_TAKES_A_FUNCTION = (
+    "gradient_checkpointing_func" in inspect.signature(UNet2DConditionModel.enable_gradient_checkpointing).parameters
+)
+
+
+def checkpoint_activations(unet: UNet2DConditionModel, kind: dict) -> None:
+    """Makes a UNet recompute activations in the backward pass; `kind` are arguments of torch's `checkpoint`."""
+    if CHECKPOINTING_TAKES_A_FUNCTION:
+        unet.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **kind))
+    else:
+        unet.enable_gradient_checkpointing()
 
 
 def name_in_file(component: torch.nn.Module, name: str) -> str:

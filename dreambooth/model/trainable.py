@@ -95,8 +95,8 @@ class Trainable:
             for name, parameter in module.named_parameters()
             if not parameter.requires_grad
         }
-        # The weights in each parameter.
-        self._weights = [
+        # The weights in each parameter, in the order of `parameters`.
+        self.by_parameter = [
             [Weight(names.get(name := f"{path}.{attribute}", name), parameter.shape, owner, attribute)]
             for path, owner in module.named_modules()
             for attribute, parameter in owner.named_parameters(recurse=False)
@@ -105,7 +105,7 @@ class Trainable:
 
     def __iter__(self) -> Iterator[Weight]:
         """Goes through the weights, in the order of their parameters."""
-        for weights in self._weights:
+        for weights in self.by_parameter:
             yield from weights
 
     def numel(self) -> int:
@@ -115,7 +115,7 @@ class Trainable:
     def parameters(self) -> list[Parameter]:
         """Returns the parameters that the weights lie in, for an optimizer."""
         if self.is_flat:
-            return [getattr(self.module, f"flat{number}") for number in range(len(self._weights))]
+            return [getattr(self.module, f"flat{number}") for number in range(len(self.by_parameter))]
         return [getattr(weight.owner, weight.attribute) for weight in self]
 
     def flatten(self, multiple_of: int) -> None:
@@ -143,11 +143,11 @@ class Trainable:
             filling = values[0].new_zeros(-sum(weight.shape.numel() for weight in weights) % multiple_of)
             parameter = Parameter(torch.cat([*(value.flatten() for value in values), filling]))
             self.module.register_parameter(f"flat{number}", parameter)
-        self._weights, self.is_flat = flat, True
+        self.by_parameter, self.is_flat = flat, True
 
     def hand_out(self, device_type: str) -> None:
         """Gives each module its weights out of the flat parameters; under autocast in half precision, all at once."""
-        for flat, weights in zip(self.parameters(), self._weights, strict=True):
+        for flat, weights in zip(self.parameters(), self.by_parameter, strict=True):
             if torch.is_autocast_enabled(device_type):
                 flat = flat.to(torch.get_autocast_dtype(device_type))
             sizes = [weight.shape.numel() for weight in weights]
@@ -163,7 +163,7 @@ class Trainable:
         Args:
             shard_of: returns what this rank holds of a parameter.
         """
-        for parameter, weights in zip(self.parameters(), self._weights, strict=True):
+        for parameter, weights in zip(self.parameters(), self.by_parameter, strict=True):
             shard = shard_of(parameter)
             for weight in weights:
                 first = max(weight.offset, shard.first)

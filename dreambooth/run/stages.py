@@ -300,7 +300,7 @@ def callbacks_of(run: Run, model: PreparedModel, samples: Samples, training: Tra
         folder=None if dry_run else run.output_dir / flags.output.logging_dir,
         first_step=run.first_step,
         save_minutes=flags.output.save_minutes,
-        cuda_graphs=flags.training.cuda_graphs,
+        cuda_graphs=training.denoiser.recording is not None,
         skips=run.precision == "fp16",
     ) as tracker:
         folder = run.output_dir / "validation"

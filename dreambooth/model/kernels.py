@@ -1,0 +1,352 @@
+"""Triton kernels for what libraries do in many passes over memory: each reads what it needs once, or twice.
+
+- group normalization, with the SiLU after it and a shift of each channel before it, where the channels are last in
+  memory, as convolutions want them (the library's would move them first, and back);
+- the gated GELU of transformer blocks;
+- the copy of a convolution's weights between the order of their files and channels-last.
+
+Sums are in float32. Everything else is as PyTorch has it, to rounding; tests compare with it in float64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, TILE = 128, 32  # pixels that a program goes through, and at a time
+CHANNELS = 64  # that it takes at a time
+PARTS, PER_GROUP = 32, 128  # of the sums that a program adds up: more than usual, so that one kernel serves all
+
+
+@triton.jit
+def _load(x, shift, n, row, c, size, channels, SHIFTED: tl.constexpr, TILE: tl.constexpr):
+    """Returns a tile of x, plus its channels' shifts, where it lies, and which of it is there."""
+    rows = row + tl.arange(0, TILE)
+    there = (rows < size)[:, None] & (c < channels)[None, :]
+    where = (n.to(tl.int64) * size + rows)[:, None] * channels + c[None, :]
+    tile = tl.load(x + where, there, 0.0).to(tl.float32)
+    if SHIFTED:
+        tile += tl.load(shift + n * channels + c, c < channels, 0.0).to(tl.float32)[None, :]
+    return tile, where, there
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def _moments(
+    x, shift, moments, size, channels, parts,
+    SHIFTED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean, and sum of squared differences from it, of each channel over some rows (Chan et al., 1979)."""
+    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mean = tl.zeros([CHANNELS], tl.float32)
+    squares = tl.zeros([CHANNELS], tl.float32)
+    count = 0.0
+    for first in range(0, ROWS, TILE):
+        tile, _, there = _load(x, shift, n, part * ROWS + first, c, size, channels, SHIFTED, TILE)
+        here = tl.minimum(tl.maximum(size - part * ROWS - first, 0), TILE).to(tl.float32)
+        mean_here = tl.sum(tl.where(there, tile, 0.0), 0) / tl.maximum(here, 1.0)
+        apart = tl.where(there, tile - mean_here[None, :], 0.0)
+        difference, share = mean_here - mean, here / tl.maximum(count + here, 1.0)
+        mean += difference * share
+        squares += tl.sum(apart * apart, 0) + difference * difference * count * share
+        count += here
+    where = tl.program_id(0) * 2 * channels + c
+    tl.store(moments + where, mean, c < channels)
+    tl.store(moments + where + channels, squares, c < channels)
+
+
+@triton.jit(do_not_specialize=["size", "parts", "per_group"])
+def _moments_of_groups(
+    moments, mean, rstd, size, channels, parts, per_group, eps,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Mean and reciprocal deviation of each group, from those of its channels and parts."""
+    groups = channels // per_group
+    n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    part, c = tl.arange(0, PARTS), tl.arange(0, PER_GROUP)
+    there = (part < parts)[:, None] & (c < per_group)[None, :]
+    where = (n * parts + part)[:, None] * 2 * channels + (group * per_group + c)[None, :]
+    count = tl.where(there, tl.minimum(size - part * ROWS, ROWS)[:, None], 0).to(tl.float32)
+    means = tl.load(moments + where, there, 0.0)
+    squares = tl.load(moments + where + channels, there, 0.0)
+    total = size * per_group
+    of_group = tl.sum(tl.sum(count * means, 1), 0) / total
+    apart = means - of_group
+    squares = tl.sum(tl.sum(squares + count * apart * apart, 1), 0)
+    tl.store(mean + tl.program_id(0), of_group)
+    tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(squares / total + eps))
+
+
+@triton.jit(do_not_specialize=["size", "parts", "per_group"])
+def _normalize(
+    x, shift, weight, bias, mean, rstd, out, size, channels, parts, per_group,
+    SHIFTED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    group = n * (channels // per_group) + c // per_group
+    scale = tl.load(weight + c, c < channels, 0.0).to(tl.float32) * tl.load(rstd + group, c < channels, 0.0)
+    offset = tl.load(bias + c, c < channels, 0.0).to(tl.float32) - tl.load(mean + group, c < channels, 0.0) * scale
+    for first in range(0, ROWS, TILE):
+        tile, where, there = _load(x, shift, n, part * ROWS + first, c, size, channels, SHIFTED, TILE)
+        y = tile * scale[None, :] + offset[None, :]
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(out + where, y, there)
+
+
+@triton.jit
+def _before_silu(gradient, x_hat, weight, bias):
+    """Returns the gradient of what SiLU reads, from that of what it returns."""
+    y = x_hat * weight[None, :] + bias[None, :]
+    sigmoid = tl.sigmoid(y)
+    return gradient * sigmoid * (1 + y * (1 - sigmoid))
+
+
+@triton.jit(do_not_specialize=["size", "parts", "per_group"])
+def _gradient_sums(
+    x, shift, weight, bias, mean, rstd, gradient, sums, size, channels, parts, per_group,
+    SHIFTED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sums of each channel over some rows: of the gradient of y, of that times x_hat, and of x_hat."""
+    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    group = n * (channels // per_group) + c // per_group
+    w = tl.load(weight + c, c < channels, 0.0).to(tl.float32)
+    b = tl.load(bias + c, c < channels, 0.0).to(tl.float32)
+    m, r = tl.load(mean + group, c < channels, 0.0), tl.load(rstd + group, c < channels, 0.0)
+    of_y = tl.zeros([CHANNELS], tl.float32)
+    of_product = tl.zeros([CHANNELS], tl.float32)
+    of_x_hat = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, ROWS, TILE):
+        tile, where, there = _load(x, shift, n, part * ROWS + first, c, size, channels, SHIFTED, TILE)
+        x_hat = tl.where(there, (tile - m[None, :]) * r[None, :], 0.0)
+        dy = tl.load(gradient + where, there, 0.0).to(tl.float32)
+        if SILU:
+            dy = _before_silu(dy, x_hat, w, b)
+        of_y += tl.sum(dy, 0)
+        of_product += tl.sum(dy * x_hat, 0)
+        of_x_hat += tl.sum(x_hat, 0)
+    where = tl.program_id(0) * 3 * channels + c
+    tl.store(sums + where, of_y, c < channels)
+    tl.store(sums + where + channels, of_product, c < channels)
+    tl.store(sums + where + 2 * channels, of_x_hat, c < channels)
+
+
+@triton.jit(do_not_specialize=["size", "parts", "per_group"])
+def _gradients_of_channels(
+    sums, weight, rstd, of_groups, of_channels, size, channels, parts, per_group,
+    PARTS: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of each image: of its groups the means by which x's gradient is centred; of its channels what parameters get.
+
+    The gradient of a channel's shift is the sum of those of its pixels, which follows from sums that are there.
+    """
+    groups = channels // per_group
+    n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    part, c = tl.arange(0, PARTS), group * per_group + tl.arange(0, PER_GROUP)
+    inside = tl.arange(0, PER_GROUP) < per_group
+    there = (part < parts)[:, None] & inside[None, :]
+    where = (n * parts + part)[:, None] * 3 * channels + c[None, :]
+    of_y = tl.sum(tl.load(sums + where, there, 0.0), 0)
+    of_product = tl.sum(tl.load(sums + where + channels, there, 0.0), 0)
+    of_x_hat = tl.sum(tl.load(sums + where + 2 * channels, there, 0.0), 0)
+    w = tl.load(weight + c, inside, 0.0).to(tl.float32)
+    total = size * per_group
+    mean_y, mean_product = tl.sum(w * of_y, 0) / total, tl.sum(w * of_product, 0) / total
+    tl.store(of_groups + tl.program_id(0) * 2, mean_y)
+    tl.store(of_groups + tl.program_id(0) * 2 + 1, mean_product)
+    of_shift = tl.load(rstd + tl.program_id(0)) * (w * of_y - size * mean_y - of_x_hat * mean_product)
+    where = n * 3 * channels + c
+    tl.store(of_channels + where, of_product, inside)
+    tl.store(of_channels + where + channels, of_y, inside)
+    tl.store(of_channels + where + 2 * channels, of_shift, inside)
+
+
+@triton.jit(do_not_specialize=["size", "parts", "per_group"])
+def _gradient_of_x(
+    x, shift, weight, bias, mean, rstd, of_groups, gradient, out, size, channels, parts, per_group,
+    SHIFTED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    group = n * (channels // per_group) + c // per_group
+    w = tl.load(weight + c, c < channels, 0.0).to(tl.float32)
+    b = tl.load(bias + c, c < channels, 0.0).to(tl.float32)
+    m, r = tl.load(mean + group, c < channels, 0.0), tl.load(rstd + group, c < channels, 0.0)
+    mean_y = tl.load(of_groups + 2 * group, c < channels, 0.0)
+    mean_product = tl.load(of_groups + 2 * group + 1, c < channels, 0.0)
+    for first in range(0, ROWS, TILE):
+        tile, where, there = _load(x, shift, n, part * ROWS + first, c, size, channels, SHIFTED, TILE)
+        x_hat = (tile - m[None, :]) * r[None, :]
+        dy = tl.load(gradient + where, there, 0.0).to(tl.float32)
+        if SILU:
+            dy = _before_silu(dy, x_hat, w, b)
+        dx = r[None, :] * (w[None, :] * dy - mean_y[None, :] - x_hat * mean_product[None, :])
+        tl.store(out + where, dx, there)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, weight, bias, groups, eps, silu):
+        images, channels, height, width = x.shape
+        size, per_group = height * width, channels // groups
+        parts = triton.cdiv(size, ROWS)
+        grid = (images * parts, triton.cdiv(channels, CHANNELS))
+        tiles = {"ROWS": ROWS, "TILE": TILE, "CHANNELS": CHANNELS}
+        moments = x.new_empty(images * parts, 2, channels, dtype=torch.float32)
+        mean, rstd = x.new_empty(2, images, groups, dtype=torch.float32)
+        out = torch.empty_like(x)
+        shifted = shift is not None
+        _moments[grid](x, shift, moments, size, channels, parts, SHIFTED=shifted, **tiles)
+        widths = {
+            "PARTS": max(PARTS, triton.next_power_of_2(parts)),
+            "PER_GROUP": max(PER_GROUP, triton.next_power_of_2(per_group)),
+        }
+        _moments_of_groups[(images * groups,)](
+            moments, mean, rstd, size, channels, parts, per_group, eps, ROWS=ROWS, **widths
+        )
+        _normalize[grid](
+            x, shift, weight, bias, mean, rstd, out, size, channels, parts, per_group,
+            SHIFTED=shifted, SILU=silu, **tiles,
+        )  # fmt: skip
+        ctx.save_for_backward(x, shift, weight, bias, mean, rstd)
+        ctx.silu, ctx.grid, ctx.tiles, ctx.widths = silu, grid, tiles, widths
+        ctx.sizes = size, channels, parts, per_group
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, shift, weight, bias, mean, rstd = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        (images, groups), (size, channels, parts, per_group) = mean.shape, ctx.sizes
+        kinds = {"SHIFTED": shift is not None, "SILU": ctx.silu}
+        sums = x.new_empty(images * parts, 3, channels, dtype=torch.float32)
+        of_channels = x.new_empty(images, 3, channels, dtype=torch.float32)
+        of_groups = x.new_empty(images, groups, 2, dtype=torch.float32)
+        of_x = torch.empty_like(x)
+        _gradient_sums[ctx.grid](
+            x, shift, weight, bias, mean, rstd, gradient, sums, size, channels, parts, per_group, **kinds, **ctx.tiles
+        )
+        _gradients_of_channels[(images * groups,)](
+            sums, weight, rstd, of_groups, of_channels, size, channels, parts, per_group, **ctx.widths
+        )
+        _gradient_of_x[ctx.grid](
+            x, shift, weight, bias, mean, rstd, of_groups, gradient, of_x, size, channels, parts, per_group,
+            **kinds, **ctx.tiles,
+        )  # fmt: skip
+        of_weight, of_bias = of_channels[:, :2].sum(0).to(weight.dtype)
+        of_shift = None if shift is None else of_channels[:, 2].to(shift.dtype)
+        return of_x, of_shift, of_weight, of_bias, None, None, None
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Returns the group normalization (Wu and He, arXiv 1803.08494) of x + shift, or silu of it.
+
+    Args:
+        x: (images, channels, height, width), on a GPU; is made channels-last in memory if it is not.
+        weight, bias: (channels,), contiguous.
+        groups: that divide the channels.
+        eps: what is added to the variance.
+        shift: (images, channels), contiguous; None for none.
+        silu: whether SiLU follows.
+
+    Returns:
+        Tensor of the shape and dtype of x, channels-last.
+    """
+    return _GroupNorm.apply(x.contiguous(memory_format=torch.channels_last), shift, weight, bias, groups, eps, silu)
+
+
+@triton.jit
+def _gelu(x):
+    """Returns GELU of x, exact, and its derivative."""
+    below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return x * below, below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _gated(both, out, total, width, BLOCK: tl.constexpr):
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    where = number // width * 2 * width + number % width
+    hidden = tl.load(both + where, number < total, 0.0).to(tl.float32)
+    gate, _ = _gelu(tl.load(both + where + width, number < total, 0.0).to(tl.float32))
+    tl.store(out + number, hidden * gate, number < total)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _gradient_of_gated(both, gradient, out, total, width, BLOCK: tl.constexpr):
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    where = number // width * 2 * width + number % width
+    hidden = tl.load(both + where, number < total, 0.0).to(tl.float32)
+    gate, slope = _gelu(tl.load(both + where + width, number < total, 0.0).to(tl.float32))
+    dy = tl.load(gradient + number, number < total, 0.0).to(tl.float32)
+    tl.store(out + where, dy * gate, number < total)
+    tl.store(out + where + width, dy * hidden * slope, number < total)
+
+
+class _GatedGelu(torch.autograd.Function):
+    BLOCK = 1024
+
+    @staticmethod
+    def forward(ctx, both):
+        width = both.shape[-1] // 2
+        out = both.new_empty(*both.shape[:-1], width)
+        blocks = triton.cdiv(out.numel(), _GatedGelu.BLOCK)
+        _gated[(blocks,)](both, out, out.numel(), width, BLOCK=_GatedGelu.BLOCK)
+        ctx.save_for_backward(both)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (both,) = ctx.saved_tensors
+        gradient, of_both = gradient.contiguous(), torch.empty_like(both)
+        blocks = triton.cdiv(gradient.numel(), _GatedGelu.BLOCK)
+        _gradient_of_gated[(blocks,)](
+            both, gradient, of_both, gradient.numel(), gradient.shape[-1], BLOCK=_GatedGelu.BLOCK
+        )
+        return of_both
+
+
+def gated_gelu(both: Tensor) -> Tensor:
+    """Returns the first half of each row times GELU of the second (Shazeer, arXiv 2002.05202).
+
+    Args:
+        both: (..., 2 * width), on a GPU.
+
+    Returns:
+        (..., width), of the same dtype.
+    """
+    return _GatedGelu.apply(both.contiguous())
+
+
+@triton.jit
+def _permute(source, target, inner, taps, source_inner, source_tap, target_inner, target_tap,
+             BLOCK: tl.constexpr, TAPS: tl.constexpr):  # fmt: skip
+    i, tap = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, TAPS)
+    there = (i < inner)[:, None] & (tap < taps)[None, :]
+    first = tl.program_id(0).to(tl.int64) * inner * taps
+    values = tl.load(source + first + i[:, None] * source_inner + tap[None, :] * source_tap, there)
+    tl.store(target + first + i[:, None] * target_inner + tap[None, :] * target_tap, values, there)
+
+
+def copy_weight(target: Tensor, source: Tensor) -> None:
+    """Copies a convolution's weights between memory layouts and dtypes.
+
+    Args:
+        target, source: (out, in, height, width), on a GPU, each contiguous or channels-last.
+    """
+    outer, inner, height, width = source.shape
+    block = 64
+    _permute[(outer, triton.cdiv(inner, block))](
+        source, target, inner, height * width, source.stride(1), source.stride(3), target.stride(1), target.stride(3),
+        BLOCK=block, TAPS=triton.next_power_of_2(height * width),
+    )  # fmt: skip

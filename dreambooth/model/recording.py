@@ -1,0 +1,202 @@
+"""A denoiser's forward and backward pass, recorded as CUDA graphs: all that the host would launch, at once.
+
+The weights are handed out within the recording, in the dtype and memory layout that the layers want, and each weight's
+gradient goes to its place as soon as it is there. So the gradients of all weights exist once.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dreambooth.command_line.console import UserError
+from dreambooth.command_line.flags import TrainingFlags
+from dreambooth.model.family import Conditioning
+from dreambooth.model.libraries import CHECKPOINTING_TAKES_A_FUNCTION
+from dreambooth.model.trainable import Trainable, Weight
+
+SMALL = 2**16  # elements of a weight, up to which its gradient waits for others
+
+
+def records(flags: TrainingFlags, *, spares_memory: bool = False) -> bool:
+    """Returns whether the denoiser is to be recorded, where the GPU has the room.
+
+    Args:
+        flags: of the run.
+        spares_memory: whether the run is to need little GPU memory, at the price of time; then only on demand.
+
+    Raises:
+        UserError: if --cuda_graphs insists on what cannot be had.
+    """
+    insists = flags.cuda_graphs == "on"
+    if flags.cuda_graphs == "off" or (spares_memory and not insists):
+        return False
+    reason = _cannot_record(flags)
+    if insists and reason:
+        raise UserError(f"--cuda_graphs {reason}")
+    return reason is None
+
+
+def _cannot_record(flags: TrainingFlags) -> str | None:
+    """Returns why this machine cannot record a denoiser; None if it can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, and none was found"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return f"needs a GPU of compute capability 7.0 or more, which {torch.cuda.get_device_name()} has not"
+    if importlib.util.find_spec("triton") is None:
+        return "needs a package that is not there: pip install triton"
+    if flags.gradient_checkpointing and not CHECKPOINTING_TAKES_A_FUNCTION:
+        return "cannot record --gradient_checkpointing with this release of diffusers: leave one of them out"
+    return None
+
+
+class Recording:
+    """Calls of a function that predicts, and their backward passes, as graphs that are replayed.
+
+    Inputs are copied to where the graphs read them, so that all have to be of the shapes of the recording. A
+    prediction, and gradients that are handed on, are the graphs' own memory: the next replay overwrites them.
+
+    Args:
+        predict: takes latents, timesteps and conditioning, and returns a prediction; it reads the weights where their
+            owners have them.
+        trained: the weights, whole, on the GPU, where they have to stay in place.
+        noisy_latents, timesteps, conditioning: an example of the inputs.
+        dtype: in which the denoiser computes.
+        in_place: whether the parameters' gradients are there and stay: then each backward pass overwrites them.
+            Otherwise it hands them on to autograd.
+        accumulates: whether gradients of several backward passes are added up, so that each needs memory of its own.
+
+    Raises:
+        torch.OutOfMemoryError: if the GPU has not the room; then nothing is changed.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
+        trained: Trainable,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        *,
+        dtype: torch.dtype,
+        in_place: bool = False,
+        accumulates: bool = False,
+    ):
+        self.predict, self.trained, self.dtype = predict, trained, dtype
+        self.in_place, self.accumulates = in_place, accumulates
+        self.parameters = trained.parameters()
+        self.inputs = {"noisy_latents": noisy_latents.clone(), "timesteps": timesteps.clone()} | {
+            name: tensor.clone() for name, tensor in conditioning.items()
+        }
+        # Zeros stay where a flat parameter has no weight.
+        self.gradients = [
+            parameter.grad if in_place else torch.zeros_like(parameter, requires_grad=False)
+            for parameter in self.parameters
+        ]
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        try:
+            self._record()
+        finally:
+            for weight in trained:
+                weight.owner.__dict__.pop(weight.attribute, None)
+            torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
+
+    def _record(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a first call, at which libraries choose and set up what they use
+            prediction = self._forward()
+            self._backward(prediction, torch.zeros_like(prediction))
+            del prediction
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        capture = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward_graph, **capture):
+            prediction = self._forward()
+        self.gradient = torch.zeros_like(prediction)
+        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **capture):
+            self._backward(prediction, self.gradient)
+        self.prediction = prediction.detach()
+
+    def _forward(self) -> Tensor:
+        """Hands out the weights as leaves of autograd, and predicts."""
+        for weight, value in self._each(self.parameters):
+            weight.owner.__dict__[weight.attribute] = _as_layers_want(value, self.dtype).requires_grad_()
+        inputs = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.inputs.items()
+        }
+        noisy_latents = inputs.pop("noisy_latents").contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cuda", enabled=False):
+            return self.predict(noisy_latents, inputs.pop("timesteps"), inputs)
+
+    def _backward(self, prediction: Tensor, gradient: Tensor) -> None:
+        """Goes back to the weights, and puts their gradients where they belong."""
+        small: list[tuple[Tensor, Tensor]] = []
+
+        def put(place: Tensor, leaf: Tensor) -> None:
+            found, leaf.grad = leaf.grad, None
+            if found.numel() <= SMALL:
+                small.append((place, found))
+            else:
+                _copy(place, found)
+
+        for weight, place in self._each(self.gradients):
+            leaf = weight.owner.__dict__.pop(weight.attribute)
+            leaf.register_post_accumulate_grad_hook(functools.partial(put, place))
+        torch.autograd.backward(prediction, gradient)
+        torch._foreach_copy_([place for place, _ in small], [found for _, found in small])
+
+    def _each(self, tensors: list[Tensor]) -> list[tuple[Weight, Tensor]]:
+        """Returns each weight with its elements in tensors that are laid out as the parameters are."""
+        return [
+            (weight, tensor.detach().view(-1)[weight.offset :][: weight.shape.numel()].view(weight.shape))
+            for tensor, weights in zip(tensors, self.trained.by_parameter, strict=True)
+            for weight in weights
+        ]
+
+    def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Returns a prediction, as the recorded function would."""
+        for name, tensor in ({"noisy_latents": noisy_latents, "timesteps": timesteps} | conditioning).items():
+            self.inputs[name].copy_(tensor)
+        return _Replay.apply(self, *self.parameters)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, *parameters: Tensor) -> Tensor:
+        ctx.recording = recording
+        recording.forward_graph.replay()
+        return recording.prediction.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        recording = ctx.recording
+        recording.gradient.copy_(gradient)
+        recording.backward_graph.replay()
+        if recording.in_place:
+            return None, *(None for _ in recording.gradients)
+        # As tensors that nobody else has, so that autograd takes them as they are.
+        own = Tensor.clone if recording.accumulates else Tensor.detach
+        return None, *map(own, recording.gradients)
+
+
+def _as_layers_want(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight in a dtype; that of a convolution channels-last."""
+    if weight.ndim < 4 or weight.shape[2:].numel() == 1:
+        return weight.to(dtype)
+    target = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
+    _copy(target, weight)
+    return target
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copies a weight, or its gradient, between dtypes and memory layouts."""
+    if target.stride() == source.stride():
+        target.copy_(source)
+    else:
+        from dreambooth.model.kernels import copy_weight  # Triton is not there without a GPU
+
+        copy_weight(target, source)

@@ -1,0 +1,109 @@
+"""The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+
+from benchmarks.random_model import SHAPES
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks for when it meets a kernel
+pytest.importorskip("triton")
+
+from dreambooth.model.channels_last import keep_channels_last
+from dreambooth.model.kernels import copy_weight, gated_gelu, group_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Compares the whole, and the largest element: a few that are wrong would not show in the whole."""
+    difference = found.double() - wanted.double()
+    assert difference.norm() <= tolerance * wanted.double().norm()
+    assert difference.abs().max() <= 10 * tolerance * wanted.double().abs().max()
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+# Pixels that fill no tile, more than one part, channels that fill no block, groups that straddle blocks.
+@pytest.mark.parametrize("shape, groups", [((2, 64, 8, 8), 32), ((3, 96, 13, 11), 8), ((1, 40, 16, 16), 4)], ids=str)
+def test_group_norm_and_its_gradients(shape, groups, shifted, silu):
+    torch.manual_seed(0)
+    images, channels = shape[:2]
+    x, gradient = 3 + 2 * draw(*shape), draw(*shape)
+    inputs = [x, draw(channels), draw(channels)] + [draw(images, channels)] * shifted
+    exact = [one.double().requires_grad_() for one in inputs]
+    shift = exact[3][:, :, None, None] if shifted else 0
+    wanted = F.group_norm(exact[0] + shift, groups, exact[1], exact[2], 1e-5)
+    wanted = F.silu(wanted) if silu else wanted
+    own = [one.clone().requires_grad_() for one in inputs]
+    found = group_norm(own[0], own[1], own[2], groups, 1e-5, shift=own[3] if shifted else None, silu=silu)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_close(found, wanted)
+    pairs = zip(
+        torch.autograd.grad(found, own, gradient), torch.autograd.grad(wanted, exact, gradient.double()), strict=True
+    )
+    for of_own, of_exact in pairs:
+        assert_close(of_own, of_exact)
+
+
+def test_a_group_far_from_zero_keeps_its_variance():
+    """A sum of squares would lose it: 1000 squared, and beside it 1."""
+    torch.manual_seed(0)
+    x, one = 1000 + draw(1, 8, 32, 32), torch.ones(8, device=DEVICE)
+    wanted = F.group_norm(x.double(), 2, one.double(), 0 * one.double(), 1e-5)
+    assert_close(group_norm(x, one, 0 * one, 2, 1e-5), wanted, tolerance=1e-4)
+
+
+def test_gated_gelu_and_its_gradient():
+    torch.manual_seed(0)
+    both, gradient = draw(3, 50, 2 * 24), draw(3, 50, 24)
+    own, exact = both.clone().requires_grad_(), both.double().requires_grad_()
+    hidden, gate = exact.chunk(2, dim=-1)
+    wanted, found = hidden * F.gelu(gate), gated_gelu(own)
+    assert_close(found, wanted)
+    assert_close(torch.autograd.grad(found, own, gradient)[0], torch.autograd.grad(wanted, exact, gradient.double())[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 70, 3, 3), (3, 4, 3, 3), (2, 65, 1, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_are_copied_between_layouts(shape, dtype):
+    torch.manual_seed(0)
+    weight, back = draw(*shape), torch.full(shape, torch.nan, device=DEVICE)
+    last = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
+    copy_weight(last, weight)
+    assert torch.equal(last, weight.to(dtype)) and last.is_contiguous(memory_format=torch.channels_last)
+    copy_weight(back, last)
+    assert torch.equal(back, last.float())
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-v2"])
+def test_a_unet_with_channels_last_computes_the_same(shape):
+    """Its prediction and all gradients, in fp32; and it can be made what it was."""
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE).train()
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    kinds = [type(module) for module in last.modules()]
+    undo = keep_channels_last(last)
+    assert not [module for module in last.modules() if type(module) is torch.nn.GroupNorm]
+    latents, timesteps, prompt = draw(2, 4, 16, 16), torch.tensor([3, 900], device=DEVICE), draw(2, 7, 32)
+    wanted = plain(latents, timesteps, prompt).sample
+    found = last(latents.contiguous(memory_format=torch.channels_last), timesteps, prompt).sample
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5  # convolutions in TF32
+    assert_close(found, wanted, tolerance)
+    gradient = torch.randn_like(wanted)
+    wanted.backward(gradient)
+    found.backward(gradient)
+    for one, other in zip(last.parameters(), plain.parameters(), strict=True):
+        assert_close(one.grad, other.grad, 10 * tolerance)
+    undo()
+    assert [type(module) for module in last.modules()] == kinds
