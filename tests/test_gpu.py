@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,7 +201,17 @@ def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_mode
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
-@pytest.mark.parametrize("more", [{}, {"compile": True}, TEXT_ENCODER, {"use_8bit_adam": True}], ids=str)
+RECORDED = (
+    {},
+    {"compile": True},
+    TEXT_ENCODER,
+    {"use_8bit_adam": True},
+    {"gradient_checkpointing": True},
+    {"train_batch_size": 2 // max(NPROC, 1), "gradient_accumulation_steps": 2},
+)
+
+
+@pytest.mark.parametrize("more", RECORDED, ids=str)
 @each([strategy for strategy in STRATEGIES if strategy.plugin != "gemini"])
 def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_model, photos, tmp_path):
     if "use_8bit_adam" in more and strategy.plugin in SHARDING:
@@ -211,6 +222,29 @@ def test_a_recorded_run_agrees_with_fp32(strategy, more, reference_of, tiny_mode
     train(strategy.script, flags | {"cuda_graphs": True, "output_dir": tmp_path / "out"}, nproc=NPROC, on_gpu=True)
     tolerance = 1e-3 if strategy.precision == "no" else 3e-2
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=tolerance, in_8_bits="use_8bit_adam" in more)
+
+
+@each([strategy for strategy in STRATEGIES if strategy.plugin != "gemini"])
+def test_without_room_for_graphs_a_run_goes_on(strategy, reference, tiny_model, photos, tmp_path):
+    """And says so; insisting on them it ends."""
+    script = tmp_path / f"in_little_room_{strategy.script}"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import {Path(strategy.script).stem} as trainer\n"
+        "from dreambooth.engine import booster_training\n"
+        "trainer.state_bytes = booster_training.state_bytes = lambda *_: 10**15\n"
+        "trainer.run_program(trainer.main, 'trainer')\n"
+    )
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | strategy_flags(strategy)
+    done = train(script, flags | {"output_dir": tmp_path / "out"}, nproc=NPROC, on_gpu=True)
+    assert ("CUDA graphs: none" in done.stdout + done.stderr) == (strategy.placement == "cuda")
+    tolerance = 1e-3 if strategy.precision == "no" else 3e-2
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=tolerance)
+    if strategy.placement == "cuda":
+        insisting = flags | {"cuda_graphs": "on", "output_dir": tmp_path / "none"}
+        done = train(script, insisting, nproc=NPROC, on_gpu=True, check=False)
+        assert done.returncode != 0 and any("out of GPU memory" in line for line in done.error_lines)
 
 
 @pytest.mark.parametrize("flag", ["compile", "cuda_graphs"])

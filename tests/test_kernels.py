@@ -70,7 +70,9 @@ def test_gated_gelu_and_its_gradient():
     hidden, gate = exact.chunk(2, dim=-1)
     wanted, found = hidden * F.gelu(gate), gated_gelu(own)
     assert_close(found, wanted)
-    assert_close(torch.autograd.grad(found, own, gradient)[0], torch.autograd.grad(wanted, exact, gradient.double())[0])
+    assert_close(
+        torch.autograd.grad(found, own, gradient)[0], torch.autograd.grad(wanted, exact, gradient.double())[0]
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 70, 3, 3), (3, 4, 3, 3), (2, 65, 1, 3)], ids=str)

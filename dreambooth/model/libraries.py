@@ -18,7 +18,7 @@ def save_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-# Whether what is recomputed can be recorded: release 0.29 of diffusers always keeps the state of random numbers for it.
+# Whether what is recomputed can be recorded: release 0.29 of diffusers keeps the state of random numbers for it.
 CHECKPOINTING_TAKES_A_FUNCTION = (
     "gradient_checkpointing_func" in inspect.signature(UNet2DConditionModel.enable_gradient_checkpointing).parameters
 )
