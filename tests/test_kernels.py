@@ -12,12 +12,14 @@ from benchmarks.random_model import SHAPES
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks for when it meets a kernel
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from dreambooth.model.channels_last import keep_channels_last
 from dreambooth.model.kernels import copy_weight, gated_gelu, group_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and int(triton.__version__.split(".")[1]) < 3:
+    pytest.skip("the interpreter of Triton 3.1 computes nonsense with today's numpy", allow_module_level=True)
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
