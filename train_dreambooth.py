@@ -18,7 +18,6 @@ from dreambooth.command_line.console import before_imports, doing, run_program, 
 before_imports(__name__)
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from dreambooth.engine.optimizer import (
     adam_step,
     build_adamw,
     build_lr_scheduler,
+    clip,
     resume_lr_scheduler,
     resume_optimizer,
     state_bytes,
@@ -128,8 +128,8 @@ def train(training: Training, steps: Iterable[list], loss_of: Callable, callback
                 loss = loss_of(training.model, batch) / len(batches)
                 training.accelerator.backward(loss)
             losses.append(loss.detach())
-        max_norm = training.max_grad_norm or math.inf
-        grad_norm = training.accelerator.clip_grad_norm_(training.model.parameters(), max_norm)
+        training.accelerator.unscale_gradients()
+        grad_norm = clip(training.optimizer.optimizer, training.max_grad_norm)
         lr = training.lr_scheduler.get_last_lr()[0]
         training.optimizer.step()
         training.lr_scheduler.step()

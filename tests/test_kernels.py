@@ -13,9 +13,8 @@ from benchmarks.random_model import SHAPES
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks for when it meets a kernel
 triton = pytest.importorskip("triton")
-
-from dreambooth.model.channels_last import keep_channels_last
-from dreambooth.model.kernels import copy_weight, gated_gelu, group_norm
+channels_last = pytest.importorskip("dreambooth.model.channels_last")
+kernels = pytest.importorskip("dreambooth.model.kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and int(triton.__version__.split(".")[1]) < 3:
@@ -47,7 +46,7 @@ def test_group_norm_and_its_gradients(shape, groups, shifted, silu):
     wanted = F.group_norm(exact[0] + shift, groups, exact[1], exact[2], 1e-5)
     wanted = F.silu(wanted) if silu else wanted
     own = [one.clone().requires_grad_() for one in inputs]
-    found = group_norm(own[0], own[1], own[2], groups, 1e-5, shift=own[3] if shifted else None, silu=silu)
+    found = kernels.group_norm(own[0], own[1], own[2], groups, 1e-5, shift=own[3] if shifted else None, silu=silu)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_close(found, wanted)
     pairs = zip(
@@ -62,7 +61,7 @@ def test_a_group_far_from_zero_keeps_its_variance():
     torch.manual_seed(0)
     x, one = 1000 + draw(1, 8, 32, 32), torch.ones(8, device=DEVICE)
     wanted = F.group_norm(x.double(), 2, one.double(), 0 * one.double(), 1e-5)
-    assert_close(group_norm(x, one, 0 * one, 2, 1e-5), wanted, tolerance=1e-4)
+    assert_close(kernels.group_norm(x, one, 0 * one, 2, 1e-5), wanted, tolerance=1e-4)
 
 
 def test_gated_gelu_and_its_gradient():
@@ -70,7 +69,7 @@ def test_gated_gelu_and_its_gradient():
     both, gradient = draw(3, 50, 2 * 24), draw(3, 50, 24)
     own, exact = both.clone().requires_grad_(), both.double().requires_grad_()
     hidden, gate = exact.chunk(2, dim=-1)
-    wanted, found = hidden * F.gelu(gate), gated_gelu(own)
+    wanted, found = hidden * F.gelu(gate), kernels.gated_gelu(own)
     assert_close(found, wanted)
     assert_close(
         torch.autograd.grad(found, own, gradient)[0], torch.autograd.grad(wanted, exact, gradient.double())[0]
@@ -83,10 +82,36 @@ def test_weights_are_copied_between_layouts(shape, dtype):
     torch.manual_seed(0)
     weight, back = draw(*shape), torch.full(shape, torch.nan, device=DEVICE)
     last = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
-    copy_weight(last, weight)
+    kernels.copy_weight(last, weight)
     assert torch.equal(last, weight.to(dtype)) and last.is_contiguous(memory_format=torch.channels_last)
-    copy_weight(back, last)
+    kernels.copy_weight(back, last)
     assert torch.equal(back, last.float())
+
+
+def test_the_norm_of_some_tensors():
+    torch.manual_seed(0)
+    tensors = [draw(20000), draw(3).half(), 30 * draw(8193)]
+    assert_close(kernels.norm(tensors), torch.cat([tensor.double() for tensor in tensors]).norm())
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_steps_of_adamw(divided):
+    """Three of them, with half-precision gradients; an element that the last block does not fill stays as it is."""
+    torch.manual_seed(0)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-2, "weight_decay": 0.1}
+    padded, moments = draw(3000), torch.zeros(2, 3000, device=DEVICE)
+    weights, exact = padded[:2999], torch.nn.Parameter(padded[:2999].double())
+    beyond, optimizer = padded[2999].item(), torch.optim.AdamW([exact], **settings)
+    divisor = torch.tensor(3.0, device=DEVICE) if divided else None
+    for step in (1, 2, 3):
+        gradients = draw(2999).half()
+        exact.grad = gradients.double() / (3 if divided else 1)
+        optimizer.step()
+        corrections = 1 - torch.tensor(settings["betas"], device=DEVICE) ** step
+        means, squares = moments[:, :2999]
+        kernels.adamw(weights, gradients, means, squares, corrections, divisor=divisor, **settings)
+        assert_close(weights, exact.detach())
+    assert padded[2999].item() == beyond and moments[0, 2999] == moments[1, 2999] == 0
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-v2"])
@@ -96,7 +121,7 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
     plain = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE).train()
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     kinds = [type(module) for module in last.modules()]
-    undo = keep_channels_last(last)
+    undo = channels_last.keep_channels_last(last)
     assert not [module for module in last.modules() if type(module) is torch.nn.GroupNorm]
     latents, timesteps, prompt = draw(2, 4, 16, 16), torch.tensor([3, 900], device=DEVICE), draw(2, 7, 32)
     wanted = plain(latents, timesteps, prompt).sample

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 
+from dreambooth.engine.optimizer import AdamW
 from dreambooth.engine.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW, changed_inside
 from dreambooth.engine.strategy import Strategy
 
@@ -54,11 +55,18 @@ def test_gradients_are_clipped_as_torch_does(monkeypatch, max_norm, loss_scale):
         weight.grad = gradient.float() / loss_scale
     norm = torch.nn.utils.clip_grad_norm_(weights, max_norm or float("inf"))
 
+    masters = [torch.nn.Parameter(torch.zeros_like(shard)) for shard in shards]
+    for master, shard in zip(masters, shards, strict=True):
+        master.grad = shard
+    settings = {"lr": 1e-2, "eps": 1e-2, "fused": True}  # with so large an eps AdamW sees the size of gradients
+    optimizer.optim = AdamW(masters, **settings)
     optimizer._unscale_and_clip_grads(shards, optimizer._compute_grad_norm(None, half))
+    optimizer.optim.step()
+    torch.optim.AdamW(weights, **settings).step()
 
     torch.testing.assert_close(optimizer.get_grad_norm(), norm * loss_scale)
-    for shard, weight in zip(shards, weights, strict=True):
-        torch.testing.assert_close(shard, weight.grad)
+    for master, weight in zip(masters, weights, strict=True):
+        torch.testing.assert_close(master, weight)
 
 
 @pytest.mark.gpu

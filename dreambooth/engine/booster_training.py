@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreambooth.command_line.flags import TrainingFlags
 from dreambooth.engine.optimizer import (
     adam_step,
+    clip,
     resume_lr_scheduler,
     resume_optimizer,
     state_bytes,
@@ -28,6 +29,17 @@ from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.precision import DTYPES
 from dreambooth.model.slices import Slice
 from dreambooth.model.trainable import Piece
+
+
+def average(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's averaging of gradients over the ranks, without the pass over them in which DDP divides before it adds."""
+    gradients = bucket.buffer()
+    if dist.get_world_size() > 1:
+        shared = dist.all_reduce(gradients, op=dist.ReduceOp.AVG, async_op=True).get_future()
+        return shared.then(lambda done: done.value()[0])
+    done = torch.futures.Future(devices=[gradients.device])
+    done.set_result(gradients)
+    return done
 
 
 @dataclass
@@ -49,6 +61,8 @@ class BoosterTraining:
     def __post_init__(self) -> None:
         if self.strategy.shards:
             take_over(self.optimizer)
+        elif torch.cuda.is_available():
+            self._ddp.register_comm_hook(None, average)
 
     def record(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning], flags: TrainingFlags) -> None:
         """Records the denoiser as CUDA graphs, where the GPU has the room; before anything is resumed.
@@ -99,7 +113,11 @@ class BoosterTraining:
         if self.strategy.shards:
             return self.optimizer.no_sync()
         # Booster's own looks for it in the outermost wrapper only, which in fp16 is another one.
-        return next(part for part in self.model.modules() if isinstance(part, DistributedDataParallel)).no_sync()
+        return self._ddp.no_sync()
+
+    @property
+    def _ddp(self) -> DistributedDataParallel:
+        return next(part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss` to that of the step."""
@@ -128,7 +146,7 @@ class BoosterTraining:
     def _clip(self) -> torch.Tensor:
         if self.strategy.precision == "fp16":
             self.optimizer.unscale_grad()
-        return torch.nn.utils.clip_grad_norm_(self.denoiser.trained.parameters(), self.max_grad_norm or math.inf)
+        return clip(self._adamw, self.max_grad_norm)
 
     def _norm_of_sharded_gradients(self) -> torch.Tensor | float | None:
         """Returns the norm that the plugin found when it clipped, without the loss scale that is in it in fp16."""

@@ -1,5 +1,7 @@
 """AdamW and the learning rate, the same in both trainers."""
 
+import importlib.util
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -13,10 +15,78 @@ from dreambooth.engine.state import Checkpoint
 from dreambooth.model.slices import Slice
 from dreambooth.model.trainable import Piece
 
+MANY = 64  # parameters, from which on one kernel for each is no longer worth it
 # What AdamW keeps of a parameter besides the number of updates; that of bitsandbytes the moments in 8 bits and the
 # scales of their blocks (of a small parameter the first two only, in fp32).
 STATE = ("exp_avg", "exp_avg_sq")
 STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which can divide gradients as it reads them.
+
+    `divisor`, a scalar, is for one step: what clips the gradients, say, which then costs no pass over them.
+    """
+
+    divisor: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        divisor, self.divisor = self.divisor, None
+        parameters = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        skips = getattr(self, "found_inf", None) is not None  # torch's loss scale hands over whether it overflowed
+        if skips or not has_kernels(*parameters):
+            if divisor is not None:
+                torch._foreach_div_([one.grad for one in parameters], divisor)
+            return super().step(closure)
+        for group in self.param_groups:
+            self._step(group, divisor)
+
+    def _step(self, group: dict, divisor: torch.Tensor | None) -> None:
+        from dreambooth.model.kernels import adamw  # Triton is not there without a GPU
+
+        weights, gradients, means, squares, steps = [], [], [], [], []
+        self._init_group(group, weights, gradients, means, squares, [], steps)
+        torch._foreach_add_(steps, 1)
+        # In double precision, as a beta is close to 1; all are in the same step.
+        corrections = torch.stack([1 - beta ** steps[0].double() for beta in group["betas"]]).float()
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        for tensors in zip(weights, gradients, means, squares, strict=True):
+            adamw(*tensors, corrections, divisor=divisor, **settings)
+
+
+def has_kernels(*parameters: torch.Tensor) -> bool:
+    """Whether kernels of our own serve some parameters: large ones on GPUs, which are few."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and 0 < len(parameters) <= MANY
+        and all(one.is_cuda and one.dtype == torch.float32 and one.is_contiguous() for one in parameters)
+    )
+
+
+def norm_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the L2 norm of all elements of some tensors: a scalar, float32."""
+    if not all(tensor.is_cuda and tensor.is_contiguous() for tensor in tensors) or len(tensors) > MANY:
+        return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum().sqrt()
+    from dreambooth.model.kernels import norm  # Triton is not there without a GPU
+
+    return norm(tensors)
+
+
+@torch.no_grad()
+def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Has gradients be clipped to a norm of `max_norm`, 0 for any, at the latest when the optimizer takes its step.
+
+    Returns:
+        Their L2 norm before: a scalar.
+    """
+    parameters = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    if not (isinstance(optimizer, AdamW) and has_kernels(*parameters)):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    found = norm_of([one.grad for one in parameters])
+    if max_norm:
+        optimizer.divisor = ((found + 1e-6) / max_norm).clamp(min=1)
+    return found
 
 
 def adamw_settings(flags: OptimizerFlags, schedule: Schedule) -> dict:
@@ -32,7 +102,7 @@ def adamw_settings(flags: OptimizerFlags, schedule: Schedule) -> dict:
 def build_adamw(
     flags: OptimizerFlags, parameters: Iterable[torch.nn.Parameter], schedule: Schedule
 ) -> torch.optim.Optimizer:
-    """Returns torch's fused AdamW, or with --use_8bit_adam that of bitsandbytes.
+    """Returns AdamW, or with --use_8bit_adam that of bitsandbytes.
 
     The latter keeps the moments of large parameters in 8 bits (Dettmers et al., arXiv 2110.02861).
     """
@@ -40,7 +110,7 @@ def build_adamw(
         from bitsandbytes.optim import AdamW8bit  # only where it is wanted
 
         return AdamW8bit(parameters, **adamw_settings(flags, schedule))
-    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(flags, schedule))
+    return AdamW(parameters, fused=True, **adamw_settings(flags, schedule))
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

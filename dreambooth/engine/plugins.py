@@ -22,6 +22,7 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.overrides import TorchFunctionMode
 
 from dreambooth.command_line.console import RunError, warn
+from dreambooth.engine.optimizer import AdamW, norm_of
 from dreambooth.model.trainable import Shard
 
 
@@ -178,7 +179,7 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
 
     def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
         """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`, which ignores what is returned."""
-        squares = torch.stack(torch._foreach_norm(gradients, norm_type, torch.float32)).square().sum()
+        squares = norm_of(gradients).square()
         dist.all_reduce(squares, group=dp_pg)
         self._scaled_norm = squares.sqrt()
         return 0.0
@@ -191,7 +192,11 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         if self._clip_grad_norm > 0:
             excess = (self._scaled_norm / divisor + 1e-6) / self._clip_grad_norm
             divisor = (divisor * excess.clamp(min=1)).to(shards[0].device)
-        torch._foreach_div_(shards, divisor)
+        elif divisor != 1:
+            divisor = torch.full((), divisor, device=shards[0].device)
+        else:
+            divisor = None
+        self.optim.divisor = divisor  # AdamW divides by it as it reads the shards
         self._has_clipped = True
 
 
@@ -223,7 +228,7 @@ def take_over(optimizer: OptimizerWrapper) -> None:
             f"{', '.join(changed)}: watch the first steps, or install that of requirements.txt"
         )
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        assert optimizer.num_param_groups == 1
+        assert optimizer.num_param_groups == 1 and isinstance(optimizer.optim, AdamW)
         optimizer.__class__ = AheadZeroOptimizer
     if scaler := grad_scaler(optimizer):
         scaler.__class__ = HeldGradScaler

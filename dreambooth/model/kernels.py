@@ -3,7 +3,8 @@
 - group normalization, with the SiLU after it and a shift of each channel before it, where the channels are last in
   memory, as convolutions want them (the library's would move them first, and back);
 - the gated GELU of transformer blocks;
-- the copy of a convolution's weights between the order of their files and channels-last.
+- the copy of a convolution's weights between the order of their files and channels-last;
+- the norm of the gradients, and AdamW, which divides them by what clips them.
 
 Sums are in float32. Everything else is as PyTorch has it, to rounding; tests compare with it in float64.
 """
@@ -349,4 +350,76 @@ def copy_weight(target: Tensor, source: Tensor) -> None:
     _permute[(outer, triton.cdiv(inner, block))](
         source, target, inner, height * width, source.stride(1), source.stride(3), target.stride(1), target.stride(3),
         BLOCK=block, TAPS=triton.next_power_of_2(height * width),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total"])
+def _squares(x, sums, total, BLOCK: tl.constexpr, TIMES: tl.constexpr):
+    number = tl.program_id(0).to(tl.int64) * BLOCK * TIMES + tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.float32)
+    for _ in range(TIMES):
+        values = tl.load(x + number, number < total, 0.0).to(tl.float32)
+        found += values * values
+        number += BLOCK
+    tl.store(sums + tl.program_id(0), tl.sum(found, 0))
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Returns the L2 norm of all elements of some tensors, contiguous ones on a GPU: a scalar, float32."""
+    block, times = 1024, 8
+    counts = [triton.cdiv(tensor.numel(), block * times) for tensor in tensors]
+    sums = tensors[0].new_empty(sum(counts), dtype=torch.float32)
+    for tensor, part in zip(tensors, sums.split(counts), strict=True):
+        _squares[(len(part),)](tensor, part, tensor.numel(), BLOCK=block, TIMES=times)
+    return sums.sum().sqrt()
+
+
+@triton.jit(do_not_specialize=["total"])
+def _adamw(
+    weights, gradients, means, squares, divisor, corrections, total, lr, beta1, beta2, eps, decay,
+    DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = number < total
+    gradient = tl.load(gradients + number, there, 0.0).to(tl.float32)
+    if DIVIDED:
+        gradient /= tl.load(divisor)
+    mean, square = tl.load(means + number, there, 0.0), tl.load(squares + number, there, 0.0)
+    mean += (1 - beta1) * (gradient - mean)
+    square = beta2 * square + (1 - beta2) * gradient * gradient
+    of_mean, of_square = tl.load(corrections), tl.load(corrections + 1)
+    weight = tl.load(weights + number, there, 0.0)
+    weight *= 1 - lr * decay
+    weight -= lr / of_mean * mean / (tl.sqrt(square) / tl.sqrt(of_square) + eps)
+    tl.store(weights + number, weight, there)
+    tl.store(means + number, mean, there)
+    tl.store(squares + number, square, there)
+
+
+def adamw(
+    weights: Tensor,
+    gradients: Tensor,
+    means: Tensor,
+    squares: Tensor,
+    corrections: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: Tensor | None = None,
+) -> None:
+    """Takes a step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one pass over its tensors.
+
+    Args:
+        weights, means, squares: float32, contiguous, on a GPU; they are changed.
+        gradients: of the same size, any float dtype.
+        corrections: float32, 1 - beta ** step for each of the betas, with the step that is taken.
+        lr, betas, eps, weight_decay: as of torch's AdamW.
+        divisor: scalar, float32, by which the gradients are divided as they are read; None for none.
+    """
+    block = 1024
+    _adamw[(triton.cdiv(weights.numel(), block),)](
+        weights, gradients, means, squares, divisor, corrections, weights.numel(), lr, *betas, eps, weight_decay,
+        DIVIDED=divisor is not None, BLOCK=block,
     )  # fmt: skip

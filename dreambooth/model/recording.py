@@ -99,8 +99,7 @@ class Recording:
         try:
             self._record()
         finally:
-            for weight in trained:
-                weight.owner.__dict__.pop(weight.attribute, None)
+            self._take_back()
             torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
 
     def _record(self) -> None:
@@ -144,10 +143,15 @@ class Recording:
                 _copy(place, found)
 
         for weight, place in self._each(self.gradients):
-            leaf = weight.owner.__dict__.pop(weight.attribute)
+            leaf = weight.owner.__dict__[weight.attribute]
             leaf.register_post_accumulate_grad_hook(functools.partial(put, place))
         torch.autograd.backward(prediction, gradient)
         torch._foreach_copy_([place for place, _ in small], [found for _, found in small])
+        self._take_back()
+
+    def _take_back(self) -> None:
+        for weight in self.trained:
+            weight.owner.__dict__.pop(weight.attribute, None)
 
     def _each(self, tensors: list[Tensor]) -> list[tuple[Weight, Tensor]]:
         """Returns each weight with its elements in tensors that are laid out as the parameters are."""
