@@ -28,6 +28,14 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1
     assert difference.abs().max() <= 10 * tolerance * wanted.double().abs().max()
 
 
+def assert_gradients_close(found, own: list, wanted, exact: list, gradient: torch.Tensor) -> None:
+    """Compares results, and what a gradient of theirs becomes for the inputs that each was made of."""
+    assert_close(found, wanted)
+    of_own, of_exact = torch.autograd.grad(found, own, gradient), torch.autograd.grad(wanted, exact, gradient.double())
+    for one, other in zip(of_own, of_exact, strict=True):
+        assert_close(one, other)
+
+
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE)
 
@@ -48,12 +56,7 @@ def test_group_norm_and_its_gradients(shape, groups, shifted, silu):
     own = [one.clone().requires_grad_() for one in inputs]
     found = kernels.group_norm(own[0], own[1], own[2], groups, 1e-5, shift=own[3] if shifted else None, silu=silu)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert_close(found, wanted)
-    pairs = zip(
-        torch.autograd.grad(found, own, gradient), torch.autograd.grad(wanted, exact, gradient.double()), strict=True
-    )
-    for of_own, of_exact in pairs:
-        assert_close(of_own, of_exact)
+    assert_gradients_close(found, own, wanted, exact, gradient)
 
 
 def test_a_group_far_from_zero_keeps_its_variance():
@@ -62,6 +65,25 @@ def test_a_group_far_from_zero_keeps_its_variance():
     x, one = 1000 + draw(1, 8, 32, 32), torch.ones(8, device=DEVICE)
     wanted = F.group_norm(x.double(), 2, one.double(), 0 * one.double(), 1e-5)
     assert_close(kernels.group_norm(x, one, 0 * one, 2, 1e-5), wanted, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 24), (700, 320)], ids=str)
+def test_layer_norm_and_its_gradients(shape):
+    torch.manual_seed(0)
+    width, gradient = shape[-1], draw(*shape)
+    inputs = [3 + 2 * draw(*shape), draw(width), draw(width)]
+    own, exact = ([one.to(dtype).requires_grad_() for one in inputs] for dtype in (torch.float32, torch.float64))
+    found, wanted = kernels.layer_norm(*own, 1e-5), F.layer_norm(exact[0], (width,), *exact[1:], 1e-5)
+    assert_gradients_close(found, own, wanted, exact, gradient)
+
+
+@pytest.mark.parametrize("shape", [(2, 700, 24), (3, 24)], ids=str)
+def test_linear_and_its_gradients(shape):
+    torch.manual_seed(0)
+    inputs, gradient = [draw(*shape), draw(70, shape[-1]), draw(70)], draw(70, *shape[:-1]).movedim(0, -1)
+    own, exact = ([one.to(dtype).requires_grad_() for one in inputs] for dtype in (torch.float32, torch.float64))
+    found, wanted = kernels.linear(*own), F.linear(*exact)
+    assert_gradients_close(found, own, wanted, exact, gradient)
 
 
 def test_gated_gelu_and_its_gradient():

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from dreambooth.model.kernels import gated_gelu, group_norm
+from dreambooth.model.kernels import gated_gelu, group_norm, layer_norm, linear
 
 
 class _GroupNorm(torch.nn.GroupNorm):
@@ -43,13 +43,13 @@ class _Transformer(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         tokens = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         return tokens, tokens.shape[-1]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        tokens = F.linear(hidden_states, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        tokens = linear(hidden_states, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2) + residual
 
 
@@ -58,9 +58,19 @@ class _Geglu(GEGLU):
         return gated_gelu(self.proj(hidden_states))
 
 
+class _Linear(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _LayerNorm(torch.nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def _pointwise(convolution: torch.nn.Conv2d, x: Tensor) -> Tensor:
     """Returns what a convolution of single pixels returns, as a matrix product."""
-    rows = F.linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias)
+    rows = linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias)
     return rows.permute(0, 3, 1, 2)
 
 
@@ -92,6 +102,11 @@ def keep_channels_last(unet: UNet2DConditionModel) -> Callable[[], None]:
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.__class__ = _Transformer
             module.norm.__class__ = _GroupNorm
+            for part in module.transformer_blocks.modules():
+                if isinstance(part, torch.nn.LayerNorm) and part.bias is not None:
+                    part.__class__ = _LayerNorm
+                elif type(part) is torch.nn.Linear and part.bias is not None:
+                    part.__class__ = _Linear
         elif type(module) is GEGLU:
             module.__class__ = _Geglu
     if isinstance(unet.conv_norm_out, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU):

@@ -121,8 +121,18 @@ class Recording:
 
     def _forward(self) -> Tensor:
         """Hands out the weights as leaves of autograd, and predicts."""
+        alike: list[tuple[Tensor, Tensor]] = []
         for weight, value in self._each(self.parameters):
-            weight.owner.__dict__[weight.attribute] = _as_layers_want(value, self.dtype).requires_grad_()
+            leaf = _place_for(value, self.dtype)
+            if leaf.stride() != value.stride():
+                _copy(leaf, value)
+            elif leaf.dtype != value.dtype:
+                alike.append((leaf, value))
+            weight.owner.__dict__[weight.attribute] = leaf
+        if alike:
+            torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+        for weight in self.trained:
+            weight.owner.__dict__[weight.attribute].requires_grad_()
         inputs = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.inputs.items()
@@ -146,7 +156,8 @@ class Recording:
             leaf = weight.owner.__dict__[weight.attribute]
             leaf.register_post_accumulate_grad_hook(functools.partial(put, place))
         torch.autograd.backward(prediction, gradient)
-        torch._foreach_copy_([place for place, _ in small], [found for _, found in small])
+        if small:
+            torch._foreach_copy_(*map(list, zip(*small, strict=True)))
         self._take_back()
 
     def _take_back(self) -> None:
@@ -187,13 +198,14 @@ class _Replay(torch.autograd.Function):
         return None, *map(own, recording.gradients)
 
 
-def _as_layers_want(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a weight in a dtype; that of a convolution channels-last."""
-    if weight.ndim < 4 or weight.shape[2:].numel() == 1:
-        return weight.to(dtype)
-    target = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
-    _copy(target, weight)
-    return target
+def _place_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns memory for a weight as layers want it: in a dtype, and that of a convolution channels-last.
+
+    It is the weight's own, without its gradient, where nothing differs.
+    """
+    if weight.ndim == 4 and weight.shape[2:].numel() > 1:
+        return torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
+    return weight.detach() if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
