@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from benchmarks.random_model import SHAPES
+from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks for when it meets a kernel
@@ -134,6 +136,18 @@ def test_steps_of_adamw(divided):
         kernels.adamw(weights, gradients, means, squares, corrections, divisor=divisor, **settings)
         assert_close(weights, exact.detach())
     assert padded[2999].item() == beyond and moments[0, 2999] == moments[1, 2999] == 0
+
+
+def test_a_unet_with_flat_parameters_can_keep_channels_last():
+    """Its weights are not attributes of its layers before they are handed out."""
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(**SHAPES["tiny"]["unet"]).to(DEVICE).train()
+    flat = Denoiser(STABLE_DIFFUSION, unet=copy.deepcopy(plain))
+    flat.trained.flatten(multiple_of=1)
+    channels_last.keep_channels_last(flat.unet)
+    latents, timesteps, prompt = draw(2, 4, 16, 16), torch.tensor([3, 900], device=DEVICE), draw(2, 7, 32)
+    found = flat(latents, timesteps, {"encoder_hidden_states": prompt})
+    assert_close(found, plain(latents, timesteps, prompt).sample, 1e-3 if DEVICE == "cuda" else 1e-5)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-v2"])

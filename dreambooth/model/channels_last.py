@@ -103,9 +103,12 @@ def keep_channels_last(unet: UNet2DConditionModel) -> Callable[[], None]:
             module.__class__ = _Transformer
             module.norm.__class__ = _GroupNorm
             for part in module.transformer_blocks.modules():
-                if isinstance(part, torch.nn.LayerNorm) and part.bias is not None:
+                # A weight that lies in a flat parameter is not an attribute for now; one that is left out is None.
+                if getattr(part, "bias", True) is None:
+                    continue
+                if isinstance(part, torch.nn.LayerNorm):
                     part.__class__ = _LayerNorm
-                elif type(part) is torch.nn.Linear and part.bias is not None:
+                elif type(part) is torch.nn.Linear:
                     part.__class__ = _Linear
         elif type(module) is GEGLU:
             module.__class__ = _Geglu
