@@ -12,7 +12,7 @@ Without a GPU the model is a tiny one and the steps are few, which shows that th
 speed.
 """
 
-from dreambooth.command_line.console import before_imports
+from dreambooth.command_line.console import before_imports, run_program
 
 before_imports(__name__)
 
@@ -156,7 +156,7 @@ def plan(commands: list[Command], peer: Path | None) -> list[list[Command]]:
         launcher = "accelerate" if importlib.util.find_spec("accelerate.commands.launch") else "python"
         for group in groups.values():
             script = peer.with_name(group[0].peer_script or peer.name).absolute()
-            name = f"peer of {group[0].name}"
+            name = f"peer {group[0].work}"  # whichever commands are compared with it
             group.append(replace(group[0], name=name, launcher=launcher, script=str(script), own=(), is_peer=True))
     return list(groups.values())
 
@@ -407,9 +407,7 @@ def main() -> None:
     for name, least in (("turns", 1), ("steps", 4)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} {value} is less than {least}")
-    groups = plan(
-        [replace(one, steps=args.steps or one.steps) for one in COMMANDS if one.name in args.only], args.peer
-    )
+    commands = [replace(one, steps=args.steps or one.steps) for one in COMMANDS]
 
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     libraries = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
@@ -424,6 +422,9 @@ def main() -> None:
     if args.resume:
         facts = earlier_facts(figures, facts, parser)
     rows = facts["rows"]
+    groups = plan([one for one in commands if one.name in args.only], args.peer)
+    there = {*args.only, *(row["name"] for row in rows)}
+    shown = plan([one for one in commands if one.name in there], args.peer)
     with base_flags(args) as flags:
         for command, turn in turns(groups, args.turns):
             of_command = [row for row in rows if row["name"] == command.name]
@@ -435,11 +436,11 @@ def main() -> None:
             print(outcome(rows[-1]), flush=True)
             # Written after each run: a benchmark that is cut short leaves what it has measured.
             figures.write_text(json.dumps(facts, indent=1))
-            args.output.with_suffix(".md").write_text(f"{facts['title']}\n\n{table(groups, rows)}\n")
-    print(table(groups, rows))
+            args.output.with_suffix(".md").write_text(f"{facts['title']}\n\n{table(shown, rows)}\n")
+    print(table(shown, rows))
     if any("failed" in row for row in rows):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, Path(__file__).name)  # which cleans up after Ctrl-C
