@@ -91,17 +91,19 @@ def make_photos(folder: Path, resolution: int) -> None:
         coarse.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
 
 
-def build_parser(description: str, *, steps: int) -> argparse.ArgumentParser:
-    """Returns a parser with the flags that all benchmarks share; `steps` is a default."""
+def build_parser(
+    description: str, *, steps: int | None, learning_rate: float = 1e-4, limit: float = 300
+) -> argparse.ArgumentParser:
+    """Returns a parser with the flags that all benchmarks share, and these defaults; `steps` None is a run's own."""
     on_gpu = torch.cuda.is_available()
     shape, resolution = ("stable-diffusion-v1-4", 512) if on_gpu else ("tiny", 32)
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default=shape, help=f"(default: {shape})")
     parser.add_argument("--model", help="folder of a model to train instead (default: a random one of --shape)")
     parser.add_argument("--resolution", type=int, default=resolution, help=f"in pixels (default: {resolution})")
-    parser.add_argument("--steps", type=int, default=steps, help=f"of each run (default: {steps})")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="high enough to move a loss (default: 1e-4)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a run may take (default: 300)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of each run (default: {steps or 'its own'})")
+    parser.add_argument("--learning_rate", type=float, default=learning_rate, help=f"(default: {learning_rate:g})")
+    parser.add_argument("--limit", type=float, default=limit, help=f"seconds that a run may take (default: {limit:g})")
     return parser
 
 

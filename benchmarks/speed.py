@@ -77,7 +77,7 @@ def earlier_facts(path: Path, facts: dict, parser: argparse.ArgumentParser) -> d
         return facts
     try:
         earlier = json.loads(path.read_text())
-        rows = [row | {"switches": tuple(row["switches"])} for row in earlier["rows"]]
+        rows = [row | {name: tuple(row[name]) for name in ("switches",) if name in row} for row in earlier["rows"]]
     except (OSError, ValueError, TypeError, KeyError):
         parser.error(f"--resume: {path} is not what this command writes")
     for name in ("title", "settings"):

@@ -1,13 +1,34 @@
 """The benchmarks prove themselves on the CPU, and the README's tables are what they wrote."""
 
+import contextlib
 import json
+import os
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from harness import ROOT, Running
 from PIL import Image
 
-from benchmarks import speed
+from benchmarks import commands, speed
+
+IN_FORKS = "subprocess.Popen = Forked"
+# What stands in for diffusers' script where that is not at hand: it asks for a release, and logs steps as that does.
+STAND_IN = """
+import argparse, time
+from torch.utils.tensorboard import SummaryWriter
+parser = argparse.ArgumentParser()
+parser.add_argument("--output_dir")
+parser.add_argument("--max_train_steps", type=int)
+args, _ = parser.parse_known_args()
+with SummaryWriter(f"{args.output_dir}/logs/dreambooth") as writer:
+    for step in range(1, args.max_train_steps + 1):
+        time.sleep(0.02)
+        writer.add_scalar("loss", 1.0, step)
+"""
+ASKS = 'check_min_version = lambda release: None\ncheck_min_version("0.29.0")\n'
 
 
 def test_the_readme_has_the_table_that_was_measured():
@@ -19,8 +40,7 @@ def test_speed(tmp_path, monkeypatch, capsys):
     """Table, figures and chart, of a strategy that runs here and one that does not."""
     command = ["benchmarks.speed", "--steps", 4, "--warm_up", 1, "--output", tmp_path / "speed", "--bare"]
     strategies = ["--strategies", "traditional-cuda-no", "low_level_zero-cuda-bf16"]
-    in_forks = "subprocess.Popen = Forked"
-    done = Running("-m", [*command, *strategies], before=in_forks).wait()
+    done = Running("-m", [*command, *strategies], before=IN_FORKS).wait()
     written = (tmp_path / "speed.md").read_text()
     assert "| traditional, fp32, no cache | 1 | 2 |" in written and written.splitlines()[-1] in done.stdout
     assert "| low_level_zero, cuda, bf16 | 1 | 2 | skipped |" in written
@@ -37,7 +57,7 @@ def test_speed(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "speed.png").width > 500
 
     more = ["--resume", "--strategies", "traditional-cuda-no", "traditional-cuda-no+gradient_checkpointing"]
-    Running("-m", [*command, *more], before=in_forks).wait()
+    Running("-m", [*command, *more], before=IN_FORKS).wait()
     *earlier, added = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert earlier == [baseline, cached, skipped], "nothing is measured twice"
     assert added["switches"] == ["gradient_checkpointing"] and added["speed_up"] != cached["speed_up"]
@@ -46,16 +66,140 @@ def test_speed(tmp_path, monkeypatch, capsys):
         (["--steps", 5], "'steps': 4"),
         (["--warm_up", 3], "--steps 4 leaves less than two steps after --warm_up 3"),
     ):
-        assert told in refusal([*command, *more, *changed], monkeypatch, capsys)
+        assert told in refusal(speed, [*command, *more, *changed], monkeypatch, capsys)
     (tmp_path / "speed.json").write_text("{")
-    assert "is not what this command writes" in refusal([*command, *more], monkeypatch, capsys)
+    assert "is not what this command writes" in refusal(speed, [*command, *more], monkeypatch, capsys)
 
 
-def refusal(words: list, monkeypatch, capsys) -> str:
-    """Returns the line with which the benchmark refuses a command."""
+def refusal(benchmark, words: list, monkeypatch, capsys) -> str:
+    """Returns the line with which a benchmark refuses a command."""
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(SystemExit) as end:
-        speed.main()
+        benchmark.main()
     assert end.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """diffusers' script, where PEER names one; else what stands in for it."""
+    if found := os.environ.get("PEER"):
+        return Path(found)
+    path = tmp_path / "peer" / "train_dreambooth.py"
+    path.parent.mkdir()
+    path.write_text(ASKS + STAND_IN)
+    return path
+
+
+def test_commands(peer, tmp_path, monkeypatch, capsys):
+    """Both trainers and the peer take turns; what has failed is told, and only that is tried again by --resume."""
+    command = ["benchmarks.commands", "--steps", 4, "--only", "colossalai", "traditional"]
+    command += ["--output", tmp_path / "commands", "--resume"]
+    broken = tmp_path / "broken" / peer.name
+    broken.parent.mkdir()
+    asked = next(line for line in peer.read_text().splitlines() if line.startswith("check_min_version("))
+    broken.write_text(f"check_min_version = print\n{asked}\nraise ImportError('it needs | another release')\n")
+
+    def run(*more) -> tuple[list[dict], str]:
+        done = Running("-m", [*command, *more], before=IN_FORKS).wait(check=False)
+        written = (tmp_path / "commands.md").read_text()
+        assert written.partition("\n\n")[2] in done.stdout
+        rows = json.loads((tmp_path / "commands.json").read_text())["rows"]
+        failures = [row for row in rows if "failed" in row]
+        assert done.returncode == bool(failures), done.stderr
+        return rows, written
+
+    (colossalai, traditional, failed), written = run("--peer", broken, "--turns", 1)
+    assert "| peer: train_dreambooth.py | 1 | 4 | failed: ImportError: it needs / another release | – |" in written
+    assert failed["failed"] == "ImportError: it needs | another release" and "Traceback" in failed["log"]
+    for row, script in ((colossalai, "train_dreambooth_colossalai.py"), (traditional, "train_dreambooth.py")):
+        assert f" {script} --with_prior_preservation " in row["command"] and row["machine"]
+        assert 0 < 4 * row["seconds_per_step"] < row["whole_s"] and row["peak_gib"] is None
+        assert f"| {script} | 1 | 4 | {row['seconds_per_step']:.3f} | {row['whole_s']:.1f} |" in written
+    assert "torch.distributed.run --standalone --nproc_per_node 1" in colossalai["command"]
+
+    rows, written = run("--peer", peer, "--turns", 2)
+    assert rows[:2] == [colossalai, traditional], "nothing is measured twice"
+    assert [row["turn"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert "accelerate.commands.launch" in rows[2]["command"]
+    seconds, whole = (
+        [(rows[n][key] + rows[n + 3][key]) / 2 for n in range(3)] for key in ("seconds_per_step", "whole_s")
+    )
+    first, second, last = written.splitlines()[-3:]
+    assert first.endswith(f"| – | {seconds[2] / seconds[0]:.2f} | {whole[2] / whole[0]:.2f} |")
+    assert second.endswith(f"| – | {seconds[2] / seconds[1]:.2f} | {whole[2] / whole[1]:.2f} |")
+    assert last.endswith("| – | 1.00 | 1.00 |")
+
+    for changed, told in (
+        (["--peer", peer, "--steps", 5], "'steps': 4"),
+        ([], "'peer': 'for diffusers"),
+        (["--turns", 0], "--turns 0 is less than 1"),
+        (["--peer", ROOT / "train_dreambooth.py"], "does not call check_min_version"),
+        (["--peer", tmp_path / "none.py"], "none.py"),
+    ):
+        assert told in refusal(commands, [*command, *changed], monkeypatch, capsys)
+
+
+def test_work_is_compared_with_the_same_work():
+    groups = commands.plan(list(commands.COMMANDS), Path("/somewhere/train_dreambooth.py"))
+    assert sorted(one.name for group in groups for one in group[:-1]) == sorted(one.name for one in commands.COMMANDS)
+    for *ours, peers in groups:
+        assert peers.is_peer and peers.script == "/somewhere/train_dreambooth.py" and not peers.own
+        assert all(one.work == peers.work and not one.is_peer for one in ours)
+        assert peers.class_images % peers.batch == 0 and 8 <= peers.class_images <= 200
+        assert peers.photos >= 5
+
+
+def test_a_step_is_timed_where_steps_are_logged_two_at_once():
+    ends = [n - n % 2 for n in range(1, 101)]  # seconds
+    assert commands.seconds_per_step(ends) == 1
+    pause = [end + (30 if n > 80 else 0) for n, end in enumerate(ends)]
+    assert commands.seconds_per_step(pause) == 1
+    assert commands.seconds_per_step([0, 5, 7, 10]) == 3
+
+
+def test_why_a_command_failed():
+    assert commands.reason("train.py: error: no such folder\nChildFailedError: 1") == "no such folder"
+    assert (
+        commands.reason("  ValueError\n[rank0]: a.b.OddError: odd\nsubprocess.CalledProcessError")
+        == "a.b.OddError: odd"
+    )
+    assert commands.reason("Errors: none") == ""
+
+
+def test_memory_of_the_card(tmp_path, monkeypatch):
+    """The most less the least of what nvidia-smi says; an answer that is no number counts for nothing."""
+    answers = tmp_path / "answers"
+    answers.write_text("900\n700\n[N/A]\n2748\n")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nhead -n 1 {answers}; sed -i 1d {answers}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(commands, "_first_gpu", lambda: "GPU-0")
+    monkeypatch.setattr(commands, "POLLED_EVERY_S", 0.01)
+    with commands.CardMemory() as memory:
+        while answers.read_text():
+            time.sleep(0.01)
+    assert memory.peak_gib == 2
+    monkeypatch.setenv("PATH", "")
+    with commands.CardMemory() as memory:
+        time.sleep(0.05)
+    assert memory.peak_gib is None
+
+
+def test_a_command_that_takes_too_long_leaves_nothing(tmp_path):
+    script = tmp_path / "sleeps.py"
+    started = tmp_path / "started"
+    script.write_text(
+        "import subprocess\n"
+        "child = subprocess.Popen(['sleep', '300'], start_new_session=True)\n"
+        f"open({str(started)!r}, 'w').write(str(child.pid))\n"
+        "child.wait()\n"
+    )
+    command = commands.Command("sleeps", "python", str(script), steps=8)
+    ran = commands.run_command(command, {"resolution": 32, "output_dir": tmp_path / "out"}, 3)
+    assert ran["failed"] == "not finished after 3 s"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(started.read_text())).status() == psutil.STATUS_ZOMBIE

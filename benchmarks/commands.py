@@ -1,0 +1,446 @@
+"""Times whole commands as a user types them, and beside each the same work done by diffusers' own DreamBooth script.
+
+    python -m benchmarks.commands --peer diffusers/examples/dreambooth/train_dreambooth.py --output commands
+
+writes a table to commands.md and all figures to commands.json. Each command runs from the start of its process to the
+end, with the flags that the README prints and few others, on a model of Stable Diffusion 1.4's shape with random
+weights at 512 px, with prior preservation, on JPEGs of 3 : 4 as of a phone; the class images are there already. The
+commands that do the same work take turns. The peer's script is no part of the project: without --peer there are no
+speed-ups. A command that fails is told in its row, and is the exit status.
+
+Without a GPU the model is a tiny one and the steps are few, which shows that the benchmark works, and nothing about
+speed.
+"""
+
+from dreambooth.command_line.console import before_imports, run_program
+
+before_imports(__name__)
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.runs import ROOT, base_flags, build_parser
+from benchmarks.speed import earlier_facts
+from dreambooth.model.precision import choose_precision
+
+COLOSSALAI, TRADITIONAL = "train_dreambooth_colossalai.py", "train_dreambooth.py"
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"],
+    "python": [],
+    # Of several GPUs accelerate would take all, and without the other two it warns.
+    "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    + ["--dynamo_backend", "no"],
+}
+MIB_PER_GIB = 1024
+# Class images that the README's command asks for; fewer where a run does not come to see so many.
+CLASS_IMAGES, FEWEST_CLASS_IMAGES = 200, 8
+SPAN = 10  # steps; see seconds_per_step
+POLLED_EVERY_S = 0.2
+# Of contrast, from each size of detail to the half of it: JPEGs then take 0.2 bytes a pixel, as photographs do.
+FALL = 0.7
+LOG_KEPT = 6000  # characters of what a failed command said
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is timed.
+
+    Args:
+        name: for --only.
+        launcher: a key of LAUNCHERS.
+        script: a file; relative to the project.
+        batch, steps, photos: how many.
+        switches: further flags, which the peer has too.
+        own: further flags that it lacks.
+        peer_script: the peer's for the same work, beside the one that --peer names; None is that one.
+        is_peer: whether it is the peer's.
+    """
+
+    name: str
+    launcher: str
+    script: str
+    batch: int = 1
+    steps: int = 400
+    photos: int = 5
+    switches: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    peer_script: str | None = None
+    is_peer: bool = False
+
+    @property
+    def work(self) -> tuple:
+        """What is done; commands that do the same are compared."""
+        return self.batch, self.steps, self.photos, self.switches, self.peer_script
+
+    @property
+    def class_images(self) -> int:
+        """How many there are: whole batches, as the peer would make a smaller one of what is left over."""
+        used = min(self.steps * self.batch, CLASS_IMAGES)
+        return max(used // self.batch, -(-FEWEST_CLASS_IMAGES // self.batch)) * self.batch
+
+    @property
+    def shown(self) -> str:
+        """What the table calls it."""
+        # Where its weights lie is the trainer's default, and printed by the README nevertheless.
+        words = [Path(self.script).name, *self.switches, *(word for word in self.own if word != CUDA[0])]
+        return ("peer: " if self.is_peer else "") + " ".join(words)
+
+
+CUDA = ("--placement=cuda",)
+LITTLE_MEMORY = ("--use_8bit_adam", "--gradient_checkpointing")
+COMMANDS = (
+    Command("colossalai", "torchrun", COLOSSALAI, own=CUDA),
+    Command("colossalai-800", "torchrun", COLOSSALAI, steps=800, own=CUDA),
+    Command("colossalai-batch-4", "torchrun", COLOSSALAI, batch=4, own=CUDA),
+    Command("colossalai-batch-16", "torchrun", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
+    Command("colossalai-little-memory", "torchrun", COLOSSALAI, steps=100, switches=LITTLE_MEMORY, own=CUDA),
+    Command("traditional", "python", TRADITIONAL),
+    Command("traditional-800", "python", TRADITIONAL, steps=800),
+)
+COLUMNS = (
+    "command",
+    "batch",
+    "steps",
+    "s per step",
+    "whole command s",
+    "not steps s",
+    "peak of the card GiB",
+    "speed-up per step",
+    "speed-up of the whole",
+)
+
+
+def checked_peer(path: Path, parser: argparse.ArgumentParser) -> str:
+    """Returns the release of diffusers that the peer's script asks for.
+
+    A file that asks for none is refused: another trainer under that name, this project's for one, would be no peer.
+    """
+    try:
+        asked = re.search(r"^check_min_version\(\"(.+)\"\)", path.read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--peer: {error}")
+    if asked is None:
+        parser.error(f"--peer: {path} does not call check_min_version, as diffusers' own script does")
+    return asked[1]
+
+
+def plan(commands: list[Command], peer: Path | None) -> list[list[Command]]:
+    """Returns groups of commands that do the same work, with the peer's last if there is one."""
+    groups: dict[tuple, list[Command]] = {}
+    for command in commands:
+        groups.setdefault(command.work, []).append(command)
+    if peer:
+        launcher = "accelerate" if importlib.util.find_spec("accelerate.commands.launch") else "python"
+        for group in groups.values():
+            script = peer.with_name(group[0].peer_script or peer.name).absolute()
+            name = f"peer {group[0].work}"  # whichever commands are compared with it
+            group.append(replace(group[0], name=name, launcher=launcher, script=str(script), own=(), is_peer=True))
+    return list(groups.values())
+
+
+def draw_image(pixels: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Returns an image whose detail falls off with its frequency as in photographs, so that it compresses like one."""
+    image = torch.zeros(1, 3, height, width)
+    side, weight = 3, 1.0
+    while side <= max(width, height):
+        grey = pixels.standard_normal((1, 1, side, side), dtype=np.float32)
+        colour = pixels.standard_normal((1, 3, side, side), dtype=np.float32)
+        coarse = torch.from_numpy(weight * (grey + 0.3 * colour))
+        image += F.interpolate(coarse, (height, width), mode="bicubic")
+        side, weight = side * 2, weight * FALL
+    levels = (118 + 50 * (image / image.std())[0].permute(1, 2, 0)).clamp(0, 255)
+    return Image.fromarray(levels.to(torch.uint8).numpy())
+
+
+def image_folder(folder: Path, count: int, width: int, height: int) -> Path:
+    """Returns a folder of so many JPEGs, drawn unless they are there."""
+    folder = folder / f"{count}-of-{width}x{height}"
+    if not folder.exists():
+        folder.mkdir()
+        pixels = np.random.default_rng(0)
+        for number in range(count):
+            draw_image(pixels, width, height).save(folder / f"{number:03}.jpg", quality=90)
+    return folder
+
+
+def words_of(command: Command, flags: dict) -> list[str]:
+    """Returns the words of a command, the interpreter first.
+
+    Args:
+        command: which.
+        flags: of every run (see base_flags); the images go beside the output folder.
+    """
+    resolution, folder = flags["resolution"], flags["output_dir"].parent
+    of_run = {
+        "instance_data_dir": image_folder(folder, command.photos, 3 * resolution, 4 * resolution),
+        "class_data_dir": image_folder(folder, command.class_images, resolution, resolution),
+        "class_prompt": "a photo of dog",
+        "num_class_images": command.class_images,
+        "prior_loss_weight": 1.0,
+        "train_batch_size": command.batch,
+        "max_train_steps": command.steps,
+    }
+    if command.is_peer and torch.cuda.is_available():
+        of_run["mixed_precision"] = choose_precision(None)  # which is what the project's trainers take unasked
+    valued = [f"--{name}={value}" for name, value in (flags | of_run).items()]
+    launched = [sys.executable, *LAUNCHERS[command.launcher], command.script]
+    return [*launched, "--with_prior_preservation", *valued, *command.switches, *command.own]
+
+
+class CardMemory:
+    """Asks nvidia-smi, time and again while it is entered, how much memory of the first GPU is in use.
+
+    That counts what a process takes beside torch's allocator too, and is the same for all programs.
+    """
+
+    def __init__(self):
+        self.ended = threading.Event()
+        self.used: list[int] = []  # MiB
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def _poll(self) -> None:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        query.append(f"--id={_first_gpu()}")
+        while not self.ended.is_set():
+            with contextlib.suppress(OSError, ValueError):  # one answer that does not come is not missed
+                self.used.append(int(subprocess.run(query, capture_output=True, text=True).stdout))
+            self.ended.wait(POLLED_EVERY_S)
+
+    def __enter__(self) -> "CardMemory":
+        if torch.cuda.is_available():
+            self.thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    @property
+    def peak_gib(self) -> float | None:
+        """The most that was in use beyond what others use: the least; None where nobody answered.
+
+        At its start a command has nothing on the card, while the one before it may still be leaving.
+        """
+        return (max(self.used) - min(self.used)) / MIB_PER_GIB if self.used else None
+
+
+def _first_gpu() -> str:
+    """Returns the name by which nvidia-smi knows the first GPU that torch sees, whatever the environment hides."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started, which launchers put into sessions of their own."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.kill()
+    process.wait()
+
+
+def reason(log: str) -> str:
+    """Returns the line of a failed command's log that says why, or nothing."""
+    for line in log.splitlines():
+        if found := re.search(r": error: (.+)", line):
+            return found[1]
+        # Launchers add exceptions of their own, after the program's.
+        if found := re.match(r"(?:\[rank0\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", line):
+            return found[1]
+    return ""
+
+
+def step_ends(output_dir: Path) -> list[float]:
+    """Returns when each step's loss was logged to TensorBoard, in seconds; both programs log it in every step."""
+    for file in sorted(output_dir.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        if "loss" in events.Tags()["scalars"]:
+            return [point.wall_time for point in events.Scalars("loss")]
+    return []
+
+
+def seconds_per_step(ends: list[float]) -> float:
+    """Returns the median time of a step in the second half of a run, from when steps were logged.
+
+    Times are taken over spans of several steps: a program may log a step when the next one is under way, and two at
+    once. The median leaves out what does not belong to steps, such as a checkpoint.
+    """
+    later = ends[len(ends) // 2 :]
+    span = min(SPAN, len(later) - 1)
+    return statistics.median((end - start) / span for start, end in zip(later, later[span:], strict=False))
+
+
+def run_command(command: Command, flags: dict, limit_s: float) -> dict:
+    """Runs a command once, and removes what it has written.
+
+    Returns:
+        "seconds_per_step", "whole_s" and "peak_gib", the last None without a GPU; or "failed", with the reason.
+    """
+    words, output_dir = words_of(command, flags), flags["output_dir"]
+    log = output_dir.with_suffix(".log")
+    try:
+        with log.open("w") as sink, CardMemory() as memory:
+            started = time.perf_counter()
+            process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+            try:
+                status = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                return {"failed": f"not finished after {limit_s:.0f} s", "log": log.read_text()[-LOG_KEPT:]}
+            finally:
+                whole_s = time.perf_counter() - started
+                end_all(process)
+        said = log.read_text(errors="replace")
+        if status:
+            return {"failed": reason(said) or f"exit status {status}", "log": said[-LOG_KEPT:]}
+        ends = step_ends(output_dir)
+        if len(ends) != command.steps:
+            return {"failed": f"logged {len(ends)} steps of {command.steps}", "log": said[-LOG_KEPT:]}
+        return {"seconds_per_step": seconds_per_step(ends), "whole_s": whole_s, "peak_gib": memory.peak_gib}
+    finally:
+        shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def summarize(runs: list[dict]) -> dict:
+    """Returns the figures of a command over its turns, each as median, least and most; or "failed"."""
+    failed = next((run["failed"] for run in runs if "failed" in run), None)
+    if failed or not runs:
+        return {"failed": failed or "not run"}
+    columns = {name: [run[name] for run in runs] for name in ("seconds_per_step", "whole_s", "peak_gib")}
+    columns["not_steps_s"] = [run["whole_s"] - run["steps"] * run["seconds_per_step"] for run in runs]
+    return {
+        name: (statistics.median(values), min(values), max(values))
+        for name, values in columns.items()
+        if None not in values
+    }
+
+
+def table(groups: list[list[Command]], rows: list[dict]) -> str:
+    """Returns the rows of the commands as Markdown: medians, in brackets the least and the most of several turns."""
+
+    def cell(figures: dict, name: str, digits: int) -> str:
+        if name not in figures:
+            return "–"
+        median, least, most = (f"{value:.{digits}f}" for value in figures[name])
+        return median if least == most else f"{median} ({least}–{most})"
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for group in groups:
+        found = {command: summarize([row for row in rows if row["name"] == command.name]) for command in group}
+        peer = next((found[command] for command in group if command.is_peer), {})
+        for command in group:
+            figures = found[command]
+            cells = [command.shown, str(command.batch), str(command.steps)]
+            if "failed" in figures:
+                why = figures["failed"]
+                cells += [why if why == "not run" else f"failed: {why}".replace("|", "/")]
+                cells += ["–"] * (len(COLUMNS) - len(cells))
+            else:
+                cells += [cell(figures, "seconds_per_step", 3)]
+                cells += [cell(figures, name, 1) for name in ("whole_s", "not_steps_s", "peak_gib")]
+                for name in ("seconds_per_step", "whole_s"):
+                    cells += [f"{peer[name][0] / figures[name][0]:.2f}" if name in peer else "–"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def outcome(row: dict) -> str:
+    """Returns what became of a run, in a line; with what it said at the end if it failed."""
+    start = f"{row['name']}, turn {row['turn']}: "
+    if "failed" in row:
+        return f"{start}failed: {row['failed']}\n{row['log']}"
+    peak = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
+    return f"{start}{row['seconds_per_step']:.3f} s per step, {row['whole_s']:.1f} s in all{peak}"
+
+
+def turns(groups: list[list[Command]], count: int) -> Iterator[tuple[Command, int]]:
+    """Yields the commands in the order in which they run: those that do the same work take turns."""
+    for group in groups:
+        for turn, command in itertools.product(range(1, count + 1), group):
+            yield command, turn
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    names = [command.name for command in COMMANDS]
+    parser = build_parser(__doc__, steps=None if on_gpu else 6, learning_rate=5e-6, limit=1200)
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        help="diffusers' examples/dreambooth/train_dreambooth.py, of the release that is installed (default: none)",
+    )
+    parser.add_argument("--turns", type=int, default=2, help="runs of each command (default: 2)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="names of commands (default: all)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the runs of an earlier OUTPUT.json and add those that it lacks (default: off)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("commands"), help="files to write, without suffix")
+    args = parser.parse_args()
+    for name, least in (("turns", 1), ("steps", 4)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} {value} is less than {least}")
+    commands = [replace(one, steps=args.steps or one.steps) for one in COMMANDS]
+
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    libraries = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    facts = {
+        "title": f"{device}, {libraries}, {args.resolution} px",
+        "settings": {name: getattr(args, name) for name in ("steps", "learning_rate")}
+        | {"model": Path(args.model or args.shape).name}
+        | {"peer": f"for diffusers {checked_peer(args.peer, parser)}" if args.peer else None},
+        "rows": [],
+    }
+    figures = args.output.with_suffix(".json")
+    if args.resume:
+        facts = earlier_facts(figures, facts, parser)
+    rows = facts["rows"]
+    groups = plan([one for one in commands if one.name in args.only], args.peer)
+    there = {*args.only, *(row["name"] for row in rows)}
+    shown = plan([one for one in commands if one.name in there], args.peer)
+    with base_flags(args) as flags:
+        for command, turn in turns(groups, args.turns):
+            of_command = [row for row in rows if row["name"] == command.name]
+            if any(row["turn"] == turn or "failed" in row for row in of_command):
+                continue  # one that has failed would fail again
+            row = {"name": command.name, "turn": turn, "batch": command.batch, "steps": command.steps}
+            row |= {"machine": platform.node(), "command": shlex.join(words_of(command, flags))}
+            rows.append(row | run_command(command, flags, args.limit))
+            print(outcome(rows[-1]), flush=True)
+            # Written after each run: a benchmark that is cut short leaves what it has measured.
+            figures.write_text(json.dumps(facts, indent=1))
+            args.output.with_suffix(".md").write_text(f"{facts['title']}\n\n{table(shown, rows)}\n")
+    print(table(shown, rows))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_program(main, Path(__file__).name)  # which cleans up after Ctrl-C
