@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.training.compile:
         denoiser.compile_blocks()
     if not flags.optimizer.use_8bit_adam:  # which goes by single parameters
-        denoiser.trained.flatten(multiple_of=ranks.world_size)
+        denoiser.trained.flatten(ranks.world_size, ranks.device)
     if flags.training.cuda_graphs:
         autocast = None if precision == "no" else DTYPES[precision]
         denoiser.to(ranks.device).record(*samples.example_inputs(dtype=torch.float32), autocast)
