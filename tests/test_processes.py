@@ -374,7 +374,7 @@ class Teardown:
         print("taken apart")
 
 atexit.register(print, "an exit handler")
-keep = Teardown()
+diffusers.kept = Teardown()
 run_program(main, "put_off")
 print("after it")
 """
