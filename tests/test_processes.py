@@ -347,6 +347,7 @@ PUT_OFF = """
 import atexit, gc, sys
 from dreambooth.command_line.console import before_imports, run_program
 usual = gc.get_threshold()
+atexit.register(print, "what comes after the exit handlers of all that is imported")
 before_imports(__name__)
 import torch
 compiled = []
@@ -369,12 +370,7 @@ def main():
     assert torch.compile.__module__ == "torch" and not hasattr(torch.compile, "__wrapped__")
     print(len(compiled), double(torch.ones(())).item(), double(torch.ones(())).item(), len(compiled))
 
-class Teardown:
-    def __del__(self):
-        print("taken apart")
-
 atexit.register(print, "an exit handler")
-diffusers.kept = Teardown()
 run_program(main, "put_off")
 print("after it")
 """
