@@ -225,3 +225,9 @@ def test_what_is_frozen_within_a_component_is_whole_in_fp32(tiny_model):
     (frozen,) = trained.frozen()
     assert {frozen.name, *own} == {*start} and frozen.name not in own and frozen.is_everywhere
     assert torch.equal(frozen.values.view(frozen.shape), start[frozen.name])
+
+
+def test_flat_parameters_lie_where_they_are_wanted(tiny_model):
+    one = build(tiny_model)
+    one.trained.flatten(2, torch.device("meta"))
+    assert one.trained.is_flat and all(parameter.is_meta for parameter in one.trained.parameters())

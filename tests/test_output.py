@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
 import signal
 import stat
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,25 @@ def test_a_file_that_was_changed_is_not_ours_any_more(tmp_path):
     copy = shutil.copytree(a_pipeline(tmp_path / "moved", "earlier"), tmp_path / "copy", copy_function=shutil.copy)
     os.utime(copy / "unet/config.json", (1, 1))
     enter(copy)
+
+
+def test_a_large_file_is_known_by_the_digest_of_its_parts(tmp_path, monkeypatch):
+    """As by that of the whole, which earlier versions have written."""
+    path, content = tmp_path / "model.safetensors", bytes(range(250))
+    path.write_bytes(content)
+    assert output.digest_of(path) == hashlib.sha256(content).hexdigest()
+    parts = [hashlib.sha256(content[begin : begin + 100]).digest() for begin in (0, 100, 200)]
+    assert output.digest_of(path, part=100) == hashlib.sha256(b"".join(parts)).hexdigest()
+    monkeypatch.setattr(output.digest_of, "__defaults__", (100,))
+    ours = output.Written.now(path)
+    assert ours.sha256 == output.digest_of(path, part=100)
+    earlier = replace(ours, sha256=hashlib.sha256(content).hexdigest())
+    os.utime(path, (1, 1))
+    assert ours.is_still(path) and earlier.is_still(path)
+    path.write_bytes(content[:-1] + b"x")
+    assert not ours.is_still(path) and not earlier.is_still(path)
+    path.write_bytes(b"")
+    assert output.digest_of(path) == hashlib.sha256().hexdigest()
 
 
 def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):

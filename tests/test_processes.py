@@ -12,7 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, small_disk, train, unet_weights, wait_for
+from harness import (
+    COLOSSALAI,
+    ROOT,
+    TRADITIONAL,
+    Running,
+    command_line,
+    run,
+    small_disk,
+    train,
+    unet_weights,
+    wait_for,
+)
 from test_hub import Hub
 
 from benchmarks import random_model
@@ -328,6 +339,54 @@ def test_ranks_that_find_different_things_do_not_train(script, flags, prior, tin
     apart(script, flags)
     done = apart(script, flags | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
     assert "4/6 [" in done.stderr
+
+
+# Start and end ------------------------------------------------------------------------------------------------------
+
+PUT_OFF = """
+import atexit, gc, sys
+from dreambooth.command_line.console import before_imports, run_program
+usual = gc.get_threshold()
+atexit.register(print, "what comes after the exit handlers of all that is imported")
+before_imports(__name__)
+import torch
+compiled = []
+
+def backend(graph, inputs):
+    compiled.append(graph)
+    return graph
+
+@torch.compile(backend=backend)
+def double(x):
+    return x + x
+
+import colossalai.booster
+import diffusers.optimization
+for module in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
+    print(module, module in sys.modules)
+
+def main():
+    assert gc.get_threshold() == usual and gc.get_freeze_count() > 100_000
+    assert torch.compile.__module__ == "torch" and not hasattr(torch.compile, "__wrapped__")
+    print(len(compiled), double(torch.ones(())).item(), double(torch.ones(())).item(), len(compiled))
+
+atexit.register(print, "an exit handler")
+run_program(main, "put_off")
+print("after it")
+"""
+
+
+def test_a_program_neither_imports_what_it_does_not_use_nor_is_taken_apart(tmp_path):
+    """What libraries compile is compiled all the same, when it is called; exit handlers run, and output is written."""
+    (tmp_path / "put_off.py").write_text(PUT_OFF)
+    done = run([sys.executable, tmp_path / "put_off.py"], env={"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    assert done.stdout.splitlines() == [
+        "torch._inductor.compile_fx False",
+        "torch._inductor.select_algorithm False",
+        "0 2.0 2.0 1",
+        "after it",
+        "an exit handler",
+    ], done.stderr
 
 
 # Memory -------------------------------------------------------------------------------------------------------------

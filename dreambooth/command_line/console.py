@@ -1,5 +1,6 @@
 """What a person sees on the terminal: one line for an error, once, and no noise from libraries."""
 
+import atexit
 import contextlib
 import errno
 import json
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from dreambooth.command_line.imports import put_off, put_off_no_more
+
 # How long a rank waits for another one to tell an error. torchrun ends it as soon as the other has left.
 OTHERS_SPEAK_FIRST_S = 5
 # How often a log gets a line of progress.
@@ -23,6 +26,7 @@ LOGGED_EVERY_S = 30
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 # Errors of a disk, of which a library may not say which file it was about.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_succeeded = threading.Event()  # set once this program's `main` has returned
 
 
 def one_line(text: str) -> str:
@@ -134,11 +138,13 @@ def run_program(main: Callable[[], None], program: str) -> None:
     error that only another rank has is told by that rank once rank 0 had its chance; those who merely miss a rank that
     has ended keep quiet. The first error is left to torchrun too, which repeats it at the end.
     """
+    put_off_no_more()
     threading.excepthook = _thread_failed
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was during the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        _succeeded.set()
         return
     except (Exception, KeyboardInterrupt) as error:
         _interrupts_end_at_once()
@@ -146,6 +152,14 @@ def run_program(main: Callable[[], None], program: str) -> None:
     # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
     sys.stderr.flush()
     os._exit(status)
+
+
+def _leave_at_once() -> None:
+    """Ends a process that has succeeded; Python would take a second or two to take apart all that was imported."""
+    if _succeeded.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _interrupts_end_at_once() -> None:
@@ -220,13 +234,15 @@ def _leave_to_torchrun(error: str) -> None:
 def before_imports(module: str) -> None:
     """Keeps out of sight what libraries warn of and a user can do nothing about, and idle processes away.
 
-    Ctrl-C ends a program without a traceback meanwhile: the imports take seconds, and leave nothing to be saved.
+    Ctrl-C ends a program without a traceback meanwhile: the imports take seconds, and leave nothing to be saved. A
+    program's imports also do without what only takes time, until `run_program`.
 
     Args:
         module: name of the one that is going to import; a program's is "__main__".
     """
     if module == "__main__":
         _interrupts_end_at_once()
+        atexit.register(_leave_at_once)  # before the libraries' exit handlers, so that it runs after them
     # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -241,3 +257,5 @@ def before_imports(module: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A library of ColossalAI's imports torch's compiler, which would start a process for each core right away.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
+    if module == "__main__":
+        put_off()

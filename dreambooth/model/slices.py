@@ -1,7 +1,8 @@
 """Tensors of which each rank holds a part: written into one file by all of them, or put together on rank 0."""
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dreambooth.command_line.console import RunError, ToldByRank0, first_line, is_rank_0
+from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0, on_one_machine
+from dreambooth.processes.threads import cores_of, in_threads
 
 # As safetensors files name the dtypes that are written here; in them, those with the larger elements come first.
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 # A dtype of integers of the same size, in which the sum of a tensor and of zeros is the tensor, bit for bit.
 INTEGERS = {torch.float32: torch.int32, torch.uint8: torch.uint8}
+MAX_WRITERS = 4  # threads of a rank that copy from its GPU and write; a file system lets few into one file
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,17 @@ def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
     slices = list(slices)
     places, size, header = _layout(slices)
     path = from_rank_0(lambda: _create(path, header, size))
-    if on_one_machine():
-        parts: Iterable[Slice] = (one.share(ranks.rank, ranks.world_size) for one in slices)
-    else:
-        gathered = zip(slices, gather(slices, ranks), strict=True)
-        parts = (Slice(one.name, one.shape, 0, whole.flatten()) for one, whole in gathered)
     error = None
-    for part in parts:  # to the end: other ranks may have to send
-        try:
-            if error is None and part.values.numel():
-                _write(path, part, places[part.name])
-        except OSError as caught:
-            error = first_line(caught)
+    try:
+        if on_one_machine():
+            own = [one.share(ranks.rank, ranks.world_size) for one in slices]
+            write = functools.partial(_write, path, places)
+            for _ in in_threads(write, own, threads=min(MAX_WRITERS, cores_of(find_place()))):
+                pass
+        else:
+            _write_gathered(path, places, slices, ranks)
+    except OSError as caught:
+        error = first_line(caught)
     if found := [one for one in from_all_ranks(error) if one]:
         raise OSError(found[0]) if is_rank_0() else ToldByRank0(RunError.status)
     from_rank_0(lambda: _check(path))
@@ -107,13 +110,27 @@ def _create(path: Path, header: bytes, size: int) -> Path:
     return path
 
 
-def _write(path: Path, part: Slice, begin: int) -> None:
-    place = begin + part.first * part.values.dtype.itemsize
+def _write(path: Path, places: Mapping[str, int], part: Slice) -> None:
+    if not part.values.numel():  # nor may there be a file, on another machine
+        return
     with open(path, "r+b", buffering=0) as file:
-        file.seek(place)
+        file.seek(places[part.name] + part.first * part.values.dtype.itemsize)
         left = memoryview(part.values.contiguous().cpu().view(torch.uint8).numpy())
         while left:
             left = left[file.write(left) :]
+
+
+def _write_gathered(path: Path, places: Mapping[str, int], slices: Sequence[Slice], ranks: Ranks) -> None:
+    """Writes tensors on rank 0, where they are put together one after another."""
+    error = None
+    for one, whole in zip(slices, gather(slices, ranks), strict=True):  # to the end: other ranks have to send
+        try:
+            if error is None:
+                _write(path, places, Slice(one.name, one.shape, 0, whole.flatten()))
+        except OSError as caught:
+            error = caught
+    if error is not None:
+        raise error
 
 
 def _check(path: Path) -> None:

@@ -118,7 +118,7 @@ class Trainable:
             return [getattr(self.module, f"flat{number}") for number in range(len(self.by_parameter))]
         return [getattr(weight.owner, weight.attribute) for weight in self]
 
-    def flatten(self, multiple_of: int) -> None:
+    def flatten(self, multiple_of: int, device: torch.device | None = None) -> None:
         """Lays the weights out in a few flat parameters of the module.
 
         It computes the same, with fewer kernels to launch: one cast and one update for a flat parameter instead of one
@@ -127,6 +127,8 @@ class Trainable:
         Args:
             multiple_of: what divides their lengths, by zeros at their ends. If it is the number of ranks, a plugin
                 that gives each a part need not fill up parameters itself, for which it would move them.
+            device: where they lie then; None for where the weights do. Those that are mapped from files go to a GPU
+                without a copy in host memory.
         """
         flat: list[list[Weight]] = [[]]
         size = 0
@@ -137,7 +139,7 @@ class Trainable:
             flat[-1].append(replace(weight, offset=size))
             size += weight.shape.numel()
         for number, weights in enumerate(flat):
-            values = [getattr(weight.owner, weight.attribute).detach() for weight in weights]
+            values = [getattr(weight.owner, weight.attribute).detach().to(device) for weight in weights]
             for weight in weights:
                 delattr(weight.owner, weight.attribute)
             filling = values[0].new_zeros(-sum(weight.shape.numel() for weight in weights) % multiple_of)
