@@ -10,7 +10,16 @@ from PIL import Image
 
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data.class_images import image_name, missing_numbers
-from dreambooth.data.images import crop_to_square, facts_of_all, find_images, list_images, load_image, photo_of
+from dreambooth.data.images import (
+    Facts,
+    Photo,
+    crop_to_square,
+    facts_of_all,
+    find_images,
+    list_images,
+    load_image,
+    photo_of,
+)
 from dreambooth.data.randomness import Stream, generator
 from dreambooth.data.samples import Examples, collate
 from dreambooth.data.schedule import Schedule
@@ -56,12 +65,12 @@ def test_every_mode_becomes_rgb_over_white(tmp_path, mode):
 
 
 def test_crop_keeps_the_shorter_side_and_the_place(tmp_path):
-    """Left third red, middle green, right blue: the crop's place along the long side decides what is seen."""
+    """Left third red, middle green, right blue: where along the long side it begins decides what is seen."""
     image = Image.new("RGB", (30, 10), (0, 255, 0))
     image.paste((255, 0, 0), (0, 0, 10, 10))
     image.paste((0, 0, 255), (20, 0, 30, 10))
-    for position, channel in ((0.0, 0), (0.5, 1), (1.0, 2)):
-        cropped = crop_to_square(image, 20, position)
+    for offset, channel in ((0, 0), (10, 1), (20, 2)):
+        cropped = crop_to_square(image, 20, offset)
         assert cropped.shape == (3, 20, 20) and cropped.dtype == torch.float32
         expected = torch.full((3, 20, 20), -1.0)
         expected[channel] = 1.0
@@ -149,8 +158,8 @@ def test_a_view_is_what_the_pixels_are_of(photos):
 
     stream = examples(paths, of_view=of_view)
     for place, photo in enumerate(paths):
-        for position in (0.0, 0.3, 1.0):
-            view = stream.view(place, position)
+        for offset in stream.offsets(place):
+            view = stream.view((place, offset))
             width, height = photo.facts.size
             assert view.original_size == (height, width) and view.size == (16, 16) and min(view.crop) == 0
             whole = load_image(photo).resize(
@@ -158,8 +167,8 @@ def test_a_view_is_what_the_pixels_are_of(photos):
             )
             top, left = view.crop
             shown = np.asarray(whole)[top : top + 16, left : left + 16] / 127.5 - 1
-            error = np.abs(shown.transpose(2, 0, 1) - stream.pixel_values(place, position).numpy()).mean()
-            assert error < 0.1, (place, position)
+            error = np.abs(shown.transpose(2, 0, 1) - stream.pixel_values((place, offset)).numpy()).mean()
+            assert error < 0.1, (place, offset)
     batch = collate([[stream[n]] for n in range(3)])
     assert batch["conditioning"]["time_ids"].shape == (3, 6) and "of_view" not in batch
     assert batch["conditioning"]["time_ids"][:, 4:].eq(16).all()
@@ -172,9 +181,55 @@ def test_a_view_is_right_to_the_pixel(size, tmp_path):
     Image.fromarray(noise).save(tmp_path / "0.png")
     stream = examples(photos_in(tmp_path))
     whole = torch.from_numpy(np.asarray(load_image(stream.photos[0], 16)) / np.float32(127.5) - 1).permute(2, 0, 1)
-    for position in np.linspace(0, 1, 101):
-        top, left = stream.view(0, position).crop
-        torch.testing.assert_close(stream.pixel_values(0, position), whole[:, top : top + 16, left : left + 16])
+    for offset in stream.offsets(0):
+        top, left = stream.view((0, offset)).crop
+        torch.testing.assert_close(stream.pixel_values((0, offset)), whole[:, top : top + 16, left : left + 16])
+
+
+def photo(width: int, height: int) -> Photo:
+    """Returns a photo that has been looked at and cannot be read again."""
+    return Photo("x", "", lambda: b"", Facts(b"", (width, height), False, ""))
+
+
+@pytest.mark.parametrize(
+    "size, offsets, of_view",
+    [
+        # 683 x 512 when scaled: the VAE makes a latent of 8 pixels.
+        ((4032, 3024), range(0, 172, 8), (168, 512)),
+        ((3024, 4032), range(0, 172, 8), (168, 512)),
+        ((512, 512), range(1), (0, 512)),
+        ((2001, 2000), range(1), (0, 512)),
+        # Four pixels make a latent of a photo that is scaled up to twice its size, none of one of 40 pixels.
+        ((1000, 256), range(0, 745, 4), (744 * 2, 512)),
+        ((42, 40), range(3), (26, 512)),
+    ],
+)
+def test_crops_lie_on_the_grid_of_the_latents(size, offsets, of_view):
+    stream = examples([photo(*size)], resolution=512, latent_shape=(4, 64, 64))
+    assert list(stream.offsets(0)) == list(offsets)
+    view = stream.view((0, offsets[-1]))
+    assert (max(view.crop), view.size[0]) == of_view and min(view.crop) == 0
+    assert (view.crop[0] == 0) == (size[0] >= size[1]) or len(offsets) == 1
+    taken = [stream.crop(n, generator(3, stream.draws, n)) for n in range(200 * len(offsets))]
+    times = np.bincount([offsets.index(offset) for _, offset in taken], minlength=len(offsets))
+    assert times.min() > 130 and times.max() < 280, "each is as likely as any other"
+
+
+@pytest.mark.parametrize("size, offset", [((4032, 3024), 86), ((3024, 4032), 86), ((1000, 257), 372), ((512, 512), 0)])
+def test_the_crop_at_the_centre_is_there_to_the_pixel(size, offset):
+    stream = examples([photo(*size)], resolution=512, latent_shape=(4, 64, 64), center_crop=True)
+    assert list(stream.offsets(0)) == [offset]
+
+
+@pytest.mark.parametrize("first, last", [(0, 7), (3, 60), (0, 10**9), (10**9, 10**9 + 40)])
+@pytest.mark.parametrize("places", [{0, 1, 2}, {1}, set()])
+def test_crops_of_a_run_are_known_before_it_starts(first, last, places):
+    """However long it is, and each is named once."""
+    stream = examples([photo(40, 30), photo(30, 30), photo(30, 90)])
+    shown = [stream.crop(n, generator(3, stream.draws, n)) for n in range(first, min(last, first + 2000))]
+    crops = stream.crops(range(first, last), places)
+    assert crops == sorted({crop for crop in shown if crop[0] in places})
+    assert last - first < 100 or len(crops) == sum(len(stream.offsets(place)) for place in places)
 
 
 def test_examples_with_and_without_latents_meet_in_a_batch(photos):
@@ -182,9 +237,8 @@ def test_examples_with_and_without_latents_meet_in_a_batch(photos):
     paths = photos_in(photos)
     plain, cached = examples(paths), examples(paths)
     for number in (0, 3):
-        cached.moments[plain.place_of(number)] = torch.stack(
-            [torch.full(plain.latent_shape, 7.0), torch.ones(plain.latent_shape)]
-        )
+        crop = plain.crop(number, generator(plain.seed, plain.draws, number))
+        cached.moments[crop] = torch.stack([torch.full(plain.latent_shape, 7.0), torch.ones(plain.latent_shape)])
     batch = collate([[cached[n]] for n in range(4)])
     assert batch["latents"].shape[0] == batch["pixel_values"].shape[0] == 2
     assert torch.equal(batch["noise"], collate([[plain[n]] for n in range(4)])["noise"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.command_line.flags import InstanceFlags, ModelFlags, PriorFlags
-from dreambooth.data import images
+from dreambooth.data import images, latents, samples
 from dreambooth.data.class_images import (
     Origin,
     check_class_images,
@@ -39,7 +39,7 @@ from dreambooth.data.images import (
 )
 from dreambooth.data.instance_images import find_instance_images
 from dreambooth.data.latents import cache_latents
-from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.data.randomness import Stream, generator, starting_points
 from dreambooth.data.samples import build_dataset, build_loader
 from dreambooth.data.schedule import Schedule
 from dreambooth.model.components import latent_shape, load_tokenizer
@@ -48,7 +48,7 @@ from dreambooth.model.prompts import embed
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import Ranks
-from dreambooth.processes.threads import in_threads
+from dreambooth.processes.threads import ahead, in_threads
 from dreambooth.run.image_file import save_image
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
@@ -120,7 +120,7 @@ def test_a_photo_is_scaled_as_if_it_had_been_decoded_whole(orientation, tmp_path
     exif = Image.Exif()
     exif[0x0112] = orientation
     photo = look_at(photo_of(large_photo(tmp_path / "x.jpg", quality=95, exif=exif)))
-    assert photo.facts.size == ((1200, 900) if orientation == 1 else (900, 1200)) and not photo.is_square
+    assert photo.facts.size == ((1200, 900) if orientation == 1 else (900, 1200))
     scaled = load_image(photo, 64)
     assert scaled.size == scaled_size(photo.facts.size, 64) and min(scaled.size) == 64
     whole = load_image(photo).resize(scaled.size, Image.Resampling.BILINEAR)
@@ -155,6 +155,14 @@ def test_a_photo_is_decoded_once(tmp_path, monkeypatch):
     assert reads[3:] == [photos[0].name]
 
 
+def test_threads_wait_for_the_one_that_decodes_a_photo(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_scaled", images._RecentlyUsed(limit=2**20))
+    reads, path = [], large_photo(tmp_path / "x.jpg")
+    photo = replace(counted(photo_of(path), reads), facts=look_at(photo_of(path)).facts)
+    scaled = list(in_threads(lambda _: scaled_image(photo, 64), range(8), threads=4))
+    assert len(reads) == 1 and all(image is scaled[0] for image in scaled)
+
+
 def test_a_photo_that_has_changed_is_named(tmp_path):
     """Whoever reads it sees to it that it is the one whose digest the ranks and the checkpoint have compared."""
     path = large_photo(tmp_path / "x.jpg")
@@ -175,6 +183,24 @@ def test_each_rank_looks_at_its_share_in_threads(tmp_path):
     (tmp_path / "5.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"3\.png"):
         find_images(tmp_path, "--x")
+
+
+def test_what_is_taken_ahead_is_in_order_and_not_far():
+    taken = []
+
+    def numbers():
+        for number in range(50):
+            taken.append((number, threading.current_thread()))
+            yield number
+        raise ValueError("50")
+
+    done = []
+    with pytest.raises(ValueError, match="50"):
+        for number in ahead(numbers()):
+            done.append(number)
+            assert len(taken) <= number + 3
+    assert done == list(range(50)) and {thread for _, thread in taken}.isdisjoint({threading.current_thread()})
+    assert list(ahead(iter([]))) == [] and list(ahead(iter([None]))) == [None]
 
 
 def test_work_in_threads_is_in_order_and_not_far_ahead():
@@ -341,7 +367,7 @@ def test_class_images_that_are_all_there_may_be_on_a_disk_that_takes_none(tiny_m
 
 def test_a_dry_run_stands_in_for_class_images(tiny_model, tmp_path, capfd):
     photos = generate(tiny_model, prior_flags(tmp_path / "class"), dry_run=True)
-    assert len(photos) == 3 and all(photo.is_square and photo.facts.digest for photo in photos)
+    assert len(photos) == 3 and all(photo.facts.size == (32, 32) and photo.facts.digest for photo in photos)
     assert "class images: 3 of 3 would be generated first" in capfd.readouterr().out
     assert not (tmp_path / "class").exists()
 
@@ -409,11 +435,8 @@ def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
         return lambda pipeline: save_new(content, tmp_path / "00001.png")
 
     photos = generate(tiny_model, prior, change=written("a dog"))
-    assert [photo.is_square for photo in photos] == [True] * 2 and load_image(photos[1]).getpixel((0, 0)) == (
-        255,
-        0,
-        0,
-    )
+    assert [photo.facts.size for photo in photos] == [(32, 32)] * 2
+    assert load_image(photos[1]).getpixel((0, 0)) == (255, 0, 0)
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(UserError, match="00001.png was generated for 'a cat', and --class_prompt is 'a dog'"):
@@ -468,30 +491,98 @@ def test_validation_images_that_are_not_finite_end_nothing(script, flags, tiny_m
 # Latents and prompts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("center_crop", [True, False])
-def test_latents_are_cached_in_fp32_whatever_the_precision(center_crop, tiny_model, photos, tmp_path):
-    """And the VAE ends on the CPU, or in the run's precision where steps still need it."""
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder)
-    large_photo(folder / "square.png", 100, 100)
-    found = find_images(folder, "--x", resolution=32)
+def to_be_cached(tiny_model, photos, **changed):
+    """Returns a data set of photos, whose 11, 5, 1, 4 and 8 crops are to be cached, and the VAE that encodes them."""
     vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
+    settings = {"seed": 1, "resolution": 32, "latent_shape": latent_shape(vae, 32), "num_timesteps": 10}
+    settings |= {"center_crop": False} | changed
+    return build_dataset(find_images(photos, "--x", resolution=32), [], **settings), vae
+
+
+@pytest.mark.parametrize("which", ["on", "auto"])
+def test_latents_are_cached_in_fp32_whatever_the_precision(which, tiny_model, photos):
+    """And the VAE ends on the CPU, or in the run's precision where steps still need it."""
+    dataset, vae = to_be_cached(tiny_model, photos)
+    (part,) = dataset.sets
     exact = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
-    shape = latent_shape(vae, 32)
-    settings = {"seed": 1, "resolution": 32, "latent_shape": shape, "num_timesteps": 10}
-    dataset = build_dataset(found, [], center_crop=center_crop, **settings)
     moves, move = [], vae.to
     vae.to = lambda *where: moves.append(where) or move(*where)
-    cache_latents(dataset, vae, CPU, dtype=torch.bfloat16)
-    assert moves[-1] == (("cpu",) if center_crop else (CPU.device, torch.bfloat16)), "a cached run needs no VAE"
-    (part,) = dataset.sets
-    assert len(part.moments) == (6 if center_crop else 1)
-    for place, moments in part.moments.items():
+    is_complete = cache_latents(dataset, vae, CPU, Schedule(5, 1, 1), dtype=torch.bfloat16, which=which)
+    assert is_complete == (which == "on")
+    assert moves[-1] == (("cpu",) if is_complete else (CPU.device, torch.bfloat16)), "a cached run needs no VAE"
+    assert len(part.moments) == (5 if is_complete else 1)
+    for crop, moments in part.moments.items():
         with torch.no_grad():
-            posterior = exact.encode(part.pixel_values(place)[None]).latent_dist
+            posterior = exact.encode(part.pixel_values(crop)[None]).latent_dist
         expected = torch.cat([posterior.mean, posterior.std]) * exact.config.scaling_factor
         torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-5)
-    assert vae.dtype == (torch.float32 if center_crop else torch.bfloat16)
+    assert vae.dtype == (torch.float32 if is_complete else torch.bfloat16)
+
+
+def test_each_crop_that_a_run_takes_is_encoded_once(tiny_model, photos, capfd):
+    """A run that goes on leaves out those that it takes no more, but for some: its batches are of the same crops."""
+    kept, batches = {}, {}
+    for first_step in (0, 20):
+        dataset, vae = to_be_cached(tiny_model, photos)
+        (part,) = dataset.sets
+        encoded, encode = [], vae.encode
+        vae.encode = lambda images, encode=encode, encoded=encoded: encoded.append(images) or encode(images)
+        assert cache_latents(dataset, vae, CPU, Schedule(1, 1, 22), first_step, which="on")
+        assert all("latents" in part[n] for n in range(first_step, 22))
+        told = capfd.readouterr().out
+        assert "latents of 5 of 5 images cached in " in told and f", {len(part.moments)} crops, 0." in told
+        kept[first_step], batches[first_step] = part.moments, encoded
+    taken = {part.crop(n, generator(1, part.draws, n)) for n in range(22)}
+    sizes = [len(batch) for batch in batches[0]]
+    assert kept[0].keys() == taken and sum(sizes) == len(taken) and {*sizes[:-1]} == {4}
+    assert 1 <= len(batches[20]) <= 2 < len(sizes)
+    assert all(any(torch.equal(batch, other) for other in batches[0]) for batch in batches[20])
+    assert all(torch.equal(moments, kept[0][crop]) for crop, moments in kept[20].items())
+    part.moments.clear()
+    assert cache_latents(dataset, vae, CPU, Schedule(1, 1, 22), 22, which="on") and not part.moments
+
+
+@pytest.mark.parametrize(
+    "steps, room, places",
+    [
+        (1, 29, {2}),
+        # Each photo is taken 16 times; that of 8 crops shows 7 of them on average, that of 11 crops 8.6.
+        (16, 29, {1, 2, 3, 4}),
+        (10**9, 29, {0, 1, 2, 3, 4}),
+        (10**9, 7, {1, 2}),
+    ],
+)
+def test_latents_are_cached_where_it_halves_the_encoding(steps, room, places, tiny_model, photos, monkeypatch):
+    """On average, and as far as there is room. Where the run goes on makes no difference."""
+    monkeypatch.setattr(latents, "CACHE_BYTES", room * 2 * 4 * 4 * 16 * 16)
+    for first_step in (0, steps - 1):
+        dataset, vae = to_be_cached(tiny_model, photos)
+        is_complete = cache_latents(dataset, vae, CPU, Schedule(5, 1, steps), first_step)
+        assert is_complete == (len(places) == 5)
+        assert {place for place, _ in dataset.sets[0].moments} == places
+
+
+@pytest.mark.parametrize(
+    "device, workers, decodes, started",
+    [
+        *[("cuda", None, True, min(4, os.cpu_count())), ("cuda", None, False, 0), ("cpu", None, True, 0)],
+        *[("cuda", 3, False, 3), ("cuda", 0, True, 0), ("cpu", 2, False, 2)],
+    ],
+)
+def test_processes_decode_where_there_is_something_to_decode(device, workers, decodes, started, monkeypatch):
+    """Or where it is asked for; a thread makes the batches on a GPU machine otherwise."""
+    found = {}
+
+    class Loader(list):
+        def __init__(self, dataset, **settings):
+            found.update(settings)
+
+    monkeypatch.setattr(samples, "DataLoader", Loader)
+    monkeypatch.setattr(samples, "ahead", lambda batches: found.update(in_thread=True) or batches)
+    ranks = Ranks(0, 1, torch.device(device))
+    assert not list(build_loader([], Schedule(1, 1, 1), ranks, workers=workers, decodes=decodes))
+    assert found["num_workers"] == started and found["pin_memory"] == (device == "cuda" and started > 0)
+    assert found.get("in_thread", False) == ((device, workers, decodes) == ("cuda", None, False))
 
 
 def test_prompts_are_embedded_in_fp32_and_travel_with_their_batch(tiny_model, photos):

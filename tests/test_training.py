@@ -13,6 +13,7 @@ from benchmarks import random_model
 from dreambooth.data.images import find_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import build_dataset, collate
+from dreambooth.data.schedule import Schedule
 from dreambooth.model.components import latent_shape
 from dreambooth.model.loss import latents_of
 from dreambooth.model.pipeline import load_part
@@ -220,50 +221,50 @@ def test_test_run_uses_ten_images_of_each_folder(flags, prior, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, crop",
+    "script, cached",
     [
         (COLOSSALAI, "every image"),
+        (COLOSSALAI, "every crop"),
         (COLOSSALAI, "class images"),
         (COLOSSALAI, "no image"),
+        (TRADITIONAL, "every crop"),
         (TRADITIONAL, "class images"),
     ],
 )
-def test_the_latent_cache_changes_nothing(crop, script, flags, prior, photos, tmp_path):
+def test_the_latent_cache_changes_nothing(cached, script, flags, prior, photos, tmp_path):
     """Losses and gradient norms are the same with and without, whatever part of the images can be in it."""
-    flags |= prior | {"center_crop": crop == "every image", "max_train_steps": 5}
-    if crop == "no image":  # photos that are not square as class images too
+    flags |= prior | {"center_crop": cached == "every image", "max_train_steps": 5}
+    if cached in ("every crop", "no image"):  # photos that are not square as class images too
         flags["class_data_dir"] = shutil.copytree(photos, tmp_path / "others")
-        flags["num_class_images"] = 5
+        (flags["class_data_dir"] / "2.png").unlink()  # which has one crop
+        flags["instance_data_dir"], flags["num_class_images"] = flags["class_data_dir"], 4
+        flags["class_data_dir"] = shutil.copytree(flags["instance_data_dir"], tmp_path / "class")
     results = {}
-    for cache, nproc in (("off", 1), ("auto", 2)):
+    for cache, nproc in (("off", 1), ("on" if cached == "every crop" else "auto", 2)):
         output_dir = tmp_path / cache
         more = {"cache_latents": cache, "output_dir": output_dir, "train_batch_size": 2 // nproc}
         done = train(script, flags | more, nproc=nproc)
         results[cache] = {name: scalars(output_dir, name) for name in ("loss", "grad_norm")}
-        told = {"every image": "latents of 12 of 12 images", "class images": "latents of 7 of 12 images"}.get(crop)
-        assert ("cached in" in done.stdout) == bool(told and cache == "auto")
-        assert not told or cache == "off" or told in done.stdout
-    for name, values in results["off"].items():
-        np.testing.assert_allclose(results["auto"][name], values, rtol=1e-5, err_msg=name)
+        told = {"every image": "latents of 12 of 12 ", "every crop": "8 of 8 ", "class images": "8 of 12 "}.get(cached)
+        assert ("cached in" in done.stdout) == bool(told and cache != "off")
+        assert not told or cache == "off" or f"{told}images cached in " in done.stdout
+    off, on = results.values()
+    for name, values in off.items():
+        np.testing.assert_allclose(on[name], values, rtol=1e-5, err_msg=name)
 
 
 def test_steps_take_their_latents_from_the_cache(tiny_model, photos, tmp_path):
-    """Once all images are in it, the photos may be gone."""
+    """Once all crops are in it, the photos may be gone."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     vae = load_part(STABLE_DIFFUSION, "vae", tiny_model).requires_grad_(False)
     shape = latent_shape(vae, 32)
-    settings = {"seed": 1, "resolution": 32, "center_crop": True, "latent_shape": shape, "num_timesteps": 10}
+    settings = {"seed": 1, "resolution": 32, "center_crop": False, "latent_shape": shape, "num_timesteps": 10}
     dataset = build_dataset(find_images(folder, "--x"), [], **settings)
-    encoded = latents_of(collate([dataset[n] for n in range(5)]), vae)
-    cache_latents(dataset, vae, Ranks(0, 1, torch.device("cpu")))
+    encoded = latents_of(collate([dataset[n] for n in range(40)]), vae)
+    assert cache_latents(dataset, vae, Ranks(0, 1, torch.device("cpu")), Schedule(4, 1, 10), which="on")
     shutil.rmtree(folder)
-    torch.testing.assert_close(latents_of(collate([dataset[n] for n in range(5)]), vae=None), encoded)
-
-
-def test_a_cache_of_all_latents_needs_fixed_crops(flags):
-    done = train(COLOSSALAI, flags | {"cache_latents": "on"}, check=False)
-    assert done.returncode == 2 and "--cache_latents on" in done.error_lines[0] and "not square" in done.error_lines[0]
+    torch.testing.assert_close(latents_of(collate([dataset[n] for n in range(40)]), vae=None), encoded)
 
 
 # Runs a trainer, and prints how many objects a garbage collection in a step would go through, and one afterwards.

@@ -156,8 +156,9 @@ class InstanceFlags:
     )
     cache_latents: str = flag(
         "auto",
-        "encode images once, before training: auto takes those whose crop is always the same (square ones, or all "
-        "with --center_crop), on (or nothing after the flag) insists on all, off takes none",
+        "encode the crops that the run will take once, before training: auto those of square images, and of others "
+        "where that at least halves the encoding, up to 2 GiB of host memory; on (or nothing after the flag) all; off "
+        "none",
         choices=("auto", "on", "off"),
         alone="on",
     )
@@ -257,7 +258,10 @@ class TrainingFlags:
         False, "matrix products of what is computed in fp32 in TF32, on GPUs: faster, less exact", numbers="on GPUs"
     )
     dataloader_num_workers: int | None = flag(
-        None, "processes that decode images for each device", shown="4 on GPUs, 0 on the CPU", limits=(0, 1024)
+        None,
+        "processes that decode images for each device",
+        shown="4 on GPUs if not all latents are cached, else 0",
+        limits=(0, 1024),
     )
     seed: int | None = flag(
         None,

@@ -25,7 +25,6 @@ from dreambooth.command_line.paths import PARTIAL, unwritable
 from dreambooth.data.images import (
     NotFinite,
     Photo,
-    check_crops,
     facts_of_all,
     find_images,
     images_to_use,
@@ -124,7 +123,6 @@ def check_class_images(prior: PriorFlags, instance: InstanceFlags, place: Place)
         return []
     photos = find_images(folder, "--class_data_dir", wanted, resolution=instance.resolution, place=place)
     _refuse_others(folder, photos, prompt=prior.class_prompt)
-    check_crops(instance, photos)
     return photos
 
 

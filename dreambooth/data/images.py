@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import functional as F
 
 from dreambooth.command_line.console import UserError, warn
-from dreambooth.command_line.flags import InstanceFlags, PriorFlags
+from dreambooth.command_line.flags import PriorFlags
 from dreambooth.command_line.paths import partial_name
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import from_all_ranks
@@ -80,12 +80,6 @@ class Photo:
     prompt: str
     read: Callable[[], bytes]
     facts: Facts | None = None
-
-    @property
-    def is_square(self) -> bool:
-        """Whether it is as wide as it is high."""
-        width, height = self.facts.size
-        return width == height
 
 
 def photo_of(path: Path, prompt: str = "") -> Photo:
@@ -218,6 +212,18 @@ class _RecentlyUsed:
         self.images: collections.OrderedDict[tuple, Image.Image] = collections.OrderedDict()
         self.bytes = 0
         self.lock = threading.Lock()
+        self.being_made: dict[tuple, threading.Lock] = collections.defaultdict(threading.Lock)
+
+    def find_or_make(self, key: tuple, make: Callable[[], Image.Image]) -> Image.Image:
+        """Returns the image of a key; threads that ask for one that is not there wait for the first to make it."""
+        with self.lock:
+            being_made = self.being_made[key]
+        with being_made:
+            image = self.find(key)
+            if image is None:
+                image = make()
+                self.keep(key, image)
+        return image
 
     def find(self, key: tuple) -> Image.Image | None:
         """Returns the image of a key, None where it is not there."""
@@ -252,12 +258,7 @@ def scaled_image(photo: Photo, resolution: int) -> Image.Image:
     """
     if photo.facts is None:
         return load_image(photo, resolution)
-    key = photo.facts.digest, resolution
-    image = _scaled.find(key)
-    if image is None:
-        image = load_image(photo, resolution)
-        _scaled.keep(key, image)
-    return image
+    return _scaled.find_or_make((photo.facts.digest, resolution), lambda: load_image(photo, resolution))
 
 
 def images_to_use(wanted: int | None, test_run: bool) -> int | None:
@@ -341,46 +342,29 @@ def facts_of_all(photos: list[Photo], resolution: int | None = None) -> list[Pho
     ]
 
 
-def check_crops(flags: InstanceFlags, photos: list[Photo]) -> None:
-    """Finds images that --cache_latents on cannot cache, among those that have been looked at.
-
-    Raises:
-        UserError: if each step crops one of them elsewhere.
-    """
-    if flags.cache_latents != "on" or flags.center_crop:
-        return
-    for photo in photos:
-        if photo.facts is not None and not photo.is_square:
-            raise UserError(
-                f"--cache_latents on: {photo.name} is not square, so each step crops it elsewhere: "
-                "add --center_crop, or use --cache_latents auto"
-            )
-
-
-def square_in(size: tuple[int, int], position: float) -> tuple[int, int, int]:
+def square_in(size: tuple[int, int], offset: int) -> tuple[int, int, int]:
     """Returns (left, top, side) of a square of an image's shorter side, in pixels.
 
     Args:
         size: (width, height) of the image.
-        position: where along the longer side the square lies, from 0 (left or top) to 1; 0.5 is the centre.
+        offset: pixels of the longer side, left of the square or above it.
     """
     width, height = size
-    side = min(size)
-    return round(position * (width - side)), round(position * (height - side)), side
+    return (offset, 0, height) if width > height else (0, offset, width)
 
 
-def crop_to_square(image: Image.Image, resolution: int, position: float) -> torch.Tensor:
+def crop_to_square(image: Image.Image, resolution: int, offset: int) -> torch.Tensor:
     """Returns the square of the image's shorter side, scaled to `resolution` if that side is another.
 
     Args:
         image: RGB image of any size.
         resolution: side of the result, in pixels.
-        position: as of `square_in`.
+        offset: as of `square_in`.
 
     Returns:
         Tensor of shape (3, resolution, resolution), float32, in [-1, 1].
     """
-    left, top, side = square_in(image.size, position)
+    left, top, side = square_in(image.size, offset)
     image = F.resized_crop(image, top, left, side, side, [resolution, resolution], antialias=True)
     return F.normalize(F.to_tensor(image), [0.5], [0.5])
 

@@ -1,19 +1,23 @@
-"""The VAE's work, done once for the images whose crop is the same in every step."""
+"""The VAE's work, done once for each crop that the steps take more than once."""
 
+import math
 import time
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 
-from dreambooth.command_line.console import doing, progress, say
-from dreambooth.data.samples import DreamBoothDataset, Examples
+from dreambooth.command_line.console import counted, doing, progress, say
+from dreambooth.data.samples import Crop, DreamBoothDataset, Examples
+from dreambooth.data.schedule import Schedule
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.threads import cores_of, in_threads
 
 MAX_ENCODED_AT_A_TIME, MAX_PIXELS_AT_A_TIME = 4, 2**20  # for an encoder in fp32 in a few GiB
-SHOWN_FROM = 500  # images
+SHOWN_FROM = 500  # crops
+# Of what `auto` keeps in each process: 16,384 crops at 512 pixels.
+CACHE_BYTES = 2**31
 
 
 @torch.no_grad()
@@ -21,60 +25,112 @@ def cache_latents(
     dataset: DreamBoothDataset,
     vae: AutoencoderKL,
     ranks: Ranks,
+    schedule: Schedule,
+    first_step: int = 0,
     *,
     dtype: torch.dtype = torch.float32,
-    enabled: bool = True,
-) -> None:
-    """Encodes the images of `dataset` whose crop never changes; the VAE ends where the steps want it.
+    which: str = "auto",
+) -> bool:
+    """Encodes the crops that the steps will take, each once; the VAE ends where the steps want it.
 
     What is kept is mean and standard deviation of the VAE's posterior, in fp32 in host memory; every step draws its
     own sample. They are computed in fp32, since it happens once: half a precision's rounding would be in every step,
-    and is more than the noise that is drawn. Ranks take whole batches of images in turn and then share them, so that
-    the result does not depend on their number.
+    and is more than the noise that is drawn. Ranks take whole batches of crops and then share them, so that the result
+    does not depend on their number.
 
     Args:
         dataset: its examples take their latents from the cache afterwards.
-        vae: frozen, fp32. It is on the CPU afterwards if all images are cached, else on this rank's device in `dtype`.
+        vae: frozen, fp32. It is on the CPU afterwards if all is cached, else on this rank's device in `dtype`.
         ranks: which share is this process's.
+        schedule: of the run.
+        first_step: steps that are passed over.
         dtype: in which steps encode what is not cached.
-        enabled: whether anything is cached.
+        which: "on" caches the crops of all images, "off" none, "auto" those of the images that `_worth_caching` names.
+
+    Returns:
+        Whether the steps find all that they take in the cache.
     """
-    examples = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
-    fixed = [one for one in examples if enabled and one[0].has_fixed_crop(one[1])]
-    if fixed:
-        started = time.monotonic()
+    images = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
+    # A run that goes on caches what the one before it did.
+    cached = _worth_caching(dataset, len(schedule.samples())) if which == "auto" else images * (which == "on")
+    started = time.monotonic()
+    batches = _batches(dataset, cached, schedule, first_step)
+    if batches:
         with doing("caching latents", takes_less="--cache_latents off, or a lower --resolution"):
             vae.to(ranks.device)
-            size = _cache(fixed, vae, ranks)
+            size = _cache(batches, vae, ranks)
         seconds = time.monotonic() - started
-        say(f"latents of {len(fixed)} of {len(examples)} images cached in {seconds:.1f} s, {size / 2**20:.1f} MiB")
-    if len(fixed) == len(examples):
+        say(
+            f"latents of {len(cached)} of {len(images)} images cached in {seconds:.1f} s, "
+            f"{counted(sum(map(len, batches)), 'crop')}, {size / 2**20:.1f} MiB"
+        )
+    if len(cached) == len(images):
         vae.to("cpu")
     else:
         vae.to(ranks.device, dtype)
+    return len(cached) == len(images)
 
 
-def _cache(fixed: list[tuple[Examples, int]], vae: AutoencoderKL, ranks: Ranks) -> int:
-    """Encodes examples and keeps what they become; returns the bytes of it."""
-    size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // fixed[0][0].resolution ** 2))
-    batches = [fixed[first : first + size] for first in range(0, len(fixed), size)]
-    share = [example for batch in batches[ranks.rank :: ranks.world_size] for example in batch]
+def _worth_caching(dataset: DreamBoothDataset, samples: int) -> list[tuple[Examples, int]]:
+    """Returns the images whose crops `auto` caches in a run of so many samples, as (examples, place).
+
+    They are those with one crop, and those of which the steps take each crop at least twice on average: caching at
+    least halves the VAE's work. The first of them, as far as CACHE_BYTES go.
+    """
+    found, room = [], CACHE_BYTES
+    for examples in dataset.sets:
+        taken = samples / len(examples.photos)
+        for place in range(len(examples.photos)):
+            possible = len(examples.offsets(place))
+            # How many different ones are among so many that are drawn, on average.
+            crops = min(taken, possible * (1 - (1 - 1 / possible) ** taken))
+            size = crops * 2 * 4 * math.prod(examples.latent_shape)
+            if (possible == 1 or taken >= 2 * crops) and size <= room:
+                found.append((examples, place))
+                room -= size
+    return found
+
+
+def _batches(
+    dataset: DreamBoothDataset, images: list[tuple[Examples, int]], schedule: Schedule, first_step: int
+) -> list[list[tuple[Examples, Crop]]]:
+    """Returns the crops that the steps from `first_step` on take of images, in batches in which to encode them.
+
+    The batches are those of the whole run: the last bits of a result may depend on what is encoded with it, and a run
+    that goes on has to equal one that never stopped. So it encodes some crops besides those that it takes.
+    """
+    of_run, to_come = [], set()
+    for one in dataset.sets:
+        places = {place for examples, place in images if examples is one}
+        of_run += [(one, crop) for crop in one.crops(schedule.samples(), places)]
+        to_come |= {(one, crop) for crop in one.crops(schedule.samples(first_step), places)}
+    size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // dataset.sets[0].resolution ** 2))
+    batches = [of_run[first : first + size] for first in range(0, len(of_run), size)]
+    return [batch for batch in batches if not to_come.isdisjoint(batch)]
+
+
+def _cache(batches: list[list[tuple[Examples, Crop]]], vae: AutoencoderKL, ranks: Ranks) -> int:
+    """Encodes batches of crops and keeps what they become; returns the bytes of it."""
+    total, count, size = 0, sum(map(len, batches)), max(map(len, batches))
+    shape = batches[0][0][0].latent_shape
+    # A rank's batches follow each other, so that an image is decoded on as few ranks as can be.
+    each = -(-len(batches) // ranks.world_size)
+    share = [crop for batch in batches[ranks.rank * each : (ranks.rank + 1) * each] for crop in batch]
     pixel_values = in_threads(lambda one: one[0].pixel_values(one[1]), share, threads=cores_of(find_place()))
-    total = 0
-    with progress(len(fixed), desc="latents", unit="image", shown=ranks.rank == 0 and len(fixed) >= SHOWN_FROM) as bar:
-        for first in range(0, len(batches), ranks.world_size):
+    with progress(count, desc="latents", unit="crop", shown=ranks.rank == 0 and count >= SHOWN_FROM) as bar:
+        for first in range(each):
             # A batch of each rank: no GPU ever holds more of them.
-            turn = batches[first : first + ranks.world_size]
-            moments = torch.zeros(len(turn), size, 2, *fixed[0][0].latent_shape, device=ranks.device)
+            turn = batches[first::each]
+            moments = torch.zeros(len(turn), size, 2, *shape, device=ranks.device)
             if ranks.rank < len(turn):
                 mine = turn[ranks.rank]
                 moments[ranks.rank, : len(mine)] = _encode(vae, [next(pixel_values) for _ in mine])
             if ranks.world_size > 1:
                 dist.all_reduce(moments)  # the sum of one share and zeros
             for batch, of_batch in zip(turn, moments.cpu(), strict=True):
-                for (examples, place), of_image in zip(batch, of_batch, strict=False):
-                    examples.moments[place] = of_image
-                    total += of_image.nbytes
+                for (examples, crop), of_crop in zip(batch, of_batch, strict=False):
+                    examples.moments[crop] = of_crop
+                    total += of_crop.nbytes
             bar.update(sum(map(len, turn)))
     return total
 

@@ -4,7 +4,7 @@ import functools
 import multiprocessing.queues
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from dreambooth.data.schedule import Schedule
 from dreambooth.model.family import Conditioning, View
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.signals import SIGNALS
+from dreambooth.processes.threads import ahead
+
+# An image's place among those of its set, and where along its longer side the square begins (`Examples.offsets`).
+Crop = tuple[int, int]
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,7 +44,7 @@ class Examples:
         order: stream of the shuffling; pass p over the images has an order of its own.
         draws: stream of the examples' own draws.
         resolution: side of the images, in pixels.
-        center_crop: whether images that are not square are cropped at the centre.
+        center_crop: whether images that are not square are cropped at the centre, and not anywhere.
         latent_shape: (channels, height, width) of the latents.
         num_timesteps: timesteps of the noise schedule.
         of_view: returns what the UNet reads of a view, as `dreambooth.model.family.Family.of_view`.
@@ -77,25 +81,66 @@ class Examples:
         self.of_view = of_view
         self.weight = weight
         self.noise_offset = noise_offset
-        # By place in `photos`: mean and deviation of the VAE's posterior, times its scaling factor, for those that are
-        # cached; (2, *latent_shape), float32.
-        self.moments: dict[int, torch.Tensor] = {}
+        # By crop, for those that are cached: mean and deviation of the VAE's posterior, times its scaling factor;
+        # (2, *latent_shape), float32.
+        self.moments: dict[Crop, torch.Tensor] = {}
 
-    def has_fixed_crop(self, place: int) -> bool:
-        """Returns whether every example of an image shows the same pixels."""
-        return self.center_crop or self.photos[place].is_square
+    def offsets(self, place: int) -> range:
+        """Returns where along its longer side the square of an image may begin, in pixels of the image as scaled.
 
-    def view(self, place: int, position: float) -> View:
-        """Returns what an example shows of an image whose square lies at `position`, as `pixel_values` takes it."""
+        From one to the next are as many pixels of the square, at `resolution`, as a latent stands for. So an image has
+        dozens of crops and not hundreds, few enough to encode each of them once.
+        """
+        size = scaled_size(self.photos[place].facts.size, self.resolution)
+        most = max(size) - min(size)
+        if self.center_crop:
+            centre = round(most / 2)
+            return range(centre, centre + 1)
+        pixels_of_latent = self.resolution // self.latent_shape[-1]
+        # Of an image that is smaller than `resolution`, these are fewer pixels.
+        step = max(1, round(pixels_of_latent * min(size) / self.resolution))
+        return range(0, most + 1, step)
+
+    def crop(self, n: int, draw: np.random.Generator) -> Crop:
+        """Returns what example `n` shows.
+
+        Args:
+            n: its number.
+            draw: its generator, from which nothing has been drawn; one number is drawn in any case, so that what is
+                drawn next does not depend on the image.
+        """
+        position, place = draw.random(), self.place_of(n)
+        offsets = self.offsets(place)
+        return place, offsets[int(position * len(offsets))]
+
+    def crops(self, numbers: range, places: Collection[int]) -> list[Crop]:
+        """Returns the crops that the examples of some numbers show of the images at some places, each once, in order.
+
+        It looks at no more examples than it takes to have seen all crops that there are.
+        """
+        left = sum(len(self.offsets(place)) for place in places)
+        seen: set[Crop] = set()
+        for n in numbers:
+            if not left:
+                break
+            crop = self.crop(n, generator(self.seed, self.draws, n))
+            if crop[0] in places and crop not in seen:
+                seen.add(crop)
+                left -= 1
+        return sorted(seen)
+
+    def view(self, crop: Crop) -> View:
+        """Returns what a crop shows of its image."""
+        place, offset = crop
         size = self.photos[place].facts.size
-        left, top, side = square_in(scaled_size(size, self.resolution), 0.5 if self.center_crop else position)
+        left, top, side = square_in(scaled_size(size, self.resolution), offset)
         scale = self.resolution / side  # of an image that is smaller than that
         return View(size[::-1], (round(top * scale), round(left * scale)), (self.resolution, self.resolution))
 
-    def pixel_values(self, place: int, position: float = 0.5) -> torch.Tensor:
-        """Returns a square of an image, as `crop_to_square` does of one whose shorter side is `resolution` or less."""
-        image = scaled_image(self.photos[place], self.resolution)
-        return crop_to_square(image, self.resolution, 0.5 if self.center_crop else position)
+    def pixel_values(self, crop: Crop) -> torch.Tensor:
+        """Returns the pixels of a crop, as `crop_to_square` does of an image whose shorter side is scaled down."""
+        place, offset = crop
+        return crop_to_square(scaled_image(self.photos[place], self.resolution), self.resolution, offset)
 
     def place_of(self, n: int) -> int:
         """Returns the place in `photos` of example `n`'s image: every pass takes each image once."""
@@ -106,7 +151,7 @@ class Examples:
         """Returns example `n`, a function of the seed and `n` alone.
 
         Returns:
-            latents: `latent_shape`, float32, a sample of the VAE's posterior times its scaling factor; or, of an image
+            latents: `latent_shape`, float32, a sample of the VAE's posterior times its scaling factor; or, of a crop
                 that is not in the cache, what makes one:
             pixel_values: (3, resolution, resolution), float32, in [-1, 1].
             posterior_noise: `latent_shape`, float32, standard normal.
@@ -118,15 +163,13 @@ class Examples:
             of_view: a dict, what the UNet reads of the example's view.
         """
         draw = generator(self.seed, self.draws, n)
-        # Drawn in any case, so that the draws after it do not depend on the crop.
-        position = draw.random()
+        crop = self.crop(n, draw)
         posterior_noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
-        place = self.place_of(n)
-        if place in self.moments:
-            mean, deviation = self.moments[place]
+        if crop in self.moments:
+            mean, deviation = self.moments[crop]
             image = {"latents": mean + deviation * posterior_noise}
         else:
-            image = {"pixel_values": self.pixel_values(place, position), "posterior_noise": posterior_noise}
+            image = {"pixel_values": self.pixel_values(crop), "posterior_noise": posterior_noise}
         noise = torch.from_numpy(draw.standard_normal(self.latent_shape, dtype=np.float32))
         timesteps = torch.tensor(int(draw.integers(self.num_timesteps)))
         if self.noise_offset:
@@ -135,9 +178,9 @@ class Examples:
         return image | {
             "noise": noise,
             "timesteps": timesteps,
-            "prompt_indices": torch.tensor(self.prompt_indices[self.photos[place].prompt]),
+            "prompt_indices": torch.tensor(self.prompt_indices[self.photos[crop[0]].prompt]),
             "weights": torch.tensor(self.weight),
-            "of_view": self.of_view(self.view(place, position)),
+            "of_view": self.of_view(self.view(crop)),
         }
 
 
@@ -237,6 +280,8 @@ def build_loader(
     first_step: int = 0,
     workers: int | None = None,
     conditioning: dict[str, torch.Tensor] | None = None,
+    *,
+    decodes: bool = True,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Yields this rank's batches of each step of the schedule, on its device.
 
@@ -245,33 +290,35 @@ def build_loader(
         schedule: which samples a step takes.
         ranks: which share of them is this process's.
         first_step: steps that are passed over.
-        workers: processes that make the batches. By default, on a GPU machine, four decode while the GPU computes; on
-            the CPU they would only take its cores.
+        workers: processes that make the batches; 0 has the trainer make each when it wants it. By default, on a GPU
+            machine, four decode while the GPU computes, or a thread of the trainer is enough where all latents are
+            cached; on the CPU they would only take its cores.
         conditioning: by prompts, (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices
             name, beside what it has; None gives it no more.
+        decodes: whether there are images that are not cached.
     """
     on_gpu = ranks.device.type == "cuda"
+    in_thread = workers is None and on_gpu and not decodes
     if workers is None:
-        workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+        workers = min(4, os.cpu_count() or 1) if on_gpu and decodes else 0
     loader = DataLoader(
         dataset,
         batch_sampler=schedule.batches(ranks.rank, first_step),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=_leave_all_but_images_to_the_trainer,
-        pin_memory=on_gpu,
+        pin_memory=on_gpu and workers > 0,
     )
 
     def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(ranks.device, non_blocking=True)
+        # What workers have made is in pinned memory already. A thread does not know which GPU is its process's.
+        return (tensor.pin_memory() if on_gpu else tensor).to(ranks.device, non_blocking=True)
 
     try:
         batches = []
-        for batch in loader:
+        for batch in ahead(iter(loader)) if in_thread else loader:
             rows = {name: by_prompt[batch["prompt_indices"]] for name, by_prompt in (conditioning or {}).items()}
-            rows = {name: one.pin_memory() if on_gpu else one for name, one in rows.items()} | batch.pop(
-                "conditioning"
-            )
+            rows |= batch.pop("conditioning")
             rows = {name: to_device(one) for name, one in rows.items()}
             batches.append({key: to_device(value) for key, value in batch.items()} | {"conditioning": rows})
             if len(batches) == schedule.accumulation:

@@ -37,6 +37,10 @@ class Schedule:
         """Samples per step, over all ranks."""
         return self.batch * self.accumulation * self.world_size
 
+    def samples(self, first_step: int = 0) -> range:
+        """Returns the numbers of all ranks' samples, from step `first_step` (counted from 0) on."""
+        return range(first_step * self.total_batch, self.steps * self.total_batch)
+
     def batches(self, rank: int, first_step: int = 0) -> Iterator[list[int]]:
         """Yields the sample numbers of each of `rank`'s batches, from step `first_step` (counted from 0) on."""
         share = self.total_batch // self.world_size

@@ -19,6 +19,16 @@ def cores_of(place: Place) -> int:
     return max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
 
 
+def ahead(items: Iterator[Item], count: int = 2) -> Iterator[Item]:
+    """Yields `items`, taken from their iterator in a thread, up to `count` before anyone asks for them."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        taken = deque(pool.submit(next, items, end) for _ in range(count))
+        while (item := taken.popleft().result()) is not end:
+            taken.append(pool.submit(next, items, end))
+            yield item
+
+
 def in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], *, threads: int, desc: str | None = None
 ) -> Iterator[Result]:

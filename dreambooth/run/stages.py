@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from dreambooth.command_line.console import doing
 from dreambooth.command_line.flags import Flags
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
-from dreambooth.data.images import Photo, check_crops, facts_of_all, images_per_epoch
+from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
 from dreambooth.data.instance_images import find_instance_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
@@ -70,7 +70,6 @@ def check_inputs(flags: Flags) -> Inputs:
     """
     place = find_place()
     instance_images = find_instance_images(flags.instance, place)
-    check_crops(flags.instance, instance_images)
     class_images = check_class_images(flags.prior, flags.instance, place)
     check_logging_dir(flags.output.logging_dir)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run)
@@ -268,11 +267,12 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     denoiser = Denoiser(model.family, **{name: model.components[name] for name in model.trained})
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
-        cache_latents(dataset, vae, ranks, dtype=dtype, enabled=flags.instance.cache_latents != "off")
+        which = flags.instance.cache_latents
+        is_complete = cache_latents(dataset, vae, ranks, run.schedule, run.first_step, dtype=dtype, which=which)
     workers = flags.training.dataloader_num_workers
-    steps = build_loader(dataset, run.schedule, ranks, run.first_step, workers, conditioning)
+    steps = build_loader(dataset, run.schedule, ranks, run.first_step, workers, conditioning, decodes=not is_complete)
     batch = flags.training.train_batch_size * dataset.examples_per_sample
-    of_view = model.family.of_view(dataset.sets[0].view(0, 0))
+    of_view = model.family.of_view(dataset.sets[0].view((0, 0)))
     conditioning = conditioning | {name: tensor[None] for name, tensor in of_view.items()}
     inputs = functools.partial(example_inputs, batch, of_latents, conditioning, device=ranks.device)
     return Samples(dataset, steps, inputs), denoiser
