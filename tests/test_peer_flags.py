@@ -72,6 +72,13 @@ def test_offset_noise_is_a_noise_offset(tmp_path):
             parse(tmp_path, *words)
 
 
+def test_cuda_graphs_alone_is_on(tmp_path):
+    assert [
+        parse(tmp_path, *words).training.cuda_graphs
+        for words in ([], ["--cuda_graphs"], ["--cuda_graphs", "off"], ["--cuda_graphs", "auto"])
+    ] == ["auto", "on", "off", "auto"]
+
+
 def test_cache_latents_alone_is_on(tmp_path):
     found = [
         parse(tmp_path, *words).instance.cache_latents

@@ -40,6 +40,7 @@ def remember_cheaper_flags(
         placement: where ColossalAI's plugin keeps weights; None in a script without its plugins.
     """
     offered = {
+        "no --cuda_graphs on": training.cuda_graphs == "on",
         "--gradient_checkpointing": not training.gradient_checkpointing,
         "a smaller --train_batch_size with more --gradient_accumulation_steps": training.train_batch_size > 1,
         "--use_8bit_adam": not (optimizer.use_8bit_adam or sharded),

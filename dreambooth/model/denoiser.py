@@ -6,7 +6,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from dreambooth.command_line.console import say
+from dreambooth.command_line.console import UserError, say
 from dreambooth.model.components import dropout_of
 from dreambooth.model.family import Conditioning, Family
 from dreambooth.model.libraries import checkpoint_activations, name_in_file
@@ -56,7 +56,7 @@ class Denoiser(torch.nn.Module):
             for name, _ in module.named_parameters()
         }
         self.trained = Trainable(self, names)
-        self.is_compiled = False
+        self.is_compiled = self.recomputes = False
         self.recording: Recording | None = None
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -127,9 +127,15 @@ class Denoiser(torch.nn.Module):
 
         Raises:
             torch.OutOfMemoryError: see above.
+            UserError: if it is insisted on for a model that draws random numbers again as it recomputes.
         """
         from dreambooth.model.channels_last import keep_channels_last  # Triton is not there without a GPU
 
+        if self.recomputes and self.draws:
+            told = "dropout that is drawn again as activations are recomputed cannot be recorded"
+            if insist:
+                raise UserError(f"--cuda_graphs: {told}: leave it out, or --gradient_checkpointing")
+            return say(f"CUDA graphs: none, {told}")
         undo = keep_channels_last(self.unet) if not self.is_compiled else None
         try:
             rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
@@ -156,6 +162,7 @@ class Denoiser(torch.nn.Module):
         checkpoint_activations(self.unet, kind)
         for text_encoder in self.text_encoders.values():
             text_encoder.gradient_checkpointing_enable(kind)
+        self.recomputes = True
 
     @property
     def draws(self) -> bool:
