@@ -4,8 +4,8 @@
 
 writes a table to speed.md, all figures to speed.json and a bar chart to speed.png. The real trainers run, on a model
 of Stable Diffusion 1.4's shape with random weights at 512 px. Each row is compared with the traditional process on one
-GPU in fp32, without the latent cache and CUDA graphs, with the same batch, measured in the same run, or in the one that
-it resumes.
+GPU in fp32, without the latent cache and CUDA graphs, with the same batch, measured in the same run, or in the one
+that it resumes.
 
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
