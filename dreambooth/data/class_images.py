@@ -345,7 +345,8 @@ def _draw(pipeline: DiffusionPipeline, numbers: list[int], origin: Origin, folde
     except NotFinite as error:
         raise RunError(
             f"class image {image_name(numbers[error.index])}, drawn in {name_of(pipeline.unet.dtype)}, has pixels "
-            "that are not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes them"
+            "that are not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes "
+            "them"
         ) from error
     written = []
     for number, picture in zip(numbers, pictures, strict=True):
