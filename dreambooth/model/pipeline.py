@@ -116,13 +116,17 @@ def load_pipeline(
         index, family = read_index(folder / INDEX, str(folder))
         parts |= {name: load_tokenizer(folder / name) for name in family.tokenizers if name not in parts}
         for name in family.components.keys() - parts.keys():
-            parts[name] = load_part(family, name, elsewhere.get(name, folder), dtype, variant=variant)
+            # A VAE that may have to stay in fp32 is not rounded before it is known whether it does.
+            loaded = torch.float32 if name == "vae" and family.heeds_force_upcast else dtype
+            parts[name] = load_part(family, name, elsewhere.get(name, folder), loaded, variant=variant)
         scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
         parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
         pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
-    pipeline.to(dtype=dtype)
-    if dtype_of_vae(family, pipeline.vae, dtype) != dtype:
-        pipeline.vae.to(torch.float32).__class__ = _VAEInFp32
+    of_vae = dtype_of_vae(family, pipeline.vae, dtype)
+    for name in family.components:
+        getattr(pipeline, name).to(of_vae if name == "vae" else dtype)
+    if of_vae != dtype:
+        pipeline.vae.__class__ = _VAEInFp32
     return pipeline
 
 
