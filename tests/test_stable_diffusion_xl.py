@@ -36,12 +36,6 @@ PROMPTS = ["a photo of sks dog", "a dog", "a photo of " + "very " * 60 + "long d
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 
 
-@pytest.fixture(scope="module")
-def xl_model(once):
-    """A whole Stable Diffusion XL of 32 px images with random weights."""
-    return once("tiny-xl", lambda folder: random_model.build(folder, "tiny-xl"))
-
-
 @pytest.fixture
 def model(xl_model, tmp_path):
     """One to change."""
