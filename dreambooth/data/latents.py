@@ -99,11 +99,13 @@ def _batches(
     The batches are those of the whole run: the last bits of a result may depend on what is encoded with it, and a run
     that goes on has to equal one that never stopped. So it encodes some crops besides those that it takes.
     """
-    of_run, to_come = [], set()
-    for one in dataset.sets:
-        places = {place for examples, place in images if examples is one}
-        of_run += [(one, crop) for crop in one.crops(schedule.samples(), places)]
-        to_come |= {(one, crop) for crop in one.crops(schedule.samples(first_step), places)}
+
+    def taken_from(step: int) -> list[tuple[Examples, Crop]]:
+        places = [(one, {place for examples, place in images if examples is one}) for one in dataset.sets]
+        return [(one, crop) for one, of_set in places for crop in one.crops(schedule.samples(step), of_set)]
+
+    of_run = taken_from(0)
+    to_come = set(taken_from(first_step) if first_step else of_run)
     size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // dataset.sets[0].resolution ** 2))
     batches = [of_run[first : first + size] for first in range(0, len(of_run), size)]
     return [batch for batch in batches if not to_come.isdisjoint(batch)]

@@ -290,9 +290,10 @@ def build_loader(
         schedule: which samples a step takes.
         ranks: which share of them is this process's.
         first_step: steps that are passed over.
-        workers: processes that make the batches; 0 has the trainer make each when it wants it. By default, on a GPU
-            machine, four decode while the GPU computes, or a thread of the trainer is enough where all latents are
-            cached; on the CPU they would only take its cores.
+        workers: processes that make the batches; 0 has the trainer make each when it wants it, for which a GPU waits
+            even if all latents are cached: a tenth of a step of 16 samples. By default, on a GPU machine, four decode
+            while the GPU computes, or a thread of the trainer is enough where nothing is to be decoded; on the CPU
+            they would only take its cores.
         conditioning: by prompts, (prompts, ...), on the CPU, of which each batch gets the rows that its prompt_indices
             name, beside what it has; None gives it no more.
         decodes: whether there are images that are not cached.
