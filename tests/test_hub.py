@@ -110,6 +110,18 @@ def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, t
     assert hub.fetched == []
 
 
+def test_of_another_vae_no_more_is_fetched(hub, hub_env, flags, tmp_path):
+    """Though it is in the repository of a model; once, and then it serves offline."""
+    flags |= {"pretrained_vae_model_name_or_path": "someone/tiny", "max_train_steps": 1}
+    train(TRADITIONAL, flags | {"output_dir": tmp_path / "online"}, env=hub_env)
+    assert set(hub.fetched) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    train(COLOSSALAI, flags | {"output_dir": tmp_path / "offline"}, env=hub_env | {"HF_HUB_OFFLINE": "1"})
+    flags |= {"pretrained_vae_model_name_or_path": "someone/else"}
+    done = train(COLOSSALAI, flags, env=hub_env, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert "--pretrained_vae_model_name_or_path someone/else is no folder, and cannot be had from" in done.stderr
+
+
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     """All of it, and nothing else: no checkpoints, logs or files of the user, no path of this machine, no token."""
