@@ -339,7 +339,8 @@ def test_another_vae(script, xl_model, tiny_model, flags, tmp_path):
     where = {COLOSSALAI: tiny_model, TRADITIONAL: tmp_path / "other"}[script]
     flags |= PRIOR | {"class_data_dir": tmp_path / "class", "num_class_images": 1, "max_train_steps": 1}
     flags |= {"pretrained_vae_model_name_or_path": where, "validation_prompt": "a dog", "num_validation_images": 1}
-    train(script, flags)
+    told = train(script, flags).stderr
+    assert "the VAE scales latents by 0.18215, and the model's own by 0.13025" in told
     found = load_file(flags["output_dir"] / "vae" / "diffusion_pytorch_model.safetensors")
     expected = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
+from dreambooth.command_line.console import warn
 from dreambooth.model.components import (
     check_resolution,
     load_component,
@@ -18,6 +19,7 @@ from dreambooth.model.components import (
     loading,
     part_folder,
     save_component,
+    without_weights,
 )
 from dreambooth.model.family import Family, Model, dtype_of_vae
 from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
@@ -61,9 +63,22 @@ def load_model(
         if name == "vae":
             check_resolution(resolution, components[name])
             components[name].requires_grad_(False)
+    if "vae" in elsewhere:
+        _warn_of_other_latents(folder / "vae", components["vae"])
     family.check_fit(tokenizers, components)
     family.freeze_unread(components)
     return Model(family, tokenizers, components, load_noise_scheduler(folder))
+
+
+def _warn_of_other_latents(own: Path, vae: AutoencoderKL) -> None:
+    """Warns of a VAE whose latents are scaled otherwise than those of the model's own, if that is there."""
+    if (own / "config.json").is_file():
+        wanted, found = without_weights(AutoencoderKL, own).config.scaling_factor, vae.config.scaling_factor
+        if wanted != found:
+            warn(
+                f"the VAE scales latents by {found:g}, and the model's own by {wanted:g}: it is hardly one that the "
+                "UNet was trained with"
+            )
 
 
 def load_tokenizers(family: Family, folder: Path) -> dict[str, CLIPTokenizer | CLIPTokenizerFast]:
