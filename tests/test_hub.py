@@ -101,6 +101,7 @@ def hub_env(hub, tmp_path):
 
 def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, tmp_path):
     flags |= {"pretrained_model_name_or_path": "someone/tiny", "revision": "main", "max_train_steps": 1}
+    hub.files["safety_checker/model.safetensors"] = hub.files["model_index.json"]  # which is not fetched
     train(COLOSSALAI, flags | {"output_dir": tmp_path / "online"}, env=hub_env)
     assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
     hub.fetched.clear()

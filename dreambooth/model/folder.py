@@ -95,8 +95,8 @@ def known_family(flags: ModelFlags) -> Family | None:
     """Returns the family of --pretrained_model_name_or_path, if that can be told before anything is downloaded."""
     name = flags.pretrained_model_name_or_path
     try:
-        cached = None if os.path.exists(name) else try_to_load_from_cache(name, INDEX, revision=flags.revision)
-        return read_index(Path(cached) if isinstance(cached, str) else Path(name, INDEX), name)[1]
+        cached = None if os.path.exists(name) else _cached(name, INDEX, flags.revision)
+        return read_index(cached or Path(name, INDEX), name)[1]
     except (UserError, ValueError):  # no model, or no name of one: `find_model` will say so
         return None
 
@@ -147,47 +147,61 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
         UserError: if one of them cannot serve.
     """
     elsewhere = {}
-    if flags.external_unet_path:
-        elsewhere["unet"] = part_folder(flags.external_unet_path, "unet")
-    if flags.pretrained_vae_model_name_or_path:
-        elsewhere["vae"] = _find_vae(flags.pretrained_vae_model_name_or_path, flags.variant)
-    for part, flag in (("unet", "external_unet_path"), ("vae", "pretrained_vae_model_name_or_path")):
-        if part in elsewhere:
-            kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-            with loading({"unet": "UNet", "vae": "VAE"}[part], elsewhere[part]):
-                weights = choose(kind, os.listdir(elsewhere[part]), flags.variant)
-                weight_files(elsewhere[part], weights)
-            if weights.variant and weights.variant != flags.variant:
-                _tell_only_variant(f"--{flag}", getattr(flags, flag), weights.variant)
+    if name := flags.external_unet_path:
+        elsewhere["unet"] = part_folder(name, "unet")
+        _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
+    if name := flags.pretrained_vae_model_name_or_path:
+        flag = "--pretrained_vae_model_name_or_path"
+        elsewhere["vae"] = _find_vae(name, flag, flags.variant)
+        _check_part(elsewhere["vae"], AutoencoderKL, "VAE", flag, name, flags.variant)
     return elsewhere
 
 
-def _find_vae(name: str, variant: str | None) -> Path:
-    """Returns the folder of --pretrained_vae_model_name_or_path; of a Hub id only what is needed is downloaded."""
-    flag = f"--pretrained_vae_model_name_or_path {name}"
+def _check_part(folder: Path, kind: type, label: str, flag: str, name: str, variant: str | None) -> None:
+    """Finds a part that has no weights, or torn ones; warns where they are of another variant than is wanted."""
+    with loading(label, folder):
+        weights = choose(kind, os.listdir(folder), variant)
+        weight_files(folder, weights)
+    if weights.variant and weights.variant != variant:
+        _tell_only_variant(flag, name, weights.variant)
+
+
+def _find_vae(name: str, flag: str, variant: str | None) -> Path:
+    """Returns the folder of a VAE, or of that of a model; of a Hub id only what is needed is downloaded."""
     if os.path.isdir(name):
         return part_folder(name, "vae")
     if os.path.isfile(name) or not can_be_hub_id(name):
-        raise UserError(f"{flag} is not a folder")
+        raise UserError(f"{flag} {name} is not a folder")
     try:
-        try:
-            files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings or ()]
-        except Exception:  # whatever the network and the Hub can answer: it may be in the cache
-            return part_folder(snapshot_download(name, local_files_only=True), "vae")
-        inside = "vae/" if any(file.startswith("vae/") for file in files) else ""
-        names = [file[len(inside) :] for file in files if file.startswith(inside)]
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings or ()]
+    except Exception as error:  # whatever the network and the Hub can answer
+        cached = _cached(name, "vae/config.json") or _cached(name, "config.json")
+        if cached is None:
+            raise _not_to_be_had(name, flag, error) from error
+        return cached.parent
+    inside = "vae/" if any(file.startswith("vae/") for file in files) else ""
+    try:
         with loading("VAE", name):
-            weights = choose(AutoencoderKL, names, variant)
+            weights = choose(AutoencoderKL, [file.removeprefix(inside) for file in files], variant)
         wanted = [f"{inside}config.json", f"{inside}{weights.file}"]
         if weights.in_shards:
-            index = Path(hf_hub_download(name, wanted[1]))
             with loading("VAE", name):
-                wanted += [f"{inside}{shard}" for shard in shard_names(index)]
-        return part_folder(snapshot_download(name, allow_patterns=wanted), "vae")
+                wanted += [f"{inside}{shard}" for shard in shard_names(Path(hf_hub_download(name, wanted[1])))]
+        return Path(snapshot_download(name, allow_patterns=wanted), inside)
     except UserError:
         raise
     except Exception as error:  # as above
-        raise UserError(f"{flag} is no folder, and cannot be had from the Hub: {hub_reason(error)}") from error
+        raise UserError(f"{flag} {name} cannot be had from the Hub: {hub_reason(error)}") from error
+
+
+def _not_to_be_had(name: str, flag: str, error: Exception) -> UserError:
+    return UserError(f"{flag} {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}")
+
+
+def _cached(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns a file of a Hub id in the Hub's cache, if it is there, whatever else of it is not."""
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def find_tokenizer(name: str | None) -> Path | None:
@@ -203,9 +217,7 @@ def find_tokenizer(name: str | None) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=("*.json", "*.txt"), etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # whatever the network and the Hub can answer
-        raise UserError(
-            f"--tokenizer_name {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
-        ) from error
+        raise _not_to_be_had(name, "--tokenizer_name", error) from error
 
 
 def find_folder(
@@ -297,12 +309,11 @@ def _download(name: str, flag: str, elsewhere: Set[str], revision: str | None, v
     try:
         info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # whatever the network and the Hub can answer
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise UserError(
-                f"{flag} {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
-            ) from error
+        # Not all files of the repository are wanted, and newer releases would ask for all before they name a folder.
+        cached = _cached(name, INDEX, revision)
+        if cached is None:
+            raise _not_to_be_had(name, flag, error) from error
+        return cached.parent
     files = [file.rfilename for file in info.siblings or ()]
     if INDEX not in files:
         raise UserError(f"{flag} {name} has no {INDEX} on the Hub: it is not in diffusers' layout")
