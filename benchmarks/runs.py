@@ -18,7 +18,7 @@ before_imports(__name__)
 import numpy as np
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -145,7 +145,7 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float, *,
         if done.returncode:
             return figures | {"failed": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
         if load:
-            StableDiffusionPipeline.from_pretrained(flags["output_dir"])
+            DiffusionPipeline.from_pretrained(flags["output_dir"])
         return figures | _read(flags["output_dir"], flags["train_batch_size"] * nproc) | {"loaded": load}
     except subprocess.TimeoutExpired:
         return figures | {"failed": f"not finished after {limit_s:.0f} s"}

@@ -33,6 +33,7 @@ from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_bare, run_strategy
+from dreambooth.model.stable_diffusion_xl import TIME_IDS
 
 BASELINE = Strategy("traditional", "cuda", "no")
 # What runs unless --strategies says otherwise.
@@ -120,7 +121,12 @@ def operations_per_image(model: Path, resolution: int) -> int:
         unet = UNet2DConditionModel.from_config(config)
         latents = torch.empty(1, unet.config.in_channels, side, side)
         text = torch.empty(1, tokenizer["model_max_length"], unet.config.cross_attention_dim)
-        unet(latents, torch.empty(1), text).sample.sum().backward()
+        added = None
+        if unet.config.addition_embed_type == "text_time":  # of Stable Diffusion XL
+            numbers = TIME_IDS * unet.config.addition_time_embed_dim
+            pooled = torch.empty(1, unet.config.projection_class_embeddings_input_dim - numbers)
+            added = {"text_embeds": pooled, "time_ids": torch.empty(1, TIME_IDS)}
+        unet(latents, torch.empty(1), text, added_cond_kwargs=added).sample.sum().backward()
     return counter.get_total_flops()
 
 

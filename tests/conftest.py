@@ -68,6 +68,14 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def xl_model(once):
+    """A whole Stable Diffusion XL of 32 px images with random weights."""
+    from benchmarks import random_model
+
+    return once("tiny-xl", lambda folder: random_model.build(folder, "tiny-xl"))
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Five smooth pictures of different sizes, none of them square."""
     import numpy as np

@@ -593,13 +593,13 @@ MODELS = {
     "index broken": Case(change_file("model_index.json", b"{"), "model_index.json is not that of a Stable Diffusion"),
     "index is a list": Case(change_file("model_index.json", b"[]"), "model_index.json is not that of a Stable"),
     "index is no text": Case(change_file("model_index.json", b"\xff\xfe"), "model_index.json is not that of a Stable"),
-    "sdxl": Case(
+    "of a later family": Case(
         change_json(
             "model_index.json",
-            _class_name="StableDiffusionXLPipeline",
+            _class_name="StableDiffusion3Pipeline",
             text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
         ),
-        "is a StableDiffusionXLPipeline, which this project does not train",
+        "is a StableDiffusion3Pipeline, which this project does not train",
     ),
     "another text encoder": Case(
         change_json("model_index.json", _class_name="IFPipeline", text_encoder=["transformers", "T5EncoderModel"]),

@@ -8,6 +8,7 @@ from harness import ROOT
 
 from dreambooth.command_line.flags import Flags
 from dreambooth.command_line.parser import build_parser, read
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from train_dreambooth_colossalai import ColossalAIFlags
 
 SCRIPTS = ("train_dreambooth_colossalai.py", "train_dreambooth.py", "inference.py")
@@ -101,7 +102,6 @@ def test_defaults_of_the_public_example():
     expected = dict(
         prior_loss_weight=1.0,
         num_class_images=100,
-        resolution=512,
         train_batch_size=4,
         sample_batch_size=4,
         num_train_epochs=1,
@@ -116,3 +116,4 @@ def test_defaults_of_the_public_example():
         plugin=None,
     )
     assert {name: found[name] for name in expected} == expected
+    assert found["resolution"] is None and STABLE_DIFFUSION.resolution == 512

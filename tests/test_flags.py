@@ -15,6 +15,7 @@ from train_dreambooth_colossalai import ColossalAIFlags
 CHANGES = {
     "pretrained_model_name_or_path": ("{other_model}", {}),
     "external_unet_path": ("{other_model}/unet", {}),
+    "pretrained_vae_model_name_or_path": ("{other_model}", {}),
     "tokenizer_name": ("{other_tokenizer}", {}),
     "train_text_encoder": (True, {}),
     "instance_data_dir": ("{other_photos}", {}),
@@ -68,6 +69,7 @@ ELSEWHERE = {
 # Those of CHANGES that a run that goes on need not name: what they give is compared instead, or is the run's own.
 COMPARED_OTHERWISE = {
     *("pretrained_model_name_or_path", "external_unet_path", "tokenizer_name"),
+    "pretrained_vae_model_name_or_path",
     *("instance_data_dir", "instance_prompt", "class_data_dir"),
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "mixed_precision", "seed"),
 }

@@ -101,6 +101,7 @@ def hub_env(hub, tmp_path):
 
 def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, tmp_path):
     flags |= {"pretrained_model_name_or_path": "someone/tiny", "revision": "main", "max_train_steps": 1}
+    hub.files["safety_checker/model.safetensors"] = hub.files["model_index.json"]  # which is not fetched
     train(COLOSSALAI, flags | {"output_dir": tmp_path / "online"}, env=hub_env)
     assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
     hub.fetched.clear()
@@ -108,6 +109,18 @@ def test_a_hub_id_is_fetched_once_and_then_serves_offline(hub, hub_env, flags, t
         train(TRADITIONAL, flags | {"output_dir": tmp_path / name}, env=hub_env | env)
         StableDiffusionPipeline.from_pretrained(tmp_path / name)
     assert hub.fetched == []
+
+
+def test_of_another_vae_no_more_is_fetched(hub, hub_env, flags, tmp_path):
+    """Though it is in the repository of a model; once, and then it serves offline."""
+    flags |= {"pretrained_vae_model_name_or_path": "someone/tiny", "max_train_steps": 1}
+    train(TRADITIONAL, flags | {"output_dir": tmp_path / "online"}, env=hub_env)
+    assert set(hub.fetched) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    train(COLOSSALAI, flags | {"output_dir": tmp_path / "offline"}, env=hub_env | {"HF_HUB_OFFLINE": "1"})
+    flags |= {"pretrained_vae_model_name_or_path": "someone/else"}
+    done = train(COLOSSALAI, flags, env=hub_env, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
+    assert "--pretrained_vae_model_name_or_path someone/else is no folder, and cannot be had from" in done.stderr
 
 
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])

@@ -301,8 +301,9 @@ def generate(model: Path, prior: PriorFlags, *, seed: int = 1, change=lambda pip
         return pipeline
 
     found = check_class_images(prior, SMALL, ALONE)
-    check_origins(prior, flags, found, model)
-    return generate_class_images(prior, SMALL, flags, found, load, model, seed=seed, ranks=CPU, dry_run=dry_run)
+    check_origins(prior, flags, found, model, {})
+    how = {"resolution": SMALL.resolution, "seed": seed, "ranks": CPU, "dry_run": dry_run}
+    return generate_class_images(prior, SMALL, flags, found, load, model, {}, **how)
 
 
 def test_class_images_know_what_they_were_made_from(tiny_model, tmp_path, capfd):
@@ -325,9 +326,9 @@ def test_class_images_know_what_they_were_made_from(tiny_model, tmp_path, capfd)
     save_file(tensors, variant)
     weights.unlink()
     assert (
-        digest_of_weights(moved, None)
-        == digest_of_weights(tiny_model, None)
-        == digest_of_weights(moved, moved / "unet")
+        digest_of_weights(moved, {})
+        == digest_of_weights(tiny_model, {})
+        == digest_of_weights(moved, {"unet": moved / "unet"})
     )
     variant.rename(weights)
     photos = generate(moved, prior_flags(tmp_path / "class"), seed=2)
@@ -427,7 +428,7 @@ def test_what_a_run_that_died_has_left_is_removed(tiny_model, tmp_path):
 def test_an_image_that_another_run_has_written_meanwhile(tiny_model, tmp_path):
     """It is kept and used if it is of the same origin, else the run ends."""
     prior = prior_flags(tmp_path, images=2)
-    weights = digest_of_weights(tiny_model, None)
+    weights = digest_of_weights(tiny_model, {})
 
     def written(prompt: str):
         origin = Origin("other", weights, prompt, 7)

@@ -150,7 +150,7 @@ def test_a_unet_with_flat_parameters_can_keep_channels_last():
     assert_close(found, plain(latents, timesteps, prompt).sample, 1e-3 if DEVICE == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "tiny-v2"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny-v2", "tiny-xl"])
 def test_a_unet_with_channels_last_computes_the_same(shape):
     """Its prediction and all gradients, in fp32; and it can be made what it was."""
     torch.manual_seed(0)
@@ -159,9 +159,11 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
     kinds = [type(module) for module in last.modules()]
     undo = channels_last.keep_channels_last(last)
     assert not [module for module in last.modules() if type(module) is torch.nn.GroupNorm]
-    latents, timesteps, prompt = draw(2, 4, 16, 16), torch.tensor([3, 900], device=DEVICE), draw(2, 7, 32)
-    wanted = plain(latents, timesteps, prompt).sample
-    found = last(latents.contiguous(memory_format=torch.channels_last), timesteps, prompt).sample
+    latents, timesteps = draw(2, 4, 16, 16), torch.tensor([3, 900], device=DEVICE)
+    added = {"text_embeds": draw(2, 40), "time_ids": torch.tensor([[66, 40, 9, 0, 32, 32]] * 2, device=DEVICE)}
+    rest = timesteps, draw(2, 7, plain.config.cross_attention_dim)
+    wanted = plain(latents, *rest, added_cond_kwargs=added).sample
+    found = last(latents.contiguous(memory_format=torch.channels_last), *rest, added_cond_kwargs=added).sample
     assert found.is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-3 if DEVICE == "cuda" else 1e-5  # convolutions in TF32
     assert_close(found, wanted, tolerance)

@@ -369,13 +369,13 @@ def other_unet(model, **config):
 
 
 OTHERS = {
-    "XL": (
+    "of a later family": (
         lambda model: change_json(
             model / "model_index.json",
-            _class_name="StableDiffusionXLPipeline",
+            _class_name="StableDiffusion3Pipeline",
             text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
         ),
-        "someone/tiny is a StableDiffusionXLPipeline, which this project does not train",
+        "someone/tiny is a StableDiffusion3Pipeline, which this project does not train",
     ),
     "depth": (
         lambda model: change_json(

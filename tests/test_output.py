@@ -479,7 +479,7 @@ def test_a_run_may_go_on_for_longer(script, flags, photos, tmp_path, monkeypatch
 
 def settings_of(*words: str, steps: int = 8) -> dict:
     flags = read(Flags, ["--pretrained_model_name_or_path", "m", *words])
-    return flag_settings(flags, Schedule(2, 1, steps), seed=1, precision="no")
+    return flag_settings(flags, Schedule(2, 1, steps), seed=1, precision="no", resolution=512)
 
 
 def a_read_checkpoint(settings: dict) -> Checkpoint:

@@ -115,6 +115,26 @@ def test_two_ranks_take_the_steps_of_fp32_on_one(strategy, run_of, reference, ti
     assert relative_error(weights(found) - start, weights(reference) - start) < 2 * rounding
 
 
+@pytest.mark.parametrize("strategy", [STRATEGIES[0], STRATEGIES[3]], ids="-".join)
+def test_stable_diffusion_xl_takes_the_steps_of_fp32(strategy, xl_model, flags, once, tmp_path):
+    """With its text encoders, of which some weights are frozen."""
+    flags |= {"pretrained_model_name_or_path": xl_model, "train_text_encoder": True}
+    reference = once(
+        "fp32-of-sharding-xl",
+        lambda folder: train(COLOSSALAI, flags | {"train_batch_size": 4, "output_dir": folder / "out"}),
+    ).joinpath("out")
+    train(SCRIPT, flags | strategy_flags(*strategy) | {"output_dir": tmp_path}, nproc=2)
+    rounding = ROUNDING[strategy[-1]]
+    np.testing.assert_allclose(scalars(tmp_path, "loss"), scalars(reference, "loss"), rtol=rounding / 10)
+    np.testing.assert_allclose(scalars(tmp_path, "grad_norm"), scalars(reference, "grad_norm"), rtol=rounding / 3)
+    assert relative_error(gradient(tmp_path, STEPS), gradient(reference, STEPS)) < rounding
+    saved = {part: load_file(tmp_path / part / "model.safetensors") for part in ("text_encoder", "text_encoder_2")}
+    for part, tensors in saved.items():
+        before = load_file(xl_model / part / "model.safetensors")
+        frozen = [name for name in before if part == "text_encoder" and ("layers.2." in name or "final_" in name)]
+        assert {name for name in before if tensors[name].equal(before[name])} == set(frozen)
+
+
 @each
 def test_no_bit_of_the_weights_is_lost_at_learning_rate_0(strategy, run_of, tiny_model):
     before, after = unet_weights(tiny_model / "unet"), unet_weights(run_of(strategy) / "checkpoint-1" / "unet")

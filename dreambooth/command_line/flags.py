@@ -33,7 +33,7 @@ ALWAYS_SO = {
 }
 # Those that are refused, and what to do instead.
 NOT_HERE = {
-    "text_encoder_use_attention_mask": "Stable Diffusion 1.x and 2.x read the padding of a prompt too; leave it out",
+    "text_encoder_use_attention_mask": "Stable Diffusion reads the padding of a prompt too; leave it out",
     "skip_save_text_encoder": "the pipeline is saved whole, so that it loads; leave it out, and remove the folder "
     "text_encoder afterwards",
     "class_labels_conditioning": "it is for models with class labels, such as DeepFloyd IF, which are not trained "
@@ -88,7 +88,7 @@ class ModelFlags:
 
     pretrained_model_name_or_path: str = flag(
         MISSING,
-        "Stable Diffusion 1.x or 2.x to start from: a folder in diffusers' layout, or a Hub id",
+        "Stable Diffusion 1.x, 2.x or XL to start from: a folder in diffusers' layout, or a Hub id",
         type=path,
         metavar="MODEL",
     )
@@ -105,8 +105,19 @@ class ModelFlags:
         aliases=["--externel_unet_path"],
         type=path,
     )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "VAE to use instead of MODEL's: a folder or a Hub id, of the VAE alone or of a model that has it",
+        shown="MODEL's",
+        type=path,
+        metavar="VAE",
+    )
     tokenizer_name: str | None = flag(
-        None, "tokenizer to use: a folder or a Hub id", shown="MODEL's", type=path, metavar="NAME"
+        None,
+        "tokenizer to use: a folder or a Hub id; of Stable Diffusion XL, that of a model that has both",
+        shown="MODEL's",
+        type=path,
+        metavar="NAME",
     )
     tokenizer_max_length: int | None = flag(
         None,
@@ -115,7 +126,9 @@ class ModelFlags:
         limits=COUNT,
     )
     train_text_encoder: bool = flag(
-        False, "train the text encoder with the UNet: closer to the subject, more memory", numbers=True
+        False,
+        "train the text encoder, of Stable Diffusion XL both, with the UNet: closer to the subject, more memory",
+        numbers=True,
     )
 
 
@@ -147,7 +160,13 @@ class InstanceFlags:
     instance_prompt: str | None = flag(
         None, 'rare word and class noun, such as "a photo of sks dog"; for images without a caption', metavar="PROMPT"
     )
-    resolution: int = flag(512, "side of the square training images, in pixels", limits=PIXELS, numbers=True)
+    resolution: int | None = flag(
+        None,
+        "side of the square training images, in pixels",
+        shown="that of the checkpoint that the run goes on from, else 512, of Stable Diffusion XL 1024",
+        limits=PIXELS,
+        numbers=True,
+    )
     center_crop: bool = flag(
         False,
         "crop images that are not square at their centre",

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -74,18 +74,21 @@ def origin_of(photo: Photo) -> Origin | None:
     return origin if all(isinstance(getattr(origin, name), kind) for name, kind in expected.items()) else None
 
 
-def digest_of_weights(model: Path, external_unet: str | None) -> str:
+def digest_of_weights(model: Path, elsewhere: Mapping[str, Path]) -> str:
     """Returns a digest of the weights that class images are drawn with; empty where they cannot be read.
 
     It is of the name, the shape and the first values of each tensor, rounded to fp16, whatever the folder is called
     and however its files are cut: a model that is trained in any part has another one, its own copy in half precision
     has the same.
+
+    Args:
+        model: folder of it.
+        elsewhere: folders of parts that come from somewhere else.
     """
-    external = Path(external_unet or model)
-    unet = external / "unet" if (external / "unet").is_dir() else external
     digest = hashlib.sha256()
     try:
-        for folder in (unet, *(model / name for name in family_of(model).text_encoders), model / "vae"):
+        for part in ("unet", *family_of(model).text_encoders, "vae"):
+            folder = elsewhere.get(part, model / part)
             files = sorted(folder.glob("*.safetensors"))
             # A dot in the name is that of a variant, which stands in where there is nothing else.
             files = [file for file in files if "." not in file.stem] or files
@@ -105,8 +108,15 @@ def _values_in(file: Path) -> Iterator[bytes]:
             yield f"{name} {shape}".encode() + values.flatten()[:VALUES_OF_A_WEIGHT].half().numpy().tobytes()
 
 
-def check_class_images(prior: PriorFlags, instance: InstanceFlags, place: Place) -> list[Photo]:
+def check_class_images(
+    prior: PriorFlags, instance: InstanceFlags, place: Place, resolution: int | None = None
+) -> list[Photo]:
     """Returns those of the images in --class_data_dir that a run uses, this process's share of them looked at.
+
+    Args:
+        prior, instance: the flags.
+        place: of this process.
+        resolution: at which the images are going to be used; None where that is not known yet.
 
     Raises:
         UserError: if one cannot be used, or was generated for another prompt, or some are missing and the folder takes
@@ -121,19 +131,21 @@ def check_class_images(prior: PriorFlags, instance: InstanceFlags, place: Place)
         raise UserError(problems[0])
     if not present:
         return []
-    photos = find_images(folder, "--class_data_dir", wanted, resolution=instance.resolution, place=place)
+    photos = find_images(folder, "--class_data_dir", wanted, resolution=resolution, place=place)
     _refuse_others(folder, photos, prompt=prior.class_prompt)
     return photos
 
 
-def check_origins(prior: PriorFlags, model: ModelFlags, photos: list[Photo], folder: Path) -> None:
-    """Finds class images that another model than this run's, which is in `folder`, has generated.
+def check_origins(
+    prior: PriorFlags, model: ModelFlags, photos: list[Photo], folder: Path, elsewhere: Mapping[str, Path]
+) -> None:
+    """Finds class images that another model than this run's, which is in `folder` and `elsewhere`, has generated.
 
     Raises:
         UserError: if there is one.
     """
     if any(photo.facts and origin_of(photo) for photo in photos):
-        weights = digest_of_weights(folder, model.external_unet_path)
+        weights = digest_of_weights(folder, elsewhere)
         _refuse_others(prior.class_data_dir, photos, weights=weights, model=model_name(model))
 
 
@@ -159,9 +171,13 @@ def _refuse_others(folder: str, photos: list[Photo], *, prompt: str = "", weight
 
 def model_name(flags: ModelFlags) -> str:
     """Returns how messages call the model that generates: a Hub id, or a folder's name without where it is."""
-    names = [flags.pretrained_model_name_or_path, flags.external_unet_path]
-    short = [Path(name).resolve().name if os.path.isdir(name) else name for name in names if name]
-    return " with the UNet of ".join(short)
+    parts = {
+        "": flags.pretrained_model_name_or_path,
+        " with the UNet of ": flags.external_unet_path,
+        " with the VAE of ": flags.pretrained_vae_model_name_or_path,
+    }
+    short = {word: Path(name).resolve().name if os.path.isdir(name) else name for word, name in parts.items() if name}
+    return "".join(word + name for word, name in short.items())
 
 
 def missing_numbers(present: Collection[str], wanted: int) -> list[int]:
@@ -193,7 +209,9 @@ def generate_class_images(
     found: list[Photo],
     load: Callable[[], DiffusionPipeline],
     model_folder: Path,
+    elsewhere: Mapping[str, Path],
     *,
+    resolution: int,
     seed: int,
     ranks: Ranks,
     dry_run: bool = False,
@@ -208,6 +226,8 @@ def generate_class_images(
         found: what `check_class_images` has returned; what rank 0 has found counts.
         load: returns the pipeline that generates; called only where there is something to generate.
         model_folder: of its weights.
+        elsewhere: folders of parts that come from somewhere else.
+        resolution: of the images that a dry run has in the place of those that are missing, in pixels.
         seed: of the run.
         ranks: of the run.
         dry_run: whether gray images stand in for those that are missing, and none is made.
@@ -216,7 +236,7 @@ def generate_class_images(
         RunError: if an image cannot be written, or has pixels that are not finite; or does not appear on a rank.
         UserError: if another run has put an image of another origin into the folder meanwhile.
     """
-    folder, prompt, resolution = Path(prior.class_data_dir), prior.class_prompt, instance.resolution
+    folder, prompt = Path(prior.class_data_dir), prior.class_prompt
     wanted = images_to_use(prior.num_class_images, instance.test_run)
     looked = facts_of_all(found, resolution)
     found = from_rank_0(lambda: looked)
@@ -226,7 +246,7 @@ def generate_class_images(
     if dry_run or not numbers:
         return _as_examples(prompt, found + _stand_ins(prompt, resolution, len(numbers)))
     _prepare(folder)
-    origin = Origin(model_name(model), digest_of_weights(model_folder, model.external_unet_path), prompt, seed)
+    origin = Origin(model_name(model), digest_of_weights(model_folder, elsewhere), prompt, seed)
     size = prior.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     started = time.monotonic()
@@ -324,8 +344,9 @@ def _draw(pipeline: DiffusionPipeline, numbers: list[int], origin: Origin, folde
         pictures = pictures_of(made.images)
     except NotFinite as error:
         raise RunError(
-            f"class image {image_name(numbers[error.index])}, drawn in {name_of(pipeline.dtype)}, has pixels that are "
-            "not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes them"
+            f"class image {image_name(numbers[error.index])}, drawn in {name_of(pipeline.unet.dtype)}, has pixels "
+            "that are not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes "
+            "them"
         ) from error
     written = []
     for number, picture in zip(numbers, pictures, strict=True):

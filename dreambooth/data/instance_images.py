@@ -26,15 +26,21 @@ LOOK_LIKE_CAPTIONS = (*CAPTION_SUFFIXES, ".captions", ".csv", ".tsv", ".json", "
 REPEATS_AND_PROMPT = re.compile(r"\d+_(.*\S.*)")
 
 
-def find_instance_images(flags: InstanceFlags, place: Place) -> list[Photo]:
+def find_instance_images(flags: InstanceFlags, place: Place, resolution: int | None = None) -> list[Photo]:
     """Returns the images of --instance_data_dir or --dataset_name, this process's share of them looked at.
 
     An image's caption is its prompt; --instance_prompt serves where it has none.
 
+    Args:
+        flags: name them.
+        place: of this process.
+        resolution: at which the images are going to be used; None where that is not known yet.
+
     Raises:
         UserError: if an image or a caption cannot be used, or an image has no prompt.
     """
-    photos, looks_captioned = _of_folder(flags, place) if flags.dataset_name is None else _of_dataset(flags, place)
+    found = _of_folder if flags.dataset_name is None else _of_dataset
+    photos, looks_captioned = found(flags, place, resolution)
     captioned = sum(photo.prompt != "" for photo in photos)
     if captioned or looks_captioned:
         say(f"captions: {captioned} of {len(photos)} images have one")
@@ -46,14 +52,14 @@ def find_instance_images(flags: InstanceFlags, place: Place) -> list[Photo]:
     return [dataclasses.replace(photo, prompt=photo.prompt or flags.instance_prompt) for photo in photos]
 
 
-def _of_folder(flags: InstanceFlags, place: Place) -> tuple[list[Photo], bool]:
+def _of_folder(flags: InstanceFlags, place: Place, resolution: int | None) -> tuple[list[Photo], bool]:
     """Returns the images of --instance_data_dir with their captions, empty where there is none.
 
     And whether there are files that look as if they had captions, read or not.
     """
     folder = Path(flags.instance_data_dir)
     photos = find_images(
-        folder, "--instance_data_dir", images_to_use(None, flags.test_run), resolution=flags.resolution, place=place
+        folder, "--instance_data_dir", images_to_use(None, flags.test_run), resolution=resolution, place=place
     )
     of_folder = _read_metadata(folder, flags.caption_column)
     if flags.caption_column != "text" and not Path(folder, METADATA).exists():
@@ -160,7 +166,7 @@ def _read_metadata(folder: Path, column: str) -> dict[str, str]:
     return captions
 
 
-def _of_dataset(flags: InstanceFlags, place: Place) -> tuple[list[Photo], bool]:
+def _of_dataset(flags: InstanceFlags, place: Place, resolution: int | None) -> tuple[list[Photo], bool]:
     """Returns the images of --dataset_name's train split with their captions, empty where there is none.
 
     And whether it has a column of captions.
@@ -187,7 +193,7 @@ def _of_dataset(flags: InstanceFlags, place: Place) -> tuple[list[Photo], bool]:
         caption = None if captions is None else captions[number][flags.caption_column]
         prompt = "" if caption is None else _checked(caption, name)
         found = Photo(name, prompt, functools.partial(_file_in, images, number, flags.image_column))
-        return look_at(found, flags.resolution) if number % place.world_size == place.rank else found
+        return look_at(found, resolution) if number % place.world_size == place.rank else found
 
     return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
 

@@ -38,7 +38,7 @@ def starting_points(pipeline: DiffusionPipeline, seed: int, stream: Stream, numb
     """Returns what to call a pipeline with, so that each image `n` of `numbers` follows from (seed, stream, n) alone.
 
     Returns:
-        latents: (images, channels, height, width) at the model's own size, of its dtype, standard normal.
+        latents: (images, channels, height, width) at the model's own size, of its UNet's dtype, standard normal.
         generator: of each image, on the CPU, for samplers that draw on the way.
     """
     side = pipeline.unet.config.sample_size
@@ -46,7 +46,7 @@ def starting_points(pipeline: DiffusionPipeline, seed: int, stream: Stream, numb
     shape = pipeline.unet.config.in_channels, side, side
     latents = [torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)) for draw in draws]
     return {
-        "latents": torch.stack(latents).to(pipeline.dtype),
+        "latents": torch.stack(latents).to(pipeline.unet.dtype),
         "generator": [torch.Generator().manual_seed(int(draw.integers(2**63))) for draw in draws],
     }
 

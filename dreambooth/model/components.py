@@ -150,10 +150,10 @@ def check_resolution(resolution: int, vae: AutoencoderKL) -> None:
         )
 
 
-def unet_folder(folder: str | Path) -> Path:
-    """Returns the folder of a UNet: `folder` is one itself, such as checkpoint-500/unet, or has one."""
+def part_folder(folder: str | Path, part: str) -> Path:
+    """Returns the folder of a part: `folder` is one itself, such as checkpoint-500/unet, or has one."""
     folder = Path(folder)
-    return folder / "unet" if (folder / "unet").is_dir() else folder
+    return folder / part if (folder / part).is_dir() else folder
 
 
 def warn_of_dropout(*parts: torch.nn.Module) -> None:

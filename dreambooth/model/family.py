@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -78,6 +78,15 @@ class Family(Protocol):
     tokenizers: tuple[str, ...]  # a tokenizer's folder for each
     others: tuple[str, ...]  # parts that a folder may have besides, and that are not used
     left_out: Mapping[str, Any]  # arguments of the pipeline in their place
+    resolution: int  # of training images, in pixels, where no flag names one
+    heeds_force_upcast: bool  # whether force_upcast of the VAE's configuration is meant: all have it, as its default
+
+    def told_apart(self, classes: Mapping[str, str | None]) -> str | None:
+        """Returns what a model is that shares parts with this family and cannot be trained; None if it is not such.
+
+        Args:
+            classes: of its parts, by their folders; None of one that is left out.
+        """
 
     def check_fit(self, tokenizers: Mapping[str, CLIPTokenizer], components: Mapping[str, torch.nn.Module]) -> None:
         """Compares the shapes that the parts hand to each other.
@@ -85,6 +94,9 @@ class Family(Protocol):
         Raises:
             UserError: if they are parts of different models, or of one that this family does not describe.
         """
+
+    def freeze_unread(self, components: Mapping[str, torch.nn.Module]) -> None:
+        """Freezes the weights that no prediction depends on, as their gradients would never come."""
 
     def tokenize(
         self,
@@ -109,3 +121,8 @@ class Family(Protocol):
 def readers_of(family: Family, parts: Mapping[str, Any]) -> list[Reader]:
     """Returns all that read prompts among the parts of a model, which are by their names."""
     return [(parts[one], parts[other]) for one, other in zip(family.tokenizers, family.text_encoders, strict=True)]
+
+
+def dtype_of_vae(family: Family, vae: AutoencoderKL, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that a VAE computes in, in a run of `dtype`: fp32 if half precision overflows in it."""
+    return torch.float32 if family.heeds_force_upcast and vae.config.force_upcast else dtype

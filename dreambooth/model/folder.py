@@ -2,27 +2,29 @@
 
 import json
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import diffusers
-from diffusers import UNet2DConditionModel
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import ModelFlags
-from dreambooth.model.components import choose, load_tokenizer, loading, unet_folder, without_weights
+from dreambooth.model.components import choose, load_tokenizer, loading, part_folder, without_weights
 from dreambooth.model.family import Family
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
+from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from dreambooth.model.weights import Weights, shard_names, weight_files
 
 INDEX = "model_index.json"
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 # Of all of them, as an output folder may have what another one's run has left: the folders of a pipeline, and of
 # those the ones of components that can be trained.
 PIPELINE = tuple(dict.fromkeys(part for one in FAMILIES for part in (*one.components, *one.tokenizers, "scheduler")))
 TRAINABLE = tuple(dict.fromkeys(part for one in FAMILIES for part in ("unet", *one.text_encoders)))
+DISTILLED = ("turbo", "lightning")  # in the names of models that were made to draw in few steps
 
 
 def read_index(path: Path, model: str) -> tuple[dict, Family]:
@@ -42,10 +44,9 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
         raise UserError(f"{path} is not that of a Stable Diffusion folder in diffusers' layout") from error
     family = next((family for family in FAMILIES if _describes(family, classes)), None)
     if family is None:
-        raise UserError(
-            f"{model} is a {index.get('_class_name')}, which this project does not train: "
-            f"use a {' or '.join(family.name for family in FAMILIES)}"
-        )
+        told = next(filter(None, (one.told_apart(classes) for one in FAMILIES)), None)
+        told = told or f"a {index.get('_class_name')}, which this project does not train"
+        raise UserError(f"{model} is {told}: use a {' or '.join(one.name for one in FAMILIES)}")
     if not known:
         raise UserError(f"{path} names a scheduler that diffusers does not have: {scheduler}")
     return index, family
@@ -90,29 +91,117 @@ def check_configurations(folder: Path, family: Family) -> None:
     family.check_fit({name: load_tokenizer(folder / name) for name in family.tokenizers}, components)
 
 
-def find_model(flags: ModelFlags) -> Path:
+def known_family(flags: ModelFlags) -> Family | None:
+    """Returns the family of --pretrained_model_name_or_path, if that can be told before anything is downloaded."""
+    name = flags.pretrained_model_name_or_path
+    try:
+        cached = None if os.path.exists(name) else _cached(name, INDEX, flags.revision)
+        return read_index(cached or Path(name, INDEX), name)[1]
+    except (UserError, ValueError):  # no model, or no name of one: `find_model` will say so
+        return None
+
+
+def find_model(flags: ModelFlags, elsewhere: Mapping[str, Path]) -> Path:
     """Returns the folder of --pretrained_model_name_or_path; a Hub id is downloaded, or found in the Hub's cache.
+
+    Args:
+        flags: name it.
+        elsewhere: what `find_elsewhere` has returned.
 
     Raises:
         UserError: as `find_folder` does.
     """
-    elsewhere = set()
-    if flags.external_unet_path:
-        elsewhere.add("unet")
-        folder = unet_folder(flags.external_unet_path)
-        with loading("UNet", folder):
-            weights = choose(UNet2DConditionModel, os.listdir(folder), flags.variant)
-        if weights.variant and weights.variant != flags.variant:
-            _tell_only_variant("--external_unet_path", flags.external_unet_path, weights.variant)
-    if flags.tokenizer_name:
-        elsewhere.update(name for family in FAMILIES for name in family.tokenizers)
-    return find_folder(
-        flags.pretrained_model_name_or_path,
+    name = flags.pretrained_model_name_or_path
+    tokenizers = {one for family in FAMILIES for one in family.tokenizers} if flags.tokenizer_name else set()
+    folder = find_folder(
+        name,
         "--pretrained_model_name_or_path",
-        elsewhere=elsewhere,
+        elsewhere=elsewhere.keys() | tokenizers,
         revision=flags.revision,
         variant=flags.variant,
     )
+    _warn_of_distilled(name, folder)
+    return folder
+
+
+def _warn_of_distilled(name: str, folder: Path) -> None:
+    """Warns of a model that draws in few steps, as its name or its scheduler tells: "trailing" is how such ones step.
+
+    So do those whose last timestep is all noise, which is no such sign.
+    """
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    named = next((word for word in DISTILLED if word in os.path.basename(os.path.normpath(name)).lower()), None)
+    steps = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
+    if named or steps:
+        sign = f"its name has {named!r} in it" if named else "its scheduler has timestep_spacing 'trailing'"
+        warn(
+            f"--pretrained_model_name_or_path {name} looks distilled to draw in few steps, as Turbo and Lightning are "
+            f"({sign}): this training undoes that; train the model that it was made of"
+        )
+
+
+def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
+    """Returns the folders of the parts that flags name instead of MODEL's; a VAE may be downloaded.
+
+    Raises:
+        UserError: if one of them cannot serve.
+    """
+    elsewhere = {}
+    if name := flags.external_unet_path:
+        elsewhere["unet"] = part_folder(name, "unet")
+        _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
+    if name := flags.pretrained_vae_model_name_or_path:
+        flag = "--pretrained_vae_model_name_or_path"
+        elsewhere["vae"] = _find_vae(name, flag, flags.variant)
+        _check_part(elsewhere["vae"], AutoencoderKL, "VAE", flag, name, flags.variant)
+    return elsewhere
+
+
+def _check_part(folder: Path, kind: type, label: str, flag: str, name: str, variant: str | None) -> None:
+    """Finds a part that has no weights, or torn ones; warns where they are of another variant than is wanted."""
+    with loading(label, folder):
+        weights = choose(kind, os.listdir(folder), variant)
+        weight_files(folder, weights)
+    if weights.variant and weights.variant != variant:
+        _tell_only_variant(flag, name, weights.variant)
+
+
+def _find_vae(name: str, flag: str, variant: str | None) -> Path:
+    """Returns the folder of a VAE, or of that of a model; of a Hub id only what is needed is downloaded."""
+    if os.path.isdir(name):
+        return part_folder(name, "vae")
+    if os.path.isfile(name) or not can_be_hub_id(name):
+        raise UserError(f"{flag} {name} is not a folder")
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings or ()]
+    except Exception as error:  # whatever the network and the Hub can answer
+        cached = _cached(name, "vae/config.json") or _cached(name, "config.json")
+        if cached is None:
+            raise _not_to_be_had(name, flag, error) from error
+        return cached.parent
+    inside = "vae/" if any(file.startswith("vae/") for file in files) else ""
+    try:
+        with loading("VAE", name):
+            weights = choose(AutoencoderKL, [file.removeprefix(inside) for file in files], variant)
+        wanted = [f"{inside}config.json", f"{inside}{weights.file}"]
+        if weights.in_shards:
+            with loading("VAE", name):
+                wanted += [f"{inside}{shard}" for shard in shard_names(Path(hf_hub_download(name, wanted[1])))]
+        return Path(snapshot_download(name, allow_patterns=wanted), inside)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"{flag} {name} cannot be had from the Hub: {hub_reason(error)}") from error
+
+
+def _not_to_be_had(name: str, flag: str, error: Exception) -> UserError:
+    return UserError(f"{flag} {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}")
+
+
+def _cached(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns a file of a Hub id in the Hub's cache, if it is there, whatever else of it is not."""
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def find_tokenizer(name: str | None) -> Path | None:
@@ -128,9 +217,7 @@ def find_tokenizer(name: str | None) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=("*.json", "*.txt"), etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # whatever the network and the Hub can answer
-        raise UserError(
-            f"--tokenizer_name {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
-        ) from error
+        raise _not_to_be_had(name, "--tokenizer_name", error) from error
 
 
 def find_folder(
@@ -222,12 +309,11 @@ def _download(name: str, flag: str, elsewhere: Set[str], revision: str | None, v
     try:
         info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # whatever the network and the Hub can answer
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise UserError(
-                f"{flag} {name} is no folder, and cannot be had from the Hub: {hub_reason(error)}"
-            ) from error
+        # Not all files of the repository are wanted, and newer releases would ask for all before they name a folder.
+        cached = _cached(name, INDEX, revision)
+        if cached is None:
+            raise _not_to_be_had(name, flag, error) from error
+        return cached.parent
     files = [file.rfilename for file in info.siblings or ()]
     if INDEX not in files:
         raise UserError(f"{flag} {name} has no {INDEX} on the Hub: it is not in diffusers' layout")

@@ -8,6 +8,8 @@ A step of training is, for images x with prompts c, noise e and timesteps t:
            + prior_loss_weight * the same             mean over class examples
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
@@ -21,14 +23,16 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Ten
     """Samples the VAE's posterior of images, with the noise given.
 
     Args:
-        vae: frozen, in the run's precision.
+        vae: frozen; one in fp32 computes in fp32, also under autocast.
         pixel_values: (batch, 3, height, width), in [-1, 1], any float dtype.
         posterior_noise: (batch, channels, height / f, width / f), float32, standard normal.
 
     Returns:
         Latents of the shape of `posterior_noise`, float32, multiplied by the VAE's scaling factor.
     """
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    as_it_is = torch.autocast(pixel_values.device.type, enabled=False)
+    with as_it_is if vae.dtype == torch.float32 else contextlib.nullcontext():
+        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     latents = posterior.mean.float() + posterior.std.float() * posterior_noise
     # The VAE's attention may leave the channels last in memory. The UNet would go on so, up to the gradients of its
     # weights, of which Gemini takes only those that lie as the weights do.

@@ -1,27 +1,31 @@
 """A model as a whole: loaded for training, or as the pipeline that draws."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
+from dreambooth.command_line.console import warn
 from dreambooth.model.components import (
     check_resolution,
     load_component,
     load_noise_scheduler,
     load_tokenizer,
     loading,
+    part_folder,
     save_component,
-    unet_folder,
+    without_weights,
 )
-from dreambooth.model.family import Family, Model
+from dreambooth.model.family import Family, Model, dtype_of_vae
 from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
 from dreambooth.model.libraries import save_vocabulary
+
+NOTHING: Mapping[str, Path] = {}
 
 
 def load_model(
@@ -30,7 +34,7 @@ def load_model(
     resolution: int,
     variant: str | None = None,
     tokenizer: Path | None = None,
-    unet: str | Path | None = None,
+    elsewhere: Mapping[str, Path] = NOTHING,
     trained: Path | None = None,
 ) -> Model:
     """Loads a model for training, on the CPU, the VAE in fp32.
@@ -43,7 +47,7 @@ def load_model(
         resolution: of the images, in pixels.
         variant: of the weights, where a part has it.
         tokenizer: folder of other tokenizers than its own, as of `load_tokenizers`.
-        unet: folder of another UNet than its own.
+        elsewhere: folders of parts that come from somewhere else.
         trained: checkpoint whose parts count instead of those of the model.
 
     Raises:
@@ -54,13 +58,27 @@ def load_model(
     components = {}
     for name in family.components:
         in_checkpoint = trained is not None and (trained / name).is_dir()
-        source = trained if in_checkpoint else unet if name == "unet" and unet else folder
+        source = trained if in_checkpoint else elsewhere.get(name, folder)
         components[name] = load_part(family, name, source, torch.float32 if name == "vae" else None, variant=variant)
         if name == "vae":
             check_resolution(resolution, components[name])
             components[name].requires_grad_(False)
+    if "vae" in elsewhere:
+        _warn_of_other_latents(folder / "vae", components["vae"])
     family.check_fit(tokenizers, components)
+    family.freeze_unread(components)
     return Model(family, tokenizers, components, load_noise_scheduler(folder))
+
+
+def _warn_of_other_latents(own: Path, vae: AutoencoderKL) -> None:
+    """Warns of a VAE whose latents are scaled otherwise than those of the model's own, if that is there."""
+    if (own / "config.json").is_file():
+        wanted, found = without_weights(AutoencoderKL, own).config.scaling_factor, vae.config.scaling_factor
+        if wanted != found:
+            warn(
+                f"the VAE scales latents by {found:g}, and the model's own by {wanted:g}: it is hardly one that the "
+                "UNet was trained with"
+            )
 
 
 def load_tokenizers(family: Family, folder: Path) -> dict[str, CLIPTokenizer | CLIPTokenizerFast]:
@@ -82,13 +100,12 @@ def load_part(
     Args:
         family: of the model.
         name: of the part.
-        folder: of a model, of a checkpoint, or of a UNet.
+        folder: of a model, of a checkpoint, or of the part itself.
         dtype: of its weights; None for that of its files.
         variant: of the weights, where it has it.
     """
-    own = unet_folder(folder) if name == "unet" else Path(folder) / name
-    with loading(family.labels[name], own if name == "unet" else folder):
-        return load_component(family.components[name], own, dtype, variant)
+    with loading(family.labels[name], folder):
+        return load_component(family.components[name], part_folder(folder, name), dtype, variant)
 
 
 def load_pipeline(
@@ -97,26 +114,42 @@ def load_pipeline(
     *,
     variant: str | None = None,
     sampler: str | None = None,
+    elsewhere: Mapping[str, Path] = NOTHING,
     **parts: torch.nn.Module | CLIPTokenizer,
 ) -> DiffusionPipeline:
     """Loads a model anew, on the CPU, with some of its `parts` replaced and without a safety checker.
 
     Args:
         folder: of the model.
-        dtype: of all parts.
+        dtype: of all parts, but for a VAE that computes in fp32 whatever the others do (`dtype_of_vae`).
         variant: of the weights that are loaded, where a part has it.
         sampler: class of diffusers by which it draws; None for the model's own.
+        elsewhere: folders of parts that come from somewhere else.
         parts: by their names.
     """
     with loading("pipeline", folder):
         index, family = read_index(folder / INDEX, str(folder))
         parts |= {name: load_tokenizer(folder / name) for name in family.tokenizers if name not in parts}
         for name in family.components.keys() - parts.keys():
-            parts[name] = load_part(family, name, folder, dtype, variant=variant)
+            # A VAE that may have to stay in fp32 is not rounded before it is known whether it does.
+            loaded = torch.float32 if name == "vae" and family.heeds_force_upcast else dtype
+            parts[name] = load_part(family, name, elsewhere.get(name, folder), loaded, variant=variant)
         scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
         parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
         pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
-    return pipeline.to(dtype=dtype)
+    of_vae = dtype_of_vae(family, pipeline.vae, dtype)
+    for name in family.components:
+        getattr(pipeline, name).to(of_vae if name == "vae" else dtype)
+    if of_vae != dtype:
+        pipeline.vae.__class__ = _VAEInFp32
+    return pipeline
+
+
+class _VAEInFp32(AutoencoderKL):
+    """A VAE in fp32 in a pipeline that is in half precision: diffusers' own does so in fp16 only."""
+
+    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any):
+        return super().decode(z.float(), *args, **kwargs)
 
 
 def settings_in(index: dict, family: Family) -> dict[str, Any]:

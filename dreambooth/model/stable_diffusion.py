@@ -28,6 +28,11 @@ class StableDiffusion:
     tokenizers = ("tokenizer",)
     others = ("safety_checker", "feature_extractor", "image_encoder")
     left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    resolution = 512
+    heeds_force_upcast = False
+
+    def told_apart(self, classes: Mapping[str, str | None]) -> None:
+        return None
 
     def check_fit(self, tokenizers: Mapping[str, CLIPTokenizer], components: Mapping[str, torch.nn.Module]) -> None:
         text_encoder, unet = components["text_encoder"], components["unet"]
@@ -36,6 +41,9 @@ class StableDiffusion:
         check_width(unet, text_encoder.config.hidden_size)
         if any(unet.config[name] for name in ("addition_embed_type", "class_embed_type", "num_class_embeds")):
             raise UserError(f"the UNet wants more than an image and a prompt: use that of a {self.name}")
+
+    def freeze_unread(self, components: Mapping[str, torch.nn.Module]) -> None:
+        pass
 
     def tokenize(
         self,

@@ -51,14 +51,20 @@ def seed_of(seed: int | None, checkpoint: Checkpoint | None) -> int:
     return shared_seed(earlier if seed is None else seed)
 
 
-def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str) -> dict:
+def resolution_of(resolution: int | None, checkpoint: Checkpoint | None, of_model: int) -> int:
+    """Returns the resolution of the run: --resolution, or that of the run that it goes on with, or the model's."""
+    earlier = None if checkpoint is None else checkpoint.settings.get("resolution")
+    return resolution or earlier or of_model
+
+
+def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str, resolution: int) -> dict:
     """Returns the settings that two runs have to share so that one can go on where the other stopped.
 
     Args:
         flags: those that change numbers count, but for those that have no effect beside the others. Where files are
             is not among them: photos, prompts and the model's parts are compared by what they hold.
         schedule: ranks and batch per rank may change, if their product does not.
-        seed, precision: of the run, whether the flags name them or not.
+        seed, precision, resolution: of the run, whether the flags name them or not.
     """
     here = (True, "on GPUs") if torch.cuda.is_available() else (True,)
     settings = {
@@ -68,7 +74,7 @@ def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str
         if flag.metadata["numbers"] in here and flag not in idle(group)
     }
     steps = {"steps": schedule.steps, "samples per step": schedule.total_batch}
-    return settings | {"seed": seed, "mixed_precision": precision} | steps
+    return settings | {"seed": seed, "mixed_precision": precision, "resolution": resolution} | steps
 
 
 def image_settings(images: list[Photo]) -> dict:

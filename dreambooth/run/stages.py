@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.state import Checkpoint, Training
 from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropout
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.family import Conditioning, Model
-from dreambooth.model.folder import find_model, find_tokenizer
+from dreambooth.model.family import Conditioning, Model, dtype_of_vae
+from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_tokenizer, known_family
 from dreambooth.model.loss import example_inputs, training_loss
-from dreambooth.model.pipeline import load_model, load_part, load_pipeline
+from dreambooth.model.pipeline import load_model, load_pipeline
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
 from dreambooth.processes.environment import Place, find_place
@@ -35,6 +35,7 @@ from dreambooth.run.checkpoint import (
     flag_settings,
     image_settings,
     remove_interim_checkpoints,
+    resolution_of,
     seed_of,
 )
 from dreambooth.run.dry_run import tell_plan
@@ -59,6 +60,7 @@ class Inputs:
     instance_images: list[Photo]
     class_images: list[Photo]
     model_folder: Path
+    elsewhere: Mapping[str, Path]  # folders of parts that are not the model's
     tokenizer_folder: Path | None  # None where it is the model's
 
 
@@ -69,13 +71,18 @@ def check_inputs(flags: Flags) -> Inputs:
         UserError: if one of them cannot serve.
     """
     place = find_place()
-    instance_images = find_instance_images(flags.instance, place)
-    class_images = check_class_images(flags.prior, flags.instance, place)
+    family = known_family(flags.model)
+    # At which images are kept as they are decoded. Where it turns out to be another, they are decoded once more.
+    resolution = flags.instance.resolution or (family and family.resolution)
+    instance_images = find_instance_images(flags.instance, place, resolution)
+    class_images = check_class_images(flags.prior, flags.instance, place, resolution)
     check_logging_dir(flags.output.logging_dir)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run)
-    model_folder = find_model(flags.model)
-    check_origins(flags.prior, flags.model, class_images, model_folder)
-    return Inputs(place, instance_images, class_images, model_folder, find_tokenizer(flags.model.tokenizer_name))
+    elsewhere = find_elsewhere(flags.model)
+    model_folder = find_model(flags.model, elsewhere)
+    check_origins(flags.prior, flags.model, class_images, model_folder, elsewhere)
+    tokenizer_folder = find_tokenizer(flags.model.tokenizer_name)
+    return Inputs(place, instance_images, class_images, model_folder, elsewhere, tokenizer_folder)
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,11 @@ class Run:
         precision: "no", "bf16" or "fp16".
         instance_images, class_images: those that were found, with their facts.
         model_folder: of the model to train.
+        elsewhere: folders of parts that are not the model's.
         tokenizer_folder: of another tokenizer; None for the model's.
         checkpoint: from which the run goes on; None for a new one.
         seed: of every draw.
+        resolution: of the training images, in pixels.
         schedule: of steps and samples.
         settings: that a run has to share to go on from this one's checkpoints; the stages add theirs.
         repo_id: on the Hub, for the upload; None for none.
@@ -102,9 +111,11 @@ class Run:
     instance_images: list[Photo]
     class_images: list[Photo]
     model_folder: Path
+    elsewhere: Mapping[str, Path]
     tokenizer_folder: Path | None
     checkpoint: Checkpoint | None
     seed: int
+    resolution: int
     schedule: Schedule
     settings: dict = field(default_factory=dict)
     repo_id: str | None = None
@@ -131,20 +142,23 @@ class Run:
 
 
 def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
-    """Settles on the checkpoint, the seed, the schedule and the flags that change numbers.
+    """Settles on the checkpoint, the seed, the resolution, the schedule and the flags that change numbers.
 
     Raises:
         UserError: if ranks have found different things, or the checkpoint is of another run.
     """
     set_tf32(flags.training.allow_tf32)
-    instance_images = facts_of_all(inputs.instance_images, flags.instance.resolution)
     checkpoint = find_checkpoint(flags.output.resume_from_checkpoint, Path(flags.output.output_dir))
+    of_model = family_of(inputs.model_folder).resolution
+    resolution = resolution_of(flags.instance.resolution, checkpoint, of_model)
+    instance_images = facts_of_all(inputs.instance_images, resolution)
     seed = seed_of(flags.training.seed, checkpoint)
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
-    found = instance_images, inputs.class_images, inputs.model_folder, inputs.tokenizer_folder
-    run = Run(flags, ranks, precision, *found, checkpoint, seed, schedule)
-    run.settle("settings", flag_settings(flags, schedule, seed=seed, precision=precision))
+    found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
+    run = Run(flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule)
+    settings = flag_settings(flags, schedule, seed=seed, precision=precision, resolution=resolution)
+    run.settle("settings", settings)
     return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
 
 
@@ -172,10 +186,10 @@ def prepare_model(run: Run) -> PreparedModel:
     flags, folder, dry_run = run.flags, run.model_folder, run.flags.training.dry_run
     model = load_model(
         folder,
-        resolution=flags.instance.resolution,
+        resolution=run.resolution,
         variant=flags.model.variant,
         tokenizer=run.tokenizer_folder,
-        unet=flags.model.external_unet_path,
+        elsewhere=run.elsewhere,
         trained=None if run.checkpoint is None else run.checkpoint.folder,
     )
     check_max_length(flags.model.tokenizer_max_length, model.readers)
@@ -191,7 +205,8 @@ def prepare_model(run: Run) -> PreparedModel:
         flags.validation, run.output_dir / "validation", first_step=run.first_step, steps=run.schedule.steps
     )
     prepare_output_dir(run.output_dir, dry_run=dry_run)
-    load = functools.partial(load_pipeline, folder, variant=flags.model.variant, **model.tokenizers)
+    origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
+    load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
     return PreparedModel(**vars(model), trained=trained, load_pipeline=load, sizes=sizes)
 
 
@@ -201,19 +216,15 @@ def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
     if not prior.with_prior_preservation:
         return []
     dtype = sampling_dtype(run.precision, prior.prior_generation_precision)
-
-    def load() -> DiffusionPipeline:
-        folder = flags.model.external_unet_path or run.model_folder
-        unet = load_part(model.family, "unet", folder, dtype, variant=flags.model.variant)
-        return model.load_pipeline(dtype=dtype, unet=unet)
-
     return generate_class_images(
         prior,
         flags.instance,
         flags.model,
         run.class_images,
-        load,
+        functools.partial(model.load_pipeline, dtype=dtype),
         run.model_folder,
+        run.elsewhere,
+        resolution=run.resolution,
         seed=run.seed,
         ranks=run.ranks,
         dry_run=flags.training.dry_run,
@@ -245,12 +256,12 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     """
     flags, ranks = run.flags, run.ranks
     vae = model.components["vae"]
-    of_latents = latent_shape(vae, flags.instance.resolution)
+    of_latents = latent_shape(vae, run.resolution)
     dataset = build_dataset(
         run.instance_images,
         class_images,
         seed=run.seed,
-        resolution=flags.instance.resolution,
+        resolution=run.resolution,
         center_crop=flags.instance.center_crop,
         latent_shape=of_latents,
         num_timesteps=model.noise_scheduler.config.num_train_timesteps,
@@ -267,8 +278,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     denoiser = Denoiser(model.family, **{name: model.components[name] for name in model.trained})
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
-        which = flags.instance.cache_latents
-        is_complete = cache_latents(dataset, vae, ranks, run.schedule, run.first_step, dtype=dtype, which=which)
+        settings = {"dtype": dtype_of_vae(model.family, vae, dtype), "which": flags.instance.cache_latents}
+        is_complete = cache_latents(dataset, vae, ranks, run.schedule, run.first_step, **settings)
     workers = flags.training.dataloader_num_workers
     steps = build_loader(dataset, run.schedule, ranks, run.first_step, workers, conditioning, decodes=not is_complete)
     batch = flags.training.train_batch_size * dataset.examples_per_sample
