@@ -1,6 +1,5 @@
 """AdamW and the learning rate, the same in both trainers."""
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth.command_line.flags import OptimizerFlags
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import Checkpoint
+from dreambooth.model.precision import no_kernels
 from dreambooth.model.slices import Slice
 from dreambooth.model.trainable import Piece
 
@@ -58,7 +58,7 @@ class AdamW(torch.optim.AdamW):
 def has_kernels(*parameters: torch.Tensor) -> bool:
     """Whether kernels of our own serve some parameters: large ones on GPUs, which are few."""
     return (
-        importlib.util.find_spec("triton") is not None
+        no_kernels() is None
         and 0 < len(parameters) <= MANY
         and all(one.is_cuda and one.dtype == torch.float32 and one.is_contiguous() for one in parameters)
     )
@@ -66,7 +66,7 @@ def has_kernels(*parameters: torch.Tensor) -> bool:
 
 def norm_of(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Returns the L2 norm of all elements of some tensors: a scalar, float32."""
-    if not all(tensor.is_cuda and tensor.is_contiguous() for tensor in tensors) or len(tensors) > MANY:
+    if no_kernels() or len(tensors) > MANY or not all(one.is_cuda and one.is_contiguous() for one in tensors):
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum().sqrt()
     from dreambooth.model.kernels import norm  # Triton is not there without a GPU
 

@@ -471,7 +471,7 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 @triton.jit(do_not_specialize=["total"])
 def _adamw(
-    weights, gradients, means, squares, divisor, corrections, total, lr, beta1, beta2, eps, decay,
+    weights, gradients, means, squares, divisor, corrections, total, lr, of_gradient, of_its_square, eps, decay,
     DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -480,8 +480,8 @@ def _adamw(
     if DIVIDED:
         gradient /= tl.load(divisor)
     mean, square = tl.load(means + number, there, 0.0), tl.load(squares + number, there, 0.0)
-    mean += (1 - beta1) * (gradient - mean)
-    square = beta2 * square + (1 - beta2) * gradient * gradient
+    mean += of_gradient * (gradient - mean)
+    square += of_its_square * (gradient * gradient - square)
     of_mean, of_square = tl.load(corrections), tl.load(corrections + 1)
     weight = tl.load(weights + number, there, 0.0)
     weight *= 1 - lr * decay
@@ -514,7 +514,8 @@ def adamw(
         divisor: scalar, float32, by which the gradients are divided as they are read; None for none.
     """
     block = 1024
+    shares = (1 - beta for beta in betas)  # taken in double precision, as a beta is close to 1
     _adamw[(triton.cdiv(weights.numel(), block),)](
-        weights, gradients, means, squares, divisor, corrections, weights.numel(), lr, *betas, eps, weight_decay,
+        weights, gradients, means, squares, divisor, corrections, weights.numel(), lr, *shares, eps, weight_decay,
         DIVIDED=divisor is not None, BLOCK=block,
     )  # fmt: skip

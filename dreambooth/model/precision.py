@@ -1,5 +1,7 @@
 """The one place that knows which arithmetic a run uses."""
 
+import functools
+import importlib.util
 import os
 
 import torch
@@ -43,6 +45,18 @@ def _check_machine(flag: str, requested: str | None) -> None:
         raise UserError(f"{flag} fp16 needs a CUDA GPU, and none was found: use no or bf16")
     if requested == "bf16" and torch.cuda.is_available() and not _has_bf16():
         raise UserError(f"{flag} bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use fp16")
+
+
+@functools.cache
+def no_kernels() -> str | None:
+    """Returns why this machine cannot run the kernels of `dreambooth.model.kernels`; None if it can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, and none was found"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return f"needs a GPU of compute capability 7.0 or more, which {torch.cuda.get_device_name()} has not"
+    if importlib.util.find_spec("triton") is None:
+        return "needs a package that is not there: pip install triton"
+    return None
 
 
 def set_tf32(allowed: bool) -> None:

@@ -5,7 +5,6 @@ gradient goes to its place as soon as it is there. So the gradients of all weigh
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import TrainingFlags
 from dreambooth.model.family import Conditioning
 from dreambooth.model.libraries import CHECKPOINTING_TAKES_A_FUNCTION
+from dreambooth.model.precision import no_kernels
 from dreambooth.model.trainable import Trainable, Weight
 
 SMALL = 2**16  # elements of a weight, up to which its gradient waits for others
@@ -41,12 +41,8 @@ def records(flags: TrainingFlags, *, spares_memory: bool = False) -> bool:
 
 def _cannot_record(flags: TrainingFlags) -> str | None:
     """Returns why this machine cannot record a denoiser; None if it can."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU, and none was found"
-    if torch.cuda.get_device_capability() < (7, 0):
-        return f"needs a GPU of compute capability 7.0 or more, which {torch.cuda.get_device_name()} has not"
-    if importlib.util.find_spec("triton") is None:
-        return "needs a package that is not there: pip install triton"
+    if reason := no_kernels():
+        return reason
     if flags.gradient_checkpointing and not CHECKPOINTING_TAKES_A_FUNCTION:
         return "cannot record --gradient_checkpointing with this release of diffusers: leave one of them out"
     return None
