@@ -1,7 +1,6 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from benchmarks.random_model import SHAPES
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks for when it meets a kernel
 triton = pytest.importorskip("triton")
 channels_last = pytest.importorskip("dreambooth.model.channels_last")
 kernels = pytest.importorskip("dreambooth.model.kernels")
