@@ -48,7 +48,6 @@ from dreambooth.model.precision import choose_precision
 
 COLOSSALAI, TRADITIONAL = "train_dreambooth_colossalai.py", "train_dreambooth.py"
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"],
     "python": [],
     # Of several GPUs accelerate would take all, and without the other two it warns.
     "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -112,11 +111,11 @@ class Command:
 CUDA = ("--placement=cuda",)
 LITTLE_MEMORY = ("--use_8bit_adam", "--gradient_checkpointing")
 COMMANDS = (
-    Command("colossalai", "torchrun", COLOSSALAI, own=CUDA),
-    Command("colossalai-800", "torchrun", COLOSSALAI, steps=800, own=CUDA),
-    Command("colossalai-batch-4", "torchrun", COLOSSALAI, batch=4, own=CUDA),
-    Command("colossalai-batch-16", "torchrun", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
-    Command("colossalai-little-memory", "torchrun", COLOSSALAI, steps=100, switches=LITTLE_MEMORY, own=CUDA),
+    Command("colossalai", "python", COLOSSALAI, own=CUDA),
+    Command("colossalai-800", "python", COLOSSALAI, steps=800, own=CUDA),
+    Command("colossalai-batch-4", "python", COLOSSALAI, batch=4, own=CUDA),
+    Command("colossalai-batch-16", "python", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
+    Command("colossalai-little-memory", "python", COLOSSALAI, steps=100, switches=LITTLE_MEMORY, own=CUDA),
     Command("traditional", "python", TRADITIONAL),
     Command("traditional-800", "python", TRADITIONAL, steps=800),
 )

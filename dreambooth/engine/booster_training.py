@@ -74,7 +74,7 @@ class BoosterTraining:
         accumulates = flags.gradient_accumulation_steps > 1
         in_place = not (self.strategy.shards or accumulates)
         if in_place:
-            self._lay_out_gradients(inputs)
+            self._lay_out_gradients()
         self.denoiser.record(
             inputs,
             dtype=DTYPES[self.strategy.precision],
@@ -84,16 +84,19 @@ class BoosterTraining:
             accumulates=accumulates,
         )
 
-    def _lay_out_gradients(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning]) -> None:
+    def _lay_out_gradients(self) -> None:
         """Gives each parameter its gradient, zeros, where DDP is going to share it.
 
-        DDP lays them out once more after the first backward pass that it has seen, when the second begins.
+        DDP lays them out once more after the first backward pass that it has seen, when the second begins. It asks who
+        gets a gradient, not of what: so these passes need not be the denoiser's own.
         """
-        for _ in range(2):
-            with self.strategy.autocast():
-                prediction = self.model(*inputs)
-            self.backward(prediction.float().sum() * 0)
-            self.optimizer.zero_grad(set_to_none=False)
+        self.denoiser.forward = lambda: torch.stack([one.sum() for one in self.denoiser.trained.parameters()]).sum()
+        try:
+            for _ in range(2):
+                self.backward(self.model() * 0)
+                self.optimizer.zero_grad(set_to_none=False)
+        finally:
+            del self.denoiser.forward
 
     def _optimizer_bytes(self) -> int:
         """Returns how much GPU memory a step takes on this rank when gradients are there: above all AdamW's state."""
