@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.runs import ROOT, base_flags, build_parser
+from benchmarks.runs import ROOT, base_flags, build_parser, in_a_folder
 from benchmarks.speed import earlier_facts
 from dreambooth.model.precision import choose_precision
 
@@ -401,7 +401,7 @@ def main() -> None:
         action="store_true",
         help="keep the runs of an earlier OUTPUT.json and add those that it lacks (default: off)",
     )
-    parser.add_argument("--output", type=Path, default=Path("commands"), help="files to write, without suffix")
+    parser.add_argument("--output", type=in_a_folder, default=Path("commands"), help="files to write, without suffix")
     args = parser.parse_args()
     for name, least in (("turns", 1), ("steps", 4)):
         if (value := getattr(args, name)) is not None and value < least:

@@ -107,6 +107,14 @@ def build_parser(
     return parser
 
 
+def in_a_folder(text: str) -> Path:
+    """Returns the path of a file to write, as argparse's `type`; what is measured should not be lost at the end."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
 @contextlib.contextmanager
 def base_flags(args: argparse.Namespace) -> Iterator[dict]:
     """Builds the model and the photos in a temporary folder, and yields the flags that every run has."""

@@ -32,7 +32,16 @@ from diffusers import UNet2DConditionModel
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.runs import STRATEGIES, Strategy, base_flags, build_parser, outcome, run_bare, run_strategy
+from benchmarks.runs import (
+    STRATEGIES,
+    Strategy,
+    base_flags,
+    build_parser,
+    in_a_folder,
+    outcome,
+    run_bare,
+    run_strategy,
+)
 from dreambooth.model.stable_diffusion_xl import TIME_IDS
 
 BASELINE = Strategy("traditional", "cuda", "no")
@@ -232,7 +241,7 @@ def main() -> None:
         action="store_true",
         help="keep the rows of an earlier run's OUTPUT.json and add those that it lacks (default: off)",
     )
-    parser.add_argument("--output", type=Path, default=Path("speed"), help="files to write, without suffix")
+    parser.add_argument("--output", type=in_a_folder, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
     if args.steps < args.warm_up + 2:
