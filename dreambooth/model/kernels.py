@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CHANNELS = 128, 64  # of the tile that a program works on
-PARTS, PER_GROUP = 32, 128  # of the sums that a program adds up: more than usual, so that one kernel serves all
+# Of the sums that a program adds up at a time; channels more than usual, so that one kernel serves all.
+PARTS, PER_GROUP = 32, 128
 
 
 @triton.jit
@@ -57,16 +58,27 @@ def _moments_of_groups(
     """Mean and reciprocal deviation of each group, from those of its channels and parts (Chan et al., 1979)."""
     groups = channels // per_group
     n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    part, c = tl.arange(0, PARTS), tl.arange(0, PER_GROUP)
-    there = (part < parts)[:, None] & (c < per_group)[None, :]
-    where = (n * parts + part)[:, None] * 2 * channels + (group * per_group + c)[None, :]
-    count = tl.where(there, tl.minimum(size - part * ROWS, ROWS)[:, None], 0).to(tl.float32)
-    means = tl.load(moments + where, there, 0.0)
-    squares = tl.load(moments + where + channels, there, 0.0)
+    c = tl.arange(0, PER_GROUP)
+    of_channel = moments + group * per_group + c
     total = size * per_group
-    of_group = tl.sum(tl.sum(count * means, 1), 0) / total
-    apart = means - of_group
-    squares = tl.sum(tl.sum(squares + count * apart * apart, 1), 0)
+    sums = tl.zeros([PER_GROUP], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & (c < per_group)[None, :]
+        count = tl.where(there, tl.minimum(size - part * ROWS, ROWS)[:, None], 0).to(tl.float32)
+        where = (n * parts + part)[:, None] * 2 * channels
+        sums += tl.sum(count * tl.load(of_channel[None, :] + where, there, 0.0), 0)
+    of_group = tl.sum(sums, 0) / total
+    sums = tl.zeros([PER_GROUP], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & (c < per_group)[None, :]
+        count = tl.where(there, tl.minimum(size - part * ROWS, ROWS)[:, None], 0).to(tl.float32)
+        where = (n * parts + part)[:, None] * 2 * channels
+        apart = tl.load(of_channel[None, :] + where, there, 0.0) - of_group
+        squares = tl.load(of_channel[None, :] + where + channels, there, 0.0)
+        sums += tl.sum(squares + count * apart * apart, 0)
+    squares = tl.sum(sums, 0)
     tl.store(mean + tl.program_id(0), of_group)
     tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(squares / total + eps))
 
@@ -135,13 +147,18 @@ def _gradients_of_channels(
     """
     groups = channels // per_group
     n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    part, c = tl.arange(0, PARTS), group * per_group + tl.arange(0, PER_GROUP)
+    c = group * per_group + tl.arange(0, PER_GROUP)
     inside = tl.arange(0, PER_GROUP) < per_group
-    there = (part < parts)[:, None] & inside[None, :]
-    where = (n * parts + part)[:, None] * 3 * channels + c[None, :]
-    of_y = tl.sum(tl.load(sums + where, there, 0.0), 0)
-    of_product = tl.sum(tl.load(sums + where + channels, there, 0.0), 0)
-    of_x_hat = tl.sum(tl.load(sums + where + 2 * channels, there, 0.0), 0)
+    of_y = tl.zeros([PER_GROUP], tl.float32)
+    of_product = tl.zeros([PER_GROUP], tl.float32)
+    of_x_hat = tl.zeros([PER_GROUP], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & inside[None, :]
+        where = (n * parts + part)[:, None] * 3 * channels + c[None, :]
+        of_y += tl.sum(tl.load(sums + where, there, 0.0), 0)
+        of_product += tl.sum(tl.load(sums + where + channels, there, 0.0), 0)
+        of_x_hat += tl.sum(tl.load(sums + where + 2 * channels, there, 0.0), 0)
     w = tl.load(weight + c, inside, 0.0).to(tl.float32)
     total = size * per_group
     mean_y, mean_product = tl.sum(w * of_y, 0) / total, tl.sum(w * of_product, 0) / total
@@ -182,10 +199,7 @@ class _GroupNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         shifted = shift is not None
         _moments[grid](x, shift, moments, size, channels, parts, SHIFTED=shifted, **tiles)
-        widths = {
-            "PARTS": max(PARTS, triton.next_power_of_2(parts)),
-            "PER_GROUP": max(PER_GROUP, triton.next_power_of_2(per_group)),
-        }
+        widths = {"PARTS": PARTS, "PER_GROUP": max(PER_GROUP, triton.next_power_of_2(per_group))}
         _moments_of_groups[(images * groups,)](
             moments, mean, rstd, size, channels, parts, per_group, eps, ROWS=ROWS, **widths
         )
