@@ -41,8 +41,8 @@ def draw(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
-# Pixels that fill no tile, more than one part, channels that fill no block, groups that straddle blocks; more parts than
-# are added up at a time.
+# Pixels that fill no tile, more than one part, channels that fill no block, groups that straddle blocks; and more parts
+# than one sum takes.
 @pytest.mark.parametrize(
     "shape, groups", [((2, 64, 8, 8), 32), ((3, 96, 13, 11), 8), ((1, 40, 16, 16), 4), ((2, 6, 65, 64), 3)], ids=str
 )
