@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from benchmarks.random_model import SHAPES
 from dreambooth.model.denoiser import Denoiser
@@ -41,8 +41,8 @@ def draw(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
-# Pixels that fill no tile, more than one part, channels that fill no block, groups that straddle blocks; and more parts
-# than one sum takes.
+# Pixels that fill no tile, more than one part, channels that fill no block, groups that straddle blocks, more parts
+# than are summed at once.
 @pytest.mark.parametrize(
     "shape, groups", [((2, 64, 8, 8), 32), ((3, 96, 13, 11), 8), ((1, 40, 16, 16), 4), ((2, 6, 65, 64), 3)], ids=str
 )
@@ -172,26 +172,5 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
     found.backward(gradient)
     for one, other in zip(last.parameters(), plain.parameters(), strict=True):
         assert_close(one.grad, other.grad, 10 * tolerance)
-    undo()
-    assert [type(module) for module in last.modules()] == kinds
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("shape", ["tiny", "tiny-xl"])
-def test_an_encoder_with_channels_last_computes_the_same(shape):
-    torch.manual_seed(0)
-    kind = ("DownEncoderBlock2D",) * len(SHAPES[shape]["vae"]["block_out_channels"])
-    plain = AutoencoderKL(**SHAPES[shape]["vae"], down_block_types=kind).to(DEVICE)
-    last = copy.deepcopy(plain)
-    last.encoder.to(memory_format=torch.channels_last)
-    kinds = [type(module) for module in last.modules()]
-    undo = channels_last.keep_channels_last(last.encoder)
-    assert [type(module) for module in last.modules()] != kinds
-    pixel_values = draw(2, 3, 32, 32)
-    found = last.encode(pixel_values.contiguous(memory_format=torch.channels_last)).latent_dist
-    wanted = plain.encode(pixel_values).latent_dist
-    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5  # convolutions in TF32
-    assert_close(found.mean, wanted.mean, tolerance)
-    assert_close(found.std, wanted.std, tolerance)
     undo()
     assert [type(module) for module in last.modules()] == kinds

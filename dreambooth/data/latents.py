@@ -1,9 +1,7 @@
 """The VAE's work, done once for each crop that the steps take more than once."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,7 +10,6 @@ from diffusers import AutoencoderKL
 from dreambooth.command_line.console import counted, doing, progress, say
 from dreambooth.data.samples import Crop, DreamBoothDataset, Examples
 from dreambooth.data.schedule import Schedule
-from dreambooth.model.precision import no_kernels
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.threads import cores_of, in_threads
@@ -61,8 +58,7 @@ def cache_latents(
     if batches:
         with doing("caching latents", takes_less="--cache_latents off, or a lower --resolution"):
             vae.to(ranks.device)
-            with _encodes_fast(vae):
-                size = _cache(batches, vae, ranks)
+            size = _cache(batches, vae, ranks)
         seconds = time.monotonic() - started
         say(
             f"latents of {len(cached)} of {len(images)} images cached in {seconds:.1f} s, "
@@ -141,27 +137,7 @@ def _cache(batches: list[list[tuple[Examples, Crop]]], vae: AutoencoderKL, ranks
     return total
 
 
-@contextlib.contextmanager
-def _encodes_fast(vae: AutoencoderKL) -> Iterator[None]:
-    """Within it a VAE on a GPU keeps the images that it encodes channels-last."""
-    if vae.device.type != "cuda" or no_kernels():
-        yield
-        return
-    from dreambooth.model.channels_last import keep_channels_last  # Triton is not there without a GPU
-
-    vae.encoder.to(memory_format=torch.channels_last)
-    undo = keep_channels_last(vae.encoder)
-    try:
-        yield
-    finally:
-        undo()
-        vae.encoder.to(memory_format=torch.contiguous_format)
-
-
 def _encode(vae: AutoencoderKL, images: list[torch.Tensor]) -> torch.Tensor:
     """Returns (images, 2, channels, height, width), fp32: mean and deviation, times the scaling factor."""
-    pixel_values = torch.stack(images).to(vae.device, vae.dtype)
-    if vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-    posterior = vae.encode(pixel_values).latent_dist
+    posterior = vae.encode(torch.stack(images).to(vae.device, vae.dtype)).latent_dist
     return torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor

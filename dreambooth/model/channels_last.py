@@ -1,4 +1,4 @@
-"""A UNet, or a VAE's encoder, whose images have their channels last in memory, from its first layer to its last.
+"""A UNet whose images have their channels last in memory, from its first layer to its last.
 
 Convolutions on tensor cores want them so, and would move them before and after, each time. What stands between the
 convolutions is made to keep them there: normalizations, and the way into transformer blocks and out. Its weights, and
@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
@@ -33,10 +31,9 @@ class _GroupNormSilu(torch.nn.GroupNorm):
 class _ResnetBlock(ResnetBlock2D):
     """Its first convolution's bias and the embedding of the timestep go into the normalization that reads both."""
 
-    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         hidden = F.conv2d(self.norm1(x), self.conv1.weight, padding=self.conv1.padding)
-        shift = self.conv1.bias if temb is None else self.time_emb_proj(F.silu(temb)) + self.conv1.bias
-        hidden = self.norm2(hidden, shift.expand(len(x), -1).contiguous())
+        hidden = self.norm2(hidden, self.time_emb_proj(F.silu(temb)) + self.conv1.bias)
         hidden = self.conv2(self.dropout(hidden))
         return hidden + (x if self.conv_shortcut is None else _pointwise(self.conv_shortcut, x))
 
@@ -78,9 +75,10 @@ def _pointwise(convolution: torch.nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
-    """Whether a block is as those of Stable Diffusion: no change of size, SiLU, the timestep added if there is one."""
+    """Whether a block is as those of Stable Diffusion: no change of size, SiLU, the timestep added."""
     return (
         isinstance(block.nonlinearity, torch.nn.SiLU)
+        and block.time_emb_proj is not None
         and block.time_embedding_norm == "default"
         and not block.skip_time_act
         and block.upsample is None
@@ -90,14 +88,14 @@ def _is_plain(block: ResnetBlock2D) -> bool:
     )
 
 
-def keep_channels_last(model: UNet2DConditionModel | Encoder) -> Callable[[], None]:
-    """Has a model on a GPU keep its images channels-last, if they come so; its weights should lie so as well.
+def keep_channels_last(unet: UNet2DConditionModel) -> Callable[[], None]:
+    """Has a UNet on a GPU keep its images channels-last, if they come so; its weights should lie so as well.
 
     Returns:
         A function that makes it what it was before.
     """
-    before = [(module, module.__class__) for module in model.modules()]
-    for module in model.modules():
+    before = [(module, module.__class__) for module in unet.modules()]
+    for module in unet.modules():
         if type(module) is ResnetBlock2D and _is_plain(module):
             module.__class__ = _ResnetBlock
             module.norm1.__class__ = module.norm2.__class__ = _GroupNormSilu
@@ -114,13 +112,11 @@ def keep_channels_last(model: UNet2DConditionModel | Encoder) -> Callable[[], No
                     part.__class__ = _Linear
         elif type(module) is GEGLU:
             module.__class__ = _Geglu
-    if isinstance(model.conv_norm_out, torch.nn.GroupNorm) and isinstance(model.conv_act, torch.nn.SiLU):
-        model.conv_norm_out.__class__, model.conv_act.__class__ = _GroupNormSilu, torch.nn.Identity
-    of_rows = {module.group_norm for module in model.modules() if isinstance(module, Attention)}
-    for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm) and module not in of_rows:
-            if not isinstance(module, _GroupNorm | _GroupNormSilu):
-                module.__class__ = _GroupNorm
+    if isinstance(unet.conv_norm_out, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU):
+        unet.conv_norm_out.__class__, unet.conv_act.__class__ = _GroupNormSilu, torch.nn.Identity
+    for module in unet.modules():
+        if isinstance(module, torch.nn.GroupNorm) and not isinstance(module, _GroupNorm | _GroupNormSilu):
+            module.__class__ = _GroupNorm
 
     def undo() -> None:
         for module, kind in before:
