@@ -189,7 +189,7 @@ def table(rows: list[dict], rate: float | None) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], title: str, path: Path) -> None:
+def draw(rows: list[dict], title: str, path: Path, *, on_gpus: bool) -> None:
     """Writes a bar chart of images per second and of memory."""
     shown = [row for row in rows if "median_seconds_per_step" in row][::-1]
     labels = [f"{name(row)}\n{row['gpus']} x batch {row['batch']}" for row in shown]
@@ -197,7 +197,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     figure, (speed, memory) = pyplot.subplots(1, 2, sharey=True, figsize=(11, 1.2 + 0.5 * len(shown)))
     for axes, key, label in (
         (speed, "images_per_second_per_gpu", "images per second and GPU"),
-        (memory, "peak_memory_gib", "peak GPU memory, GiB" if torch.cuda.is_available() else "peak host memory, GiB"),
+        (memory, "peak_memory_gib", f"peak {'GPU' if on_gpus else 'host'} memory, GiB"),
     ):
         colours = ["tab:gray" if row["plugin"] == "traditional" else "tab:blue" for row in shown]
         bars = axes.barh(labels, [row[key] for row in shown], color=colours)
@@ -279,7 +279,7 @@ def main() -> None:
             # Written after each row: a run that is cut short leaves what it has measured.
             figures.write_text(json.dumps(facts, indent=1))
             args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
-    draw(rows, title, args.output.with_suffix(".png"))
+    draw(rows, title, args.output.with_suffix(".png"), on_gpus=rate is not None)
     print(table(rows, rate))
     if any("failed" in row or "bare_failed" in row for row in rows):
         sys.exit(1)
