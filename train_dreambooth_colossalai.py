@@ -31,8 +31,9 @@ from dreambooth.command_line.limits import remember_cheaper_flags
 from dreambooth.command_line.parser import parse
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.booster_training import BoosterTraining
+from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
-from dreambooth.engine.plugins import ShardAdamW
+from dreambooth.engine.plugins import ShardAdamW, masters_in
 from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
@@ -124,6 +125,7 @@ def boost(
     *,
     max_grad_norm: float,
     accumulation: int = 1,
+    memory: Memory = ORDINARY,
 ) -> BoosterTraining:
     """Puts the strategy's plugin around the denoiser and its optimizer, without losing a bit of the fp32 weights.
 
@@ -133,12 +135,12 @@ def boost(
         masters: the weights as their files have them, from which a sharding plugin's shards are filled.
         max_grad_norm: as of the flag.
         accumulation: batches of each step.
+        memory: for what a sharding plugin keeps in host memory.
     """
     booster = build_booster(strategy, denoiser, max_grad_norm=max_grad_norm, accumulation=accumulation)
-    model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
-    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, max_grad_norm)
-    if strategy.zero_offloads:
-        training.pin_master_weights()
+    with masters_in(memory):
+        model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
+    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, max_grad_norm, memory)
     if strategy.shards:
         training.load_master_weights(masters)
     return training

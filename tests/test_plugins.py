@@ -1,12 +1,13 @@
-"""What works inside the plugins, without them: optimizers, what is fetched, how low_level_zero offloads."""
+"""What works inside the plugins, without them: optimizers, what is fetched."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 
+from dreambooth.engine.offload import ORDINARY, HostAdamW
 from dreambooth.engine.optimizer import AdamW
-from dreambooth.engine.plugins import AheadZeroOptimizer, OffloadThroughPinnedMemory, ShardAdamW, changed_inside
+from dreambooth.engine.plugins import AheadZeroOptimizer, ShardAdamW, changed_inside
 from dreambooth.engine.strategy import Strategy
 
 
@@ -16,22 +17,27 @@ def test_colossalai_is_the_one_that_this_builds_on():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("div_scale", [-1.0, 250.0])
-def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale):
-    """With half-precision gradients beside fp32 weights."""
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale, in_host_memory):
+    """With half-precision gradients beside fp32 weights; in host memory the weights take their place."""
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(1000, generator=draw)
     weights, reference = torch.nn.Parameter(start.to(dtype)), torch.nn.Parameter(start.clone())
     optimizer = ShardAdamW([weights], lr=1e-2, weight_decay=0.1, fused=True)
+    optimizer.host = HostAdamW(ORDINARY)
     adamw = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1)
     shard = start.clone()
     for _ in range(5):
         gradient = torch.randn(1000, generator=draw).to(dtype)
+        given = gradient.clone()
         # As Gemini does it: the gradient is set beside data of its dtype, then the fp32 shard takes the data's place.
         weights.data = gradient
         weights.grad = weights.data
         weights.data = shard
+        optimizer.in_half = {weights: gradient} if in_host_memory else {}
         optimizer.step(div_scale=div_scale)
-        reference.grad = gradient.float() / (div_scale if div_scale > 0 else 1)
+        assert torch.equal(gradient, shard.to(dtype)) == in_host_memory
+        reference.grad = given.float() / (div_scale if div_scale > 0 else 1)
         adamw.step()
         torch.testing.assert_close(shard, reference.data, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(shard, start, atol=1e-3)
@@ -67,15 +73,6 @@ def test_gradients_are_clipped_as_torch_does(monkeypatch, max_norm, loss_scale):
     torch.testing.assert_close(optimizer.get_grad_norm(), norm * loss_scale)
     for master, weight in zip(masters, weights, strict=True):
         torch.testing.assert_close(master, weight)
-
-
-@pytest.mark.gpu
-def test_what_zero_offloads_goes_through_pinned_memory():
-    on_gpu = torch.randn(1000, device="cuda")
-    with OffloadThroughPinnedMemory():
-        offloaded = on_gpu.to(torch.float32).to(torch.device("cpu"))
-        assert not offloaded.to(torch.float64).is_pinned()
-    assert offloaded.is_pinned() and torch.equal(offloaded, on_gpu.cpu())
 
 
 @pytest.mark.parametrize(

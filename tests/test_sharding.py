@@ -323,10 +323,48 @@ def test_a_colossalai_of_another_source_is_told_at_the_start(as_if):
     assert done.returncode == 0 and "inside Chunk: watch the first steps" in done.stderr, done.stderr
 
 
-def test_a_colossalai_that_offloads_by_another_call_is_told(as_if):
-    lines = (
-        "import torch\nfrom dreambooth.engine.plugins import OffloadThroughPinnedMemory as Offload\n"
-        "Offload.__torch_function__ = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))"
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s[1] == "cpu"], ids="-".join)
+def test_steps_in_host_memory_are_the_same_to_the_bit_in_pieces_of_any_size(strategy, run_of, flags, tmp_path):
+    """Of 128 elements, which cut through most weights."""
+    script = tmp_path / "in_small_pieces.py"
+    lines = "from dreambooth.engine import offload\noffload.PIECE = 128"
+    script.write_text(f"import sharding_on_cpu\n{lines}\nsharding_on_cpu.main()\n")
+    more = {"max_train_steps": 2, "output_dir": tmp_path / "out", "save_steps": 2}
+    train(str(script), flags | strategy_flags(*strategy) | more, nproc=2)
+    assert_same_state(tmp_path / "out", run_of(strategy), step=2)
+
+
+def assert_same_state(output_dir, other, step: int) -> None:
+    for file in ("optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        here, there = (load_file(folder / f"checkpoint-{step}" / file) for folder in (output_dir, other))
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in there)
+
+
+NO_MASTERS_GO_UP = """
+from colossalai.zero.gemini.chunk import Chunk
+def move(self, **settings):
+    raise AssertionError("the GPU fetches fp32 weights")
+Chunk._Chunk__paired_shard_move = move
+"""
+
+
+def test_gemini_fetches_weights_that_are_in_half_precision_already(as_if, run_of):
+    done = as_if(NO_MASTERS_GO_UP, ("gemini", "cpu", "bf16"), steps=3)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
+def test_after_steps_that_were_skipped_weights_in_host_memory_are_those_on_the_gpu(plugin, flags, tmp_path):
+    """The first gradients overflow, and are where Gemini's weights have been."""
+    script = tmp_path / "overflows.py"
+    script.write_text(
+        "import sharding_on_cpu\nsharding_on_cpu.trainer.INITIAL_LOSS_SCALE = 2.0**20\nsharding_on_cpu.main()\n"
     )
-    done = as_if(lines, ("low_level_zero", "cpu", "bf16"))
-    assert done.returncode == 0 and "--placement cpu takes longer than it need" in done.stderr, done.stderr
+    runs = {}
+    for placement in ("cuda", "cpu"):
+        more = {"max_train_steps": 12, "save_steps": 12, "lr_warmup_steps": 0, "output_dir": tmp_path / placement}
+        train(str(script), flags | strategy_flags(plugin, placement, "fp16") | more)
+        runs[placement] = tmp_path / placement
+    assert 1 < run_state(runs["cpu"], 12)["adam_step"] < 12
+    assert run_state(runs["cpu"], 12)["grad_scaler"] == run_state(runs["cuda"], 12)["grad_scaler"]
+    np.testing.assert_allclose(scalars(runs["cpu"], "loss"), scalars(runs["cuda"], "loss"), rtol=1e-3)

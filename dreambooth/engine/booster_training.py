@@ -14,6 +14,7 @@ from colossalai.interface import OptimizerWrapper
 from torch.nn.parallel import DistributedDataParallel
 
 from dreambooth.command_line.flags import TrainingFlags
+from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import (
     adam_step,
     clip,
@@ -22,7 +23,7 @@ from dreambooth.engine.optimizer import (
     state_bytes,
     state_slices,
 )
-from dreambooth.engine.plugins import grad_scaler, in_host_memory, other_colossalai, shard_of, take_over
+from dreambooth.engine.plugins import grad_scaler, other_colossalai, shard_of, take_over
 from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.denoiser import Conditioning, Denoiser
@@ -47,7 +48,7 @@ class BoosterTraining:
     """The denoiser and its optimizer as Booster returned them, and the module that was boosted.
 
     A sharding plugin computes in a half-precision copy of the weights; the fp32 master weights, which are the model,
-    lie in its optimizer, each rank holding a part.
+    lie in its optimizer, each rank holding a part; what is in host memory lies in `memory`.
     """
 
     strategy: Strategy
@@ -57,10 +58,11 @@ class BoosterTraining:
     optimizer: OptimizerWrapper
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float
+    memory: Memory = ORDINARY
 
     def __post_init__(self) -> None:
         if self.strategy.shards:
-            take_over(self.optimizer)
+            take_over(self.optimizer, self.memory)
         elif torch.cuda.is_available():
             self._ddp.register_comm_hook(None, average)
 
@@ -175,12 +177,6 @@ class BoosterTraining:
         while isinstance(optimizer, OptimizerWrapper):
             optimizer = optimizer.optim
         return optimizer
-
-    def pin_master_weights(self) -> None:
-        """Moves low_level_zero's master weights, which are in host memory, to where GPUs copy faster from."""
-        for parameter in self.denoiser.trained.parameters():
-            shard = shard_of(self.optimizer, parameter).tensor
-            shard.data = in_host_memory(shard, shard.dtype)
 
     @torch.no_grad()
     def load_master_weights(self, weights: dict[str, torch.Tensor]) -> None:

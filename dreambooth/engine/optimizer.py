@@ -29,6 +29,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     divisor: torch.Tensor | None = None
+    zeros_like = staticmethod(torch.zeros_like)  # from where its moments have their memory
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -145,6 +146,12 @@ def state_slices(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece]) -> l
     return slices
 
 
+def new_state(optimizer: torch.optim.AdamW, masters: torch.Tensor, step: int = 0) -> dict[str, torch.Tensor]:
+    """Returns what our AdamWs keep of fp32 weights at the beginning, after so many updates of others."""
+    moments = {name: optimizer.zeros_like(masters, dtype=torch.float32) for name in STATE}
+    return {"step": torch.tensor(float(step), device=masters.device)} | moments
+
+
 @torch.no_grad()
 def resume_optimizer(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece], checkpoint: Checkpoint) -> None:
     """Gives an AdamW that has not begun the state of a checkpoint.
@@ -164,8 +171,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, pieces: Iterable[Piece], 
             state |= _state_8bit(optimizer, kept, tensor.device) | {"step": checkpoint.adam_step}
             continue
         if not state:
-            state["step"] = torch.tensor(float(checkpoint.adam_step), device=tensor.device)
-            state |= {name: torch.zeros_like(tensor, dtype=torch.float32) for name in kept}
+            state |= new_state(optimizer, tensor, checkpoint.adam_step)
         for name, earlier in kept.items():
             piece.of(state[name]).copy_(earlier.flatten()[piece.first : piece.last])
 

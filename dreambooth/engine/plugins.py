@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
@@ -19,10 +20,10 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.zero.gemini import GeminiOptimizer, gemini_optimizer
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level import LowLevelZeroOptimizer
-from torch.overrides import TorchFunctionMode
 
 from dreambooth.command_line.console import RunError, warn
-from dreambooth.engine.optimizer import AdamW, norm_of
+from dreambooth.engine.offload import HostAdamW, Memory, Part, StreamedAdamW
+from dreambooth.engine.optimizer import AdamW, new_state, norm_of
 from dreambooth.model.trainable import Shard
 
 
@@ -33,8 +34,6 @@ def other_colossalai(found: str) -> RunError:
         "install that of requirements.txt"
     )
 
-
-warn_once = functools.cache(warn)
 
 # Of the source of the classes that the rest of this file builds on, in ColossalAI 0.5.0.
 SOURCES = {
@@ -59,51 +58,45 @@ def source_digest(kind: type) -> str:
         return ""
 
 
-def in_host_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a copy in host memory: pinned, where there is a GPU.
-
-    Memory of the ordinary kind would be asked of the operating system in each step, page by page, which takes many
-    times as long as the copy. Pinned memory torch keeps for the next, and GPUs copy to and from it faster.
-    """
-    return torch.empty(tensor.shape, dtype=dtype, pin_memory=torch.cuda.is_available()).copy_(tensor)
-
-
-class OffloadThroughPinnedMemory(TorchFunctionMode):
-    """Within it, a plugin's `tensor.to(torch.device("cpu"))` is `in_host_memory`."""
-
-    def __init__(self):
-        super().__init__()
-        self.copies = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to and args[1:] == (torch.device("cpu"),):
-            self.copies += 1
-            return in_host_memory(args[0], args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
 class ShardAdamW(torch.optim.AdamW):
     """torch's fused AdamW for the shards that Gemini hands out: fp32 weights with half-precision gradients.
 
     Gemini leaves the division of the gradients, for clipping and by the loss scale, to the optimizer: it calls
     `step(div_scale=...)`. ColossalAI has optimizers for that, whose kernels are compiled at their first use; this one
-    needs no compiler, and works on GPUs and in host memory.
+    needs no compiler, and works on GPUs and in host memory. There it also writes the weights in half precision.
     """
 
     num_fp32_shards_per_param = 4  # weight, gradient, two moments: by which Gemini finds room for them
+    zeros_like = staticmethod(torch.zeros_like)  # from where its moments have their memory
+    host: HostAdamW | None = None  # what updates shards in host memory
+    in_half: dict[torch.Tensor, torch.Tensor] = {}  # where the weights of those are to be written in half precision
 
     def step(self, closure=None, div_scale: float | None = None):
         """Divides by `div_scale`, if it is above 0, and takes a step."""
         if div_scale is None:
             raise other_colossalai("did not say by what the gradients are to be divided")
         self.div_scale = div_scale
-        return super().step(closure)
+        for group in self.param_groups:
+            self._step_in_host_memory(group)
+        super().step(closure)
+        self.has_stepped = True
+
+    def _step_in_host_memory(self, group: dict) -> None:
+        """Updates the shards of a group that are there, and leaves the others to torch."""
+        parts = []
+        for shard in group["params"]:
+            if shard in self.in_half:
+                state = self.state[shard]
+                state |= {} if state else new_state(self, shard.detach())
+                parts.append(Part(shard.detach(), state, shard.grad, self.in_half[shard]))
+                shard.grad = None
+        self.host.step(parts, group, lambda: torch.tensor(self.div_scale) if self.div_scale > 0 else None)
 
     def _init_group(self, group: dict, params: list, grads: list, *others):
         """Gathers a group's tensors, as torch's optimizers do; the gradients in fp32."""
         found = super()._init_group(group, params, grads, *others)
-        grads[:] = [in_host_memory(grad, torch.float32) if grad.is_cpu else grad.float() for grad in grads]
-        if self.div_scale > 0:
+        grads[:] = [grad.float() for grad in grads]
+        if grads and self.div_scale > 0:
             torch._foreach_div_(grads, self.div_scale)
         return found
 
@@ -150,6 +143,8 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
     and where it updates the weights itself, for the gradients.
     """
 
+    host: StreamedAdamW  # what updates master weights in host memory
+
     def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False) -> None:
         overlaps = self._overlap_communication
         super().backward(loss, inputs, retain_graph)
@@ -164,18 +159,47 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
 
     def step(self, closure=None) -> None:
         self._scaled_norm, self._has_clipped = None, False
-        with OffloadThroughPinnedMemory() if self._cpu_offload else contextlib.nullcontext() as offload:
+        if self._cpu_offload:
+            self._step_in_host_memory()
+        else:
             super().step(closure)
         scaler = grad_scaler(self)
         if scaler and scaler.overflow:  # the step was skipped
             return
         if not self._has_clipped:
             raise other_colossalai("did not have the gradients clipped")
-        if self._cpu_offload and not offload.copies:
-            warn_once(
-                f"ColossalAI {version('colossalai')} does not move gradients as that of requirements.txt does: "
-                "--placement cpu takes longer than it need"
-            )
+
+    def _step_in_host_memory(self) -> None:
+        """Does what ColossalAI's step does, which moves all gradients before it updates weights, and these after."""
+        if self.mixed_precision_mixin.should_skip_step():
+            self.zero_grad()
+            return
+        parts = [self._part(*one) for one in zip(self._working_param_groups[0], self._masters, strict=True)]
+        (store,) = self.pg_to_grad_store.values()
+        self._compute_grad_norm(store.torch_pg, [part.gradient for part in parts])
+        divisor = self._divisor(self._scaled_norm.device)
+        self._has_clipped = True
+        self.host.step(parts, self.optim.param_groups[0], lambda: None if divisor is None else divisor.cpu())
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        return self._master_param_groups_of_current_rank[0]
+
+    def _part(self, weights: torch.nn.Parameter, masters: torch.Tensor) -> Part:
+        """Returns this rank's part of a parameter and of its gradient."""
+        store = self.pid_to_grad_store[id(weights)]
+        rank, ranks = store.local_rank, store.world_size
+        gradients = store.get_partitioned_gradients_by_param_id(0, id(weights))
+        whole = self._working_param_to_padded_working_param[weights]
+        if len(gradients) != ranks or whole.numel() != ranks * masters.numel():
+            raise other_colossalai("has split the gradients among ranks in an unknown way")
+        if whole.data_ptr() != weights.data_ptr():
+            raise other_colossalai("has the weights that are computed with elsewhere")
+        own = whole[rank * masters.numel() : (rank + 1) * masters.numel()]
+        state = self.optim.state[masters]
+        state |= {} if state else new_state(self.optim, masters)
+        share = functools.partial(dist.all_gather_into_tensor, whole, own, group=store.torch_pg) if ranks > 1 else None
+        return Part(masters, state, gradients[rank], own, share)
 
     def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
         """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`, which ignores what is returned."""
@@ -187,17 +211,45 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
     def _unscale_and_clip_grads(self, shards: list[torch.Tensor], total_norm: float) -> None:
         if self._scaled_norm is None:
             raise other_colossalai("did not have the norm of the gradients computed")
+        self.optim.divisor = self._divisor(shards[0].device)  # AdamW divides by it as it reads the shards
+        self._has_clipped = True
+
+    def _divisor(self, device: torch.device) -> torch.Tensor | None:
+        """Returns by what the gradients are to be divided, a scalar; None for nothing."""
         self._current_grad_norm = self._scaled_norm
         divisor = self.mixed_precision_mixin.get_grad_div_scale()
         if self._clip_grad_norm > 0:
             excess = (self._scaled_norm / divisor + 1e-6) / self._clip_grad_norm
-            divisor = (divisor * excess.clamp(min=1)).to(shards[0].device)
-        elif divisor != 1:
-            divisor = torch.full((), divisor, device=shards[0].device)
-        else:
-            divisor = None
-        self.optim.divisor = divisor  # AdamW divides by it as it reads the shards
-        self._has_clipped = True
+            return (divisor * excess.clamp(min=1)).to(device)
+        return None if divisor == 1 else torch.full((), divisor, device=device)
+
+
+class WritingGeminiOptimizer(GeminiOptimizer):
+    """Gemini's optimizer, where AdamW writes the weights in half precision, if their fp32 masters are in host memory.
+
+    It writes them where the GPU fetches them from, and where their gradients came to. ColossalAI's has the GPU fetch
+    the masters instead, twice the bytes, make the weights of them, and bring these back.
+    """
+
+    def _set_grad_ptr(self) -> None:
+        super()._set_grad_ptr()
+        self.optim.in_half = {}
+        for shard, chunk in self.param_to_chunk16.items():
+            if chunk.paired_chunk.device_type != "cpu":
+                continue
+            if chunk.device_type != "cpu" or not chunk.pin_memory:
+                raise other_colossalai("keeps weights on a GPU whose masters are in host memory")
+            begin, end = self.param_to_range[shard]
+            self.optim.in_half[shard] = chunk.payload[begin:end]
+        self.optim.has_stepped = False
+
+    def _update_fp16_params(self) -> None:
+        super()._update_fp16_params()  # marks weights in host memory as older than their masters
+        if not self.optim.has_stepped:
+            return  # in fp16 a step may be skipped: gradients are where the weights would be
+        for shard in self.optim.in_half:
+            chunk = self.param_to_chunk16[shard]
+            chunk.optim_sync_flag = chunk.cpu_vis_flag = True
 
 
 def grad_scaler(optimizer: OptimizerWrapper) -> DynamicGradScaler | None:
@@ -220,8 +272,46 @@ def shard_of(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> Shar
     return Shard(masters[begin : begin + size], first, fake)
 
 
-def take_over(optimizer: OptimizerWrapper) -> None:
-    """Has a sharding plugin's optimizer and loss scale be those above; the plugins have no place to name them."""
+@contextlib.contextmanager
+def masters_in(memory: Memory) -> Iterator[None]:
+    """Has the master weights that a sharding plugin makes within it in host memory lie in `memory`.
+
+    None of them stays elsewhere while others are made. They are not pinned: no GPU copies from them.
+    """
+    create, close = LowLevelZeroOptimizer._create_master_param_current_rank, Chunk.close_chunk
+
+    def create_one_by_one(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        masters = []
+        for parameter in parameters:
+            (made,) = create(self, [parameter])
+            if self._cpu_offload:
+                del self.master_to_working_param[id(made)]
+                made = memory.take(made)
+                self.link_master_and_working_param(made, parameter)
+            masters.append(made)
+        return masters
+
+    def close_in_memory(self) -> None:
+        of_masters = self.dtype == torch.float32
+        self.pin_memory = self.pin_memory and not of_masters
+        close(self)
+        if of_masters and self.cpu_shard is not None:
+            self.cpu_shard = memory.take(self.cpu_shard)
+
+    LowLevelZeroOptimizer._create_master_param_current_rank, Chunk.close_chunk = create_one_by_one, close_in_memory
+    try:
+        yield
+    finally:
+        LowLevelZeroOptimizer._create_master_param_current_rank, Chunk.close_chunk = create, close
+
+
+def take_over(optimizer: OptimizerWrapper, memory: Memory) -> None:
+    """Has a sharding plugin's optimizer and loss scale be those above; the plugins have no place to name them.
+
+    Args:
+        optimizer: as the plugin has made it within `masters_in(memory)`.
+        memory: for what it keeps in host memory.
+    """
     if changed := changed_inside():
         warn(
             f"ColossalAI {version('colossalai')} is not the 0.5.0 that this trainer was written for, inside "
@@ -230,5 +320,21 @@ def take_over(optimizer: OptimizerWrapper) -> None:
     if isinstance(optimizer, LowLevelZeroOptimizer):
         assert optimizer.num_param_groups == 1 and isinstance(optimizer.optim, AdamW)
         optimizer.__class__ = AheadZeroOptimizer
+        if optimizer._cpu_offload:
+            (device,) = {weights.device for weights in optimizer._working_param_groups[0]}
+            optimizer.host = StreamedAdamW(device, optimizer.dtype, memory)
+        offloaded = optimizer._masters if optimizer._cpu_offload else []
+    else:
+        optimizer.__class__ = WritingGeminiOptimizer
+        optimizer.optim.host = HostAdamW(memory)
+        offloaded = []
+        for chunk in {chunk.paired_chunk for chunk in optimizer.chunk16_set}:
+            if chunk.device_type == "cpu":
+                # Those that Gemini has made on the GPU, and moved away from there later.
+                chunk.cpu_shard = chunk.cpu_shard if memory.holds(chunk.cpu_shard) else memory.take(chunk.cpu_shard)
+                offloaded.append(chunk.payload)
+    if not all(memory.holds(masters) for masters in offloaded):
+        raise other_colossalai("makes master weights in an unknown way")
+    optimizer.optim.zeros_like = memory.zeros_like
     if scaler := grad_scaler(optimizer):
         scaler.__class__ = HeldGradScaler
