@@ -107,6 +107,9 @@ def build_booster(strategy: Strategy, denoiser: Denoiser, *, max_grad_norm: floa
                 enable_gradient_accumulation=accumulation > 1,
                 # Gemini does not shard a model that is smaller than this many times 2**20 elements.
                 min_chunk_size_m=min(32, denoiser.trained.numel() / 4 / 2**20),
+                # Pinned memory comes in powers of two. Gemini would search for a size that leaves fewer gaps: one
+                # a little above 32 * 2**20 elements, say, of which each chunk takes twice that.
+                search_range_m=0 if fetches_weights else 32,
             )
         )
     assert strategy.plugin in ("torch_ddp", "torch_ddp_fp16"), strategy.plugin

@@ -299,6 +299,36 @@ OTHERS = {
         "ShardAdamW.step = lambda self, closure=None, div_scale=None: step(self, closure)",
         "did not say by what the gradients are to be divided",
     ),
+    "it keeps gradients of this rank's part alone": (
+        ("low_level_zero", "cpu", "bf16"),
+        "from colossalai.zero.low_level.bookkeeping import GradientStore as Store\n"
+        "of = Store.get_partitioned_gradients_by_param_id\n"
+        "Store.get_partitioned_gradients_by_param_id = lambda *args: [part[1:] for part in of(*args)]",
+        "has split the gradients among ranks in an unknown way",
+    ),
+    "it computes with copies of the weights": (
+        ("low_level_zero", "cpu", "bf16"),
+        "from colossalai.zero import LowLevelZeroOptimizer as Zero\n"
+        "create = Zero._create_master_param_current_rank\n"
+        "def create_beside(self, weights):\n"
+        "    made = create(self, weights)\n"
+        "    padded = self._working_param_to_padded_working_param\n"
+        "    padded.update({one: whole.clone() for one, whole in padded.items()})\n"
+        "    return made\n"
+        "Zero._create_master_param_current_rank = create_beside",
+        "has the weights that are computed with elsewhere",
+    ),
+    "gemini keeps half-precision weights on the GPU": (
+        ("gemini", "cpu", "bf16"),
+        "from dreambooth.engine.plugins import WritingGeminiOptimizer as Gemini\n"
+        "set_grad_ptr = Gemini._set_grad_ptr\n"
+        "def set_on_gpu(self):\n"
+        "    for chunk in self.chunk16_set:\n"
+        "        chunk.pin_memory = False\n"
+        "    set_grad_ptr(self)\n"
+        "Gemini._set_grad_ptr = set_on_gpu",
+        "keeps weights on a GPU whose masters are in host memory",
+    ),
     "it does not update the loss scale": (
         ("low_level_zero", "cuda", "fp16"),
         "from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin\n"

@@ -191,7 +191,7 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         rank, ranks = store.local_rank, store.world_size
         gradients = store.get_partitioned_gradients_by_param_id(0, id(weights))
         whole = self._working_param_to_padded_working_param[weights]
-        if len(gradients) != ranks or whole.numel() != ranks * masters.numel():
+        if [one.numel() for one in gradients] != ranks * [masters.numel()]:
             raise other_colossalai("has split the gradients among ranks in an unknown way")
         if whole.data_ptr() != weights.data_ptr():
             raise other_colossalai("has the weights that are computed with elsewhere")
