@@ -60,6 +60,7 @@ ELSEWHERE = {
     "test_checkpoints": ["save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_anyway"],
     "test_faults": ["save_minutes", "output_dir"],
     "test_input": ["local_rank", "plugin", "placement", "offload_optim_frac"],
+    "test_disk": ["offload_dir"],
     "test_models": ["variant", "validation_scheduler"],
     "test_peer_flags": ["prior_generation_precision", "tokenizer_max_length"],
     "test_gpu": ["cuda_graphs", "allow_tf32", "compile"],

@@ -3,6 +3,7 @@
 import re
 import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
 _cheaper: list[str] = []
+_cheaper_for_host: list[str] = []  # what spares host memory, and no GPU's
 
 
 def remember_cheaper_flags(
@@ -31,6 +33,7 @@ def remember_cheaper_flags(
     *,
     sharded: bool = False,
     placement: str | None = None,
+    offload_dir: str | None = None,
 ) -> None:
     """Keeps what would make this run take less memory, in the order of its cost, until memory runs out.
 
@@ -38,6 +41,7 @@ def remember_cheaper_flags(
         model, training, optimizer: the flags.
         sharded: whether the optimizer state is split or in host memory already.
         placement: where ColossalAI's plugin keeps weights; None in a script without its plugins.
+        offload_dir: the folder on a disk for what is in host memory otherwise; None for none.
     """
     offered = {
         "no --cuda_graphs on": training.cuda_graphs == "on",
@@ -50,6 +54,7 @@ def remember_cheaper_flags(
         "a lower --resolution": True,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]
+    _cheaper_for_host[:] = ["--offload_dir on a fast disk"] * (placement == "cpu" and offload_dir is None)
 
 
 def explain(error: Exception) -> str | None:
@@ -59,7 +64,9 @@ def explain(error: Exception) -> str | None:
         return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
     if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        return f"out of host memory while {what}: this process held {held:.1f} GiB{_what_helps(error)}"
+        return (
+            f"out of host memory while {what}: this process held {held:.1f} GiB{_what_helps(error, _cheaper_for_host)}"
+        )
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
             f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "
@@ -79,8 +86,8 @@ def _on_gpu(text: str) -> str:
     return f"of {total:.1f} GiB this process held {held:.1f} GiB in tensors, {free:.1f} GiB were free{more}"
 
 
-def _what_helps(error: Exception) -> str:
-    flags = getattr(error, "takes_less", None) or ", ".join(_cheaper)
+def _what_helps(error: Exception, more: Sequence[str] = ()) -> str:
+    flags = getattr(error, "takes_less", None) or ", ".join([*more, *_cheaper])
     return f". What takes less, in the order of its cost: {flags}" if flags else ""
 
 

@@ -7,6 +7,8 @@ import torch
 
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import OptimizerFlags, TrainingFlags, flag
+from dreambooth.command_line.paths import path
+from dreambooth.engine.disk import check_folder
 from dreambooth.model.precision import DTYPES, choose_precision
 
 # Which placements each plugin can serve.
@@ -46,6 +48,13 @@ class StrategyFlags:
         shown="0 for cuda, 1 for cpu",
         limits=(0, 1),
     )
+    offload_dir: str | None = flag(
+        None,
+        "low_level_zero or gemini with --placement cpu: a folder on a fast disk of this machine, which then holds "
+        "fp32 weights and optimizer state, 12 bytes for each weight; what is written there is gone when the run is",
+        shown="host memory",
+        type=path,
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Strategy:
     placement: str
     precision: str
     offload_optim_frac: float = 0.0
+    offload_dir: str | None = None
 
     def __str__(self) -> str:
         return f"plugin {self.plugin}, placement {self.placement}, precision {self.precision}"
@@ -137,5 +147,12 @@ def choose_strategy(flags: StrategyFlags, training: TrainingFlags, optimizer: Op
         )
     if offload is None:
         offload = 0.0 if flags.placement == "cuda" else 1.0
+    if flags.offload_dir is not None:
+        if not (sharded and flags.placement == "cpu"):
+            raise UserError(
+                "--offload_dir goes with --plugin low_level_zero or gemini and --placement cpu, "
+                f"not with {chosen} and --placement {flags.placement}"
+            )
+        check_folder(flags.offload_dir)
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(training.mixed_precision)
-    return Strategy(plugin, flags.placement, precision, offload)
+    return Strategy(plugin, flags.placement, precision, offload, flags.offload_dir)

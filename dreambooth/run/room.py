@@ -1,5 +1,6 @@
 """The room that a run takes on the disk: told by a dry run, and asked for before a real one spends any time."""
 
+import contextlib
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -8,14 +9,19 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.command_line.console import UserError, is_rank_0
+from dreambooth.command_line.console import ToldByRank0, UserError, is_rank_0, say, warn
 from dreambooth.command_line.flags import OutputFlags
 from dreambooth.data.schedule import Schedule
+from dreambooth.engine.disk import DiskMemory
+from dreambooth.processes.environment import find_place
+from dreambooth.processes.ranks import Ranks, from_all_ranks
 from dreambooth.run.checkpoint import check_names, list_checkpoints, step_of
 from dreambooth.run.folders import readable
 
 # More checkpoints than that are not counted, so that counting takes no time: of real models they fit on no disk.
 MOST_CHECKPOINTS = 100_000
+# Seconds that the disk of --offload_dir may add to a step without a word: of 400 steps it makes an hour more.
+SLOW_S = 10
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,47 @@ def check_room(
     room = room_of(flags, schedule, sizes, first_step=first_step)
     if room.free < room.needed and not dry_run:
         raise UserError(too_little(flags.output_dir, room))
+
+
+def reserve(folder: str, size: int, ranks: Ranks) -> DiskMemory:
+    """Reserves the room of --offload_dir on the disk, and tells how fast that is; to be called on every rank.
+
+    Args:
+        folder: that `check_folder` has found good.
+        size: of fp32 weights and optimizer state, in bytes, of which each rank holds its share.
+        ranks: of the run.
+
+    Raises:
+        UserError: on rank 0, if some rank has too little room.
+        ToldByRank0: then, on the others.
+    """
+    memory, share = DiskMemory(Path(folder)), -(-size // ranks.world_size)
+    rate, problem = 0.0, None
+    try:
+        rate = memory.reserve(share)
+    except OSError as error:
+        free = readable(shutil.disk_usage(folder).free)
+        problem = f"each process needs {readable(share)} there, and {free} are free: {error.strerror}"
+    if found := [one for one in from_all_ranks(problem) if one]:
+        if not is_rank_0():
+            raise ToldByRank0(UserError.status)
+        raise UserError(f"--offload_dir {folder}: {found[0]}")
+    say(f"{readable(share)} of each process in {folder}, a disk that writes {readable(int(rate))}/s")
+    # What stays in memory from one step to the next is not read again, but all else is, and written.
+    beyond = share - available_memory() / find_place().local_world_size
+    if beyond / rate > SLOW_S:
+        warn(
+            f"--offload_dir {folder}: {readable(int(beyond))} do not fit into memory, so that each step takes at "
+            f"least {beyond / rate:.0f} s; a faster disk or more processes on more machines take less"
+        )
+    return memory
+
+
+def available_memory() -> int:
+    """Returns how many bytes this machine's memory could hold besides; 0 where it does not say."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        return 1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
+    return 0
 
 
 def has_room_to_spare(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, step: int) -> bool:

@@ -17,6 +17,7 @@ from dreambooth.data.instance_images import find_instance_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
 from dreambooth.data.schedule import Schedule, plan
+from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.state import Checkpoint, Training
 from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropout
 from dreambooth.model.denoiser import Denoiser
@@ -47,7 +48,7 @@ from dreambooth.run.output import (
     save_pipeline,
     upload,
 )
-from dreambooth.run.room import Sizes, check_room
+from dreambooth.run.room import Sizes, check_room, reserve
 from dreambooth.run.tracker import Tracker
 from dreambooth.run.validation import check_validation_images, validate
 
@@ -208,6 +209,24 @@ def prepare_model(run: Run) -> PreparedModel:
     origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
     load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
     return PreparedModel(**vars(model), trained=trained, load_pipeline=load, sizes=sizes)
+
+
+def prepare_memory(run: Run, model: PreparedModel, offload_dir: str | None) -> Memory:
+    """Returns where a plugin that keeps fp32 weights and optimizer state in host memory is to have them.
+
+    Args:
+        run, model: of which the room on a disk is reserved before anything else takes it.
+        offload_dir: a folder on that disk; None for ordinary memory.
+
+    Raises:
+        UserError: if the disk is too small for that, or for what the run writes beside it.
+    """
+    if offload_dir is None:
+        return ORDINARY
+    memory = reserve(offload_dir, model.sizes.checkpoint, run.ranks)  # a checkpoint holds just that
+    dry_run = run.flags.training.dry_run
+    check_room(run.flags.output, run.schedule, model.sizes, first_step=run.first_step, dry_run=dry_run)
+    return memory
 
 
 def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
