@@ -738,6 +738,9 @@ FLAGS = {
     "ddp on auto": Case({"plugin": "torch_ddp", "placement": "auto"}, "--plugin torch_ddp goes with --placement cuda"),
     "ddp on cpu": Case({"plugin": "torch_ddp", "placement": "cpu"}, "--plugin torch_ddp goes with --placement cuda"),
     "ddp offloaded": Case({"plugin": "torch_ddp", "offload_optim_frac": 0.5}, "--offload_optim_frac goes with"),
+    "ddp on a disk": Case(
+        {"plugin": "torch_ddp", "offload_dir": "."}, "--offload_dir goes with --plugin low_level_zero"
+    ),
     "plugin empty": Case({"plugin": ""}, "--plugin: invalid choice: ''"),
     "plugin of two lines": Case({"plugin": "a\nb"}, r"invalid choice: 'a\nb'"),
     "unknown flag of two lines": Case({"no\nflag": True}, r"unrecognized arguments: --no\nflag"),
@@ -871,7 +874,7 @@ CASES = {name: case for group in (*GROUPS, ODD_IMAGES) for name, case in group.i
 assert len(CASES) == sum(map(len, GROUPS)) + len(ODD_IMAGES), "two cases have the same name"
 RUNS = {name: case for name, case in CASES.items() if isinstance(case, Case)}
 # Cases with flags that the traditional process does not have.
-COLOSSALAI_ONLY = {"plugin", "placement", "offload_optim_frac"}
+COLOSSALAI_ONLY = {"plugin", "placement", "offload_optim_frac", "offload_dir"}
 
 
 def assert_refused(done: Run, script: str, expected: str) -> None:

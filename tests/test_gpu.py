@@ -183,6 +183,16 @@ def test_gemini_with_half_of_the_optimizer_state_offloaded_agrees_with_fp32(refe
     assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
 
 
+@pytest.mark.parametrize("plugin", SHARDING)
+def test_a_run_with_weights_and_state_on_a_disk_agrees_with_fp32(plugin, reference, tiny_model, photos, tmp_path):
+    flags = run_flags(tiny_model, photos) | prior_flags(reference.parent) | {"mixed_precision": "bf16"}
+    flags |= {"plugin": plugin, "placement": "cpu", "output_dir": tmp_path / "out", "offload_dir": tmp_path / "disk"}
+    (tmp_path / "disk").mkdir()
+    train(COLOSSALAI, flags, nproc=NPROC, on_gpu=True)
+    assert_agree(tmp_path / "out", reference, tiny_model, tolerance=3e-2)
+    assert not list((tmp_path / "disk").iterdir())
+
+
 def test_gemini_fetches_weights_that_are_too_large_for_auto(reference, tiny_model, photos, tmp_path):
     """The real trainer, told that the GPUs have next to no memory."""
     script = tmp_path / "on_small_gpus.py"

@@ -68,6 +68,10 @@ BAD_PLUGINS = {
     "placement without GPU": ({"placement": "auto"}, "--placement auto (plugin gemini) needs a CUDA GPU"),
     "offload": ({"offload_optim_frac": 0.5}, "--offload_optim_frac goes with --plugin gemini"),
     "offload above one": ({"offload_optim_frac": 1.5}, "'1.5' is not a number of at least 0 and at most 1"),
+    "on a disk": (
+        {"offload_dir": "."},
+        "--offload_dir goes with --plugin low_level_zero or gemini and --placement cpu",
+    ),
     "unknown plugin": ({"plugin": "magic"}, "invalid choice: 'magic'"),
 }
 

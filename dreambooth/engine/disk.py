@@ -139,7 +139,7 @@ class DiskMemory(Memory):
     """
 
     turns = True
-    ahead = 8  # pieces; what comes to mind before it is needed is read by then, and takes 200 MiB
+    ahead = 2**24  # elements, 192 MiB of weights and moments: read while those before them are worked on
 
     def __init__(self, folder: Path):
         self.folder = folder

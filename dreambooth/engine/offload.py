@@ -28,7 +28,7 @@ class Memory:
     """Where master weights and moments lie: in ordinary memory. It need not be pinned, as no GPU copies from it."""
 
     turns = False  # whether every other step goes from the last piece to the first
-    ahead = 0  # how many pieces before its turn `expect` names one
+    ahead = 0  # how many elements before its turn `expect` names a piece
 
     def take(self, tensor: Tensor) -> Tensor:
         """Returns `tensor`, in this memory."""
@@ -163,14 +163,14 @@ class HostAdamW:
             self._gradient = torch.empty(PIECE)
         settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
         settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-        ahead = self.memory.ahead
-        for piece in pieces[:ahead]:
-            self.memory.expect(piece.tensors)
+        soon, known, done = iter(pieces), 0, 0  # elements that memory knows of, and those worked on
         for number, (piece, arrived) in enumerate(zip(pieces, self._gradients(pieces), strict=True)):
             if not number:
                 settings["grad_scale"] = divisor()
-            if number + ahead < len(pieces):
-                self.memory.expect(pieces[number + ahead].tensors)
+            done += arrived.numel()
+            while known < done + self.memory.ahead and (other := next(soon, None)):
+                self.memory.expect(other.tensors)
+                known += other.gradient.numel()
             gradient = self._gradient[: arrived.numel()].copy_(arrived)
             masters, *moments = ([one] for one in piece.tensors)
             # It counts up the step that it is given, which other pieces are in too.
