@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,7 +248,19 @@ def test_tensors_lie_beside_each_other_in_a_file_until_it_is_full(monkeypatch, f
     elsewhere = torch.zeros(3)
     assert not memory.holds(elsewhere) and not memory.holds(memory.zeros_like(elsewhere, torch.float32))
     memory.expect([tensors[3].view(-1)[17:900], moments])
+    assert_read_as_asked(tensors[0])
     assert_as_it_was(folder)
+
+
+def assert_read_as_asked(tensor: torch.Tensor) -> None:
+    """The kernel reads what it is asked for, and not what comes before and after."""
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    begins = [*(int(one.partition("-")[0], 16) for one in mappings), 2**64]
+    (found,) = (
+        one for one, begin, end in zip(mappings, begins, begins[1:], strict=False) if begin <= tensor.data_ptr() < end
+    )
+    flags = re.search("VmFlags:(.*)", found)[1].split()
+    assert "rr" in flags and "sh" in flags, "random reads, shared with the file"
 
 
 def test_room_is_taken_when_it_is_reserved(folder):

@@ -139,7 +139,7 @@ class DiskMemory(Memory):
     """
 
     turns = True
-    ahead = 2**24  # elements, 192 MiB of weights and moments: read while those before them are worked on
+    ahead = 2**23  # elements, 96 MiB of weights and moments: read while those before them are worked on
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -173,7 +173,10 @@ class DiskMemory(Memory):
         try:
             # Where there is no room for it, a write into a mapped file ends the process.
             os.posix_fallocate(file, 0, size)
-            self.slabs.append(Slab(mmap.mmap(file, size)))
+            mapped = mmap.mmap(file, size)
+            # The kernel would also read what lies around a page, which in every other step was worked on just before.
+            mapped.madvise(mmap.MADV_RANDOM)
+            self.slabs.append(Slab(mapped))
         except BaseException:
             os.close(file)
             raise
