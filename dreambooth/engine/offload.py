@@ -147,6 +147,7 @@ class HostAdamW:
         self._gradient = torch.empty(0)  # of the piece in hand, in fp32
         self._backwards = False
 
+    @torch.no_grad()
     def step(self, parts: list[Part], group: dict, divisor: Callable[[], Tensor | None]) -> None:
         """Updates some parts; on every rank in the same order.
 

@@ -20,6 +20,7 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.zero.gemini import GeminiOptimizer, gemini_optimizer
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level import LowLevelZeroOptimizer
+from colossalai.zero.low_level.bookkeeping import GradientStore
 
 from dreambooth.command_line.console import RunError, warn
 from dreambooth.engine.offload import HostAdamW, Memory, Part, StreamedAdamW
@@ -38,6 +39,7 @@ def other_colossalai(found: str) -> RunError:
 # Of the source of the classes that the rest of this file builds on, in ColossalAI 0.5.0.
 SOURCES = {
     LowLevelZeroOptimizer: "0c842aaed52f3de2",
+    GradientStore: "bc13ac9887f74919",
     GeminiOptimizer: "1f06236f23fa2594",
     Chunk: "7afc94a92d1b0b23",
     DynamicGradScaler: "63461e4a8dee27b7",
