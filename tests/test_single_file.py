@@ -17,6 +17,7 @@ from benchmarks import random_model
 from dreambooth.command_line.console import UserError
 from dreambooth.model import single_file
 from dreambooth.model.configurations import build_pipeline, clip_tokenizer
+from dreambooth.model.libraries import name_in_file
 from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
 from dreambooth.model.unpickle import main as unpickle
 
@@ -114,7 +115,9 @@ def test_a_kind_is_told_by_its_keys(kind):
         weights = dict(of_unet(pipeline.unet.state_dict(), 2)) | dict(of_vae(pipeline.vae.state_dict(), 4))
         prefix = "conditioner.embedders.0." if kind == "xl_base" else "cond_stage_model."
         of_text = of_open_clip if kind == "v2" else of_clip
-        weights |= dict(of_text(pipeline.text_encoder.state_dict(), prefix))
+        text_encoder = pipeline.text_encoder
+        of_its_files = {name_in_file(text_encoder, name): one for name, one in text_encoder.state_dict().items()}
+        weights |= dict(of_text(of_its_files, prefix))
         if kind == "xl_base":
             weights |= dict(of_open_clip(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1."))
     found, _ = single_file._described(weights, "model.safetensors", "MODEL", None)

@@ -117,7 +117,14 @@ def of_clip(weights: Mapping[str, Tensor], prefix: str) -> Renamed:
 
 
 def of_open_clip(weights: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Yields the weights of one of OpenCLIP's text encoders by their original names."""
+    """Yields the weights of one of OpenCLIP's text encoders by their original names.
+
+    A projection that is not read, that of Stable Diffusion 2, is there all the same: readers take its size for that of
+    a query.
+    """
+    if "text_projection.weight" not in weights:
+        width = weights["text_model.final_layer_norm.weight"]
+        yield f"{prefix}model.text_projection", torch.eye(len(width), dtype=width.dtype)
     for name, tensor in weights.items():
         if found := re.search(r"^(.*self_attn)\.([qkv])_proj\.(weight|bias)$", name):
             if found[2] == "q":
