@@ -90,7 +90,8 @@ def build_parser() -> Parser:
         metavar="MODEL",
         nargs="?",
         default=OUTPUT_DIR,
-        help=f"folder of a trained pipeline, or a Hub id (default: {OUTPUT_DIR})",
+        help="folder of a trained pipeline, a Hub id, or a .safetensors file in the original layout "
+        f"(default: {OUTPUT_DIR})",
     )
     parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
@@ -98,7 +99,7 @@ def build_parser() -> Parser:
         "--compare_with",
         type=path,
         metavar="MODEL",
-        help="model to show beside, as before the training: a folder or a Hub id (default: none)",
+        help="model to show beside, as before the training: a folder, a Hub id or a .safetensors file (default: none)",
     )
     parser.add_argument(
         "--instance_data_dir",
@@ -115,6 +116,13 @@ def build_parser() -> Parser:
         "--variant",
         metavar="NAME",
         help="weights to load, such as fp16, of the --compare_with model, else of MODEL (default: the plain ones)",
+    )
+    parser.add_argument(
+        "--single_file_config",
+        type=path,
+        metavar="FOLDER",
+        help="folder whose configurations are those of the --compare_with model, else of MODEL, where "
+        "that is one file (default: as its weights tell)",
     )
     parser.add_argument(
         "--output",
@@ -148,9 +156,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def find_models(name: str, compare_with: str | None, revision: str | None, variant: str | None) -> list[Model]:
-    """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet."""
-    chosen = {"revision": revision, "variant": variant}
+def find_models(name: str, compare_with: str | None, chosen: dict[str, str | None]) -> list[Model]:
+    """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet.
+
+    Args:
+        name, compare_with: of the models.
+        chosen: further arguments of `find_folder`, for the last of them.
+    """
+    variant = chosen["variant"]
     if not compare_with:
         return [Model(name, find_folder(name, "MODEL", **chosen), variant)]
     return [
@@ -224,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--device cuda: no CUDA GPU was found")
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
     photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
-    models = find_models(args.model, args.compare_with, args.revision, args.variant)
+    chosen = {"revision": args.revision, "variant": args.variant, "configuration": args.single_file_config}
+    models = find_models(args.model, args.compare_with, chosen)
     drawing = Drawing(
         prompts=args.prompt,
         device=device,

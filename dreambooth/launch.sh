@@ -83,11 +83,11 @@ train_and_compare() {
       fail "${argument%%=*}: set ${SETTINGS[${argument%%=*}]} in the environment instead, which the comparison follows too"
     fi
     case $previous$argument in
-      --revision=* | --variant=*) before+=("$previous$argument") ;;  # of the model before the training
+      --revision=* | --variant=* | --single_file_config=*) before+=("$previous$argument") ;;  # of the model before the training
     esac
     previous=""
     case $argument in
-      --revision | --variant) previous=$argument= ;;
+      --revision | --variant | --single_file_config) previous=$argument= ;;
       --external_unet_path* | --externel_unet_path*)
         if [ -n "$COMPARISON" ]; then
           fail "${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the training; set COMPARISON= for none"

@@ -88,7 +88,8 @@ class ModelFlags:
 
     pretrained_model_name_or_path: str = flag(
         MISSING,
-        "Stable Diffusion 1.x, 2.x or XL to start from: a folder in diffusers' layout, or a Hub id",
+        "Stable Diffusion 1.x, 2.x or XL to start from: a folder in diffusers' layout, a Hub id, or a "
+        ".safetensors file in the original layout",
         type=path,
         metavar="MODEL",
     )
@@ -100,10 +101,18 @@ class ModelFlags:
     )
     external_unet_path: str | None = flag(
         None,
-        "train the UNet of this folder instead of MODEL's",
+        "train the UNet of this folder, or of this .safetensors file in the original layout, instead of MODEL's",
         shown="MODEL's",
         aliases=["--externel_unet_path"],
         type=path,
+    )
+    single_file_config: str | None = flag(
+        None,
+        "folder of a model in diffusers' layout whose configurations and tokenizers are those of a MODEL that is one "
+        "file, such as that of Stable Diffusion 2 base",
+        shown="Stable Diffusion 1.5's, 2.1's or XL's, as its weights tell",
+        type=path,
+        metavar="FOLDER",
     )
     pretrained_vae_model_name_or_path: str | None = flag(
         None,
@@ -363,6 +372,17 @@ class OutputFlags:
     heading = "output"
 
     output_dir: str = flag(OUTPUT_DIR, "where the trained pipeline goes", type=path)
+    save_dtype: str | None = flag(
+        None,
+        "dtype of the weights of the trained pipeline; checkpoints are in fp32 always",
+        shown="fp32, and fp16 for --save_single_file",
+        choices=("fp32", "fp16", "bf16"),
+    )
+    save_single_file: bool = flag(
+        False,
+        "write the trained pipeline as one .safetensors file in the original layout too, as web interfaces and node "
+        "editors read it, in --output_dir and with its name",
+    )
     save_steps: int = flag(
         500, "steps between two checkpoint-N folders", aliases=["--checkpointing_steps"], limits=COUNT
     )

@@ -83,8 +83,16 @@ def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
 
 def _no_external_unet(flags: Flags) -> Iterator[str]:
     folder = flags.model.external_unet_path
+    if folder and not os.path.exists(folder):
+        yield f"--external_unet_path {folder} is not there"
+
+
+def _no_file_to_configure(flags: Flags) -> Iterator[str]:
+    folder, model = flags.model.single_file_config, flags.model.pretrained_model_name_or_path
     if folder and not os.path.isdir(folder):
-        yield f"--external_unet_path {folder} is not a folder"
+        yield f"--single_file_config {folder} is not a folder"
+    elif folder and not os.path.isfile(model) and not os.path.isfile(flags.model.external_unet_path or ""):
+        yield "--single_file_config is of a model that is one file, and none is named"
 
 
 def _embeddings_that_change(flags: Flags) -> Iterator[str]:
@@ -174,6 +182,7 @@ PROBLEMS = (
     _unfit_output_dir,
     _unfit_logging_dir,
     _no_external_unet,
+    _no_file_to_configure,
     _embeddings_that_change,
     _polynomial_that_rises,
     _no_bitsandbytes,

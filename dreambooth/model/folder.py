@@ -119,6 +119,7 @@ def find_model(flags: ModelFlags, elsewhere: Mapping[str, Path]) -> Path:
         elsewhere=elsewhere.keys() | tokenizers,
         revision=flags.revision,
         variant=flags.variant,
+        configuration=flags.single_file_config,
     )
     _warn_of_distilled(name, folder)
     return folder
@@ -148,7 +149,8 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
     """
     elsewhere = {}
     if name := flags.external_unet_path:
-        elsewhere["unet"] = part_folder(name, "unet")
+        folder = _unpacked(name, "--external_unet_path", flags.single_file_config) if os.path.isfile(name) else name
+        elsewhere["unet"] = part_folder(folder, "unet")
         _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
     if name := flags.pretrained_vae_model_name_or_path:
         flag = "--pretrained_vae_model_name_or_path"
@@ -227,25 +229,29 @@ def find_folder(
     elsewhere: Set[str] = frozenset(),
     revision: str | None = None,
     variant: str | None = None,
+    configuration: str | None = None,
 ) -> Path:
-    """Returns the folder of a model; a Hub id is downloaded, or found in the Hub's cache.
+    """Returns the folder of a model; a Hub id is downloaded, or found in the Hub's cache, and a file is unpacked.
 
     No weights are read, but their files are opened, which finds those that are torn.
 
     Args:
-        name: a folder or a Hub id.
+        name: a folder, a Hub id or a file.
         flag: that gives the name, for messages.
         elsewhere: parts that come from somewhere else, and need not be there.
         revision: branch, tag or commit of a Hub id; None for the main branch.
         variant: of the weights; a part without it has its plain ones taken. None prefers the plain ones.
+        configuration: of a file, as of `dreambooth.model.single_file.unpack`.
 
     Raises:
         UserError: if there is no such model, a part of it is missing, torn or of another one, or it is of a family
             that this project does not know.
     """
     folder = Path(name)
-    if not os.path.isdir(folder):
-        if os.path.isfile(folder) or not can_be_hub_id(name):
+    if os.path.isfile(folder):
+        folder = _unpacked(name, flag, configuration)
+    elif not os.path.isdir(folder):
+        if not can_be_hub_id(name):
             raise UserError(f"{flag} {name} is not a folder")
         folder = _download(name, flag, elsewhere, revision, variant)
     has_index = (folder / INDEX).is_file()
@@ -268,6 +274,12 @@ def find_folder(
     if not elsewhere:
         check_configurations(folder, family)
     return folder
+
+
+def _unpacked(name: str, flag: str, configuration: str | None) -> Path:
+    from dreambooth.model.single_file import unpack  # with diffusers' loader, which takes time to import
+
+    return unpack(name, flag, configuration)
 
 
 def _choose(

@@ -17,7 +17,7 @@ from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0, on_on
 from dreambooth.processes.threads import cores_of, in_threads
 
 # As safetensors files name the dtypes that are written here; in them, those with the larger elements come first.
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # A dtype of integers of the same size, in which the sum of a tensor and of zeros is the tensor, bit for bit.
 INTEGERS = {torch.float32: torch.int32, torch.uint8: torch.uint8}
 MAX_WRITERS = 4  # threads of a rank that copy from its GPU and write; a file system lets few into one file
@@ -35,6 +35,7 @@ class Slice:
         first: number of the first element that is held.
         values: (elements,), float32 or uint8, on any device.
         is_everywhere: whether all ranks hold the same, which is all of it.
+        dtype: in which a file gets them; None is that of the values.
     """
 
     name: str
@@ -42,18 +43,24 @@ class Slice:
     first: int
     values: Tensor
     is_everywhere: bool = False
+    dtype: torch.dtype | None = None
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype of the tensor in a file."""
+        return self.dtype or self.values.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole tensor."""
-        return self.shape.numel() * self.values.dtype.itemsize
+        """Size of the whole tensor in a file."""
+        return self.shape.numel() * self.written_dtype.itemsize
 
     def share(self, rank: int, world_size: int) -> "Slice":
         """Returns what a rank writes: what it holds, or its share of what all of them hold."""
         if not self.is_everywhere:
             return self
         begin, end = (self.values.numel() * turn // world_size for turn in (rank, rank + 1))
-        return Slice(self.name, self.shape, begin, self.values[begin:end])
+        return Slice(self.name, self.shape, begin, self.values[begin:end], dtype=self.dtype)
 
 
 def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
@@ -93,9 +100,9 @@ def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
 def _layout(slices: Sequence[Slice]) -> tuple[dict[str, int], int, bytes]:
     """Returns where in a safetensors file each tensor begins, the size of the file, and what is before the tensors."""
     tensors, end = {}, 0
-    for one in sorted(slices, key=lambda one: (-one.values.dtype.itemsize, one.name)):
+    for one in sorted(slices, key=lambda one: (-one.written_dtype.itemsize, one.name)):
         begin, end = end, end + one.nbytes
-        told = {"dtype": DTYPES[one.values.dtype], "shape": [*one.shape], "data_offsets": [begin, end]}
+        told = {"dtype": DTYPES[one.written_dtype], "shape": [*one.shape], "data_offsets": [begin, end]}
         tensors[one.name] = told
     text = json.dumps({"__metadata__": {"format": "pt"}} | tensors, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -114,8 +121,8 @@ def _write(path: Path, places: Mapping[str, int], part: Slice) -> None:
     if not part.values.numel():  # nor may there be a file, on another machine
         return
     with open(path, "r+b", buffering=0) as file:
-        file.seek(places[part.name] + part.first * part.values.dtype.itemsize)
-        left = memoryview(part.values.contiguous().cpu().view(torch.uint8).numpy())
+        file.seek(places[part.name] + part.first * part.written_dtype.itemsize)
+        left = memoryview(part.values.to(part.written_dtype).contiguous().cpu().view(torch.uint8).numpy())
         while left:
             left = left[file.write(left) :]
 
@@ -126,7 +133,7 @@ def _write_gathered(path: Path, places: Mapping[str, int], slices: Sequence[Slic
     for one, whole in zip(slices, gather(slices, ranks), strict=True):  # to the end: other ranks have to send
         try:
             if error is None:
-                _write(path, places, Slice(one.name, one.shape, 0, whole.flatten()))
+                _write(path, places, Slice(one.name, one.shape, 0, whole.flatten(), dtype=one.dtype))
         except OSError as caught:
             error = caught
     if error is not None:

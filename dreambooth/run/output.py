@@ -12,10 +12,11 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -35,6 +36,7 @@ from dreambooth.model.components import empty_copy
 from dreambooth.model.folder import PIPELINE
 from dreambooth.model.hub import hub_reason
 from dreambooth.model.pipeline import write_pipeline
+from dreambooth.model.precision import DTYPES
 from dreambooth.processes.ranks import Ranks, from_rank_0
 from dreambooth.processes.threads import in_threads
 from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_by_all, written_whole
@@ -58,10 +60,36 @@ def check_logging_dir(logging_dir: str) -> None:
         raise UserError(f"--logging_dir {logging_dir}: the trained pipeline's folder of that name replaces it")
 
 
-def enter_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
+@dataclass(frozen=True)
+class Form:
+    """In what form the trained pipeline is written.
+
+    Args:
+        dtype: of its weights.
+        of_single_file: of those in a single file.
+        more: name of the single file, if there is to be one.
+    """
+
+    dtype: torch.dtype
+    of_single_file: torch.dtype
+    more: tuple[str, ...]
+
+    @classmethod
+    def of(cls, flags: OutputFlags) -> "Form":
+        wanted = flags.save_dtype and (torch.float32 if flags.save_dtype == "fp32" else DTYPES[flags.save_dtype])
+        more = (f"{Path(flags.output_dir).resolve().name}.safetensors",) if flags.save_single_file else ()
+        return cls(wanted or torch.float32, wanted or torch.float16, more)
+
+
+def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collection[str] = ()) -> None:
     """Keeps other runs out of --output_dir, if it is there, and ends what a run that was killed has begun in it.
 
     Does so on rank 0, and not in a --dry_run.
+
+    Args:
+        output_dir: the folder.
+        dry_run: whether nothing may be changed.
+        more: files that the run writes beside the pipeline's parts.
 
     Raises:
         UserError: if another run writes into the folder, or nobody can, or what the pipeline would replace was not
@@ -76,13 +104,13 @@ def enter_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
             for aside in output_dir.glob(f".*.{ASIDE}"):
                 if left := _settle(aside):
                     warn(f"a run was killed while it put its pipeline in place: it is whole in {left}")
-        _check_parts(output_dir)
+        _check_parts(output_dir, more)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
 
 
-def prepare_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
-    """Creates --output_dir, and enters it; on rank 0, and not in a --dry_run.
+def prepare_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collection[str] = ()) -> None:
+    """Creates --output_dir, and enters it, as `enter_output_dir`; on rank 0, and not in a --dry_run.
 
     Raises:
         UserError: as `enter_output_dir` does.
@@ -92,7 +120,7 @@ def prepare_output_dir(output_dir: Path, *, dry_run: bool = False) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
-    enter_output_dir(output_dir, dry_run=dry_run)
+    enter_output_dir(output_dir, dry_run=dry_run, more=more)
     if (output_dir / INDEX).exists() and not dry_run:
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / INDEX).stat().st_mtime))
         step = read_listing(output_dir).get("step")
@@ -185,7 +213,7 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and len(path.parts) > 0
 
 
-def _check_parts(output_dir: Path) -> None:
+def _check_parts(output_dir: Path, more: Collection[str]) -> None:
     """Compares what is where the pipeline's parts go with the list of its files.
 
     Raises:
@@ -203,7 +231,7 @@ def _check_parts(output_dir: Path) -> None:
             f"--output_dir {output_dir}: {changed} is not as this program has written it: "
             "move it away, or name another folder"
         )
-    for part in (INDEX, *PIPELINE, LISTING):
+    for part in (INDEX, *PIPELINE, *more, LISTING):
         path = output_dir / part
         ours = files if part == LISTING else [name for name in files if PurePosixPath(name).parts[0] == part]
         is_there = os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
@@ -232,6 +260,8 @@ def save_pipeline(
     step: int,
     base: str,
     settings: dict,
+    dtype: torch.dtype = torch.float32,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes the whole pipeline into `output_dir`, beside the checkpoints, in place of an earlier one.
 
@@ -247,24 +277,31 @@ def save_pipeline(
         step: optimizer steps done.
         base: the model that was trained, a Hub id or a folder; the latter is told nobody.
         settings: of the run.
+        dtype: of its weights.
+        write_more: adds files to the folder of the whole pipeline, on rank 0.
 
     Raises:
         RunError: saying where the pipeline is; if it cannot be put in place, in a folder that no run removes; if the
             disk takes no more, in the system's folder for temporary files. It is raised on rank 0.
         ToldByRank0: then, on the others.
     """
-    hub_id = None if os.path.isdir(base) else base
+    hub_id = None if os.path.exists(base) else base
     origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
 
     def write(folder: Path) -> None:
         with written_by_all(folder, size) as partial:
-            write_trained(partial, training, ranks)
+            write_trained(partial, training, ranks, dtype)
             from_rank_0(lambda: write_the_rest(partial))
 
     def write_the_rest(folder: Path) -> None:
         trained = {name: empty_copy(component) for name, component in training.denoiser.named_children()}
-        write_pipeline(load_pipeline(**trained), folder, without=trained)
+        pipeline = load_pipeline(**trained)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(dtype)
+        write_pipeline(pipeline, folder, without=trained)
         leave_out_paths(folder, hub_id)
+        write_more(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
         states = {path.relative_to(folder).as_posix(): asdict(Written.now(path)) for path in files}
         (folder / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))

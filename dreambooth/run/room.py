@@ -58,15 +58,21 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, components: Mapping[str, torch.nn.Module], trained: Collection[str], *, use_8bit_adam: bool = False
+        cls,
+        components: Mapping[str, torch.nn.Module],
+        trained: Collection[str],
+        *,
+        use_8bit_adam: bool = False,
+        of_pipeline: int = 4,
     ) -> "Sizes":
         """Returns them for a pipeline whose `components` of the names `trained` are trained.
 
-        All weights are written in fp32; with those in a checkpoint are their two moments, in fp32 or in a byte each.
+        A checkpoint has fp32 weights, with their two moments, in fp32 or in a byte each; a pipeline `of_pipeline`
+        bytes of each weight.
         """
         weights = {name: sum(one.numel() for one in module.parameters()) for name, module in components.items()}
         of_a_weight = 4 + (2 if use_8bit_adam else 8)
-        return cls(of_a_weight * sum(weights[name] for name in trained), 4 * sum(weights.values()))
+        return cls(of_a_weight * sum(weights[name] for name in trained), of_pipeline * sum(weights.values()))
 
 
 def room_of(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, first_step: int) -> Room:

@@ -41,6 +41,7 @@ from dreambooth.run.checkpoint import (
 )
 from dreambooth.run.dry_run import tell_plan
 from dreambooth.run.output import (
+    Form,
     check_logging_dir,
     enter_output_dir,
     prepare_hub,
@@ -78,7 +79,7 @@ def check_inputs(flags: Flags) -> Inputs:
     instance_images = find_instance_images(flags.instance, place, resolution)
     class_images = check_class_images(flags.prior, flags.instance, place, resolution)
     check_logging_dir(flags.output.logging_dir)
-    enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run)
+    enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=Form.of(flags.output).more)
     elsewhere = find_elsewhere(flags.model)
     model_folder = find_model(flags.model, elsewhere)
     check_origins(flags.prior, flags.model, class_images, model_folder, elsewhere)
@@ -128,7 +129,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """The folder of all that is written."""
+        """The folder of all that is form."""
         return Path(self.flags.output.output_dir)
 
     def settle(self, what: str, settings: dict) -> None:
@@ -200,12 +201,15 @@ def prepare_model(run: Run) -> PreparedModel:
     frozen = [model.components[name] for name in ("vae", *model.text_encoders) if name not in trained]
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
-    sizes = Sizes.of(model.components, trained, use_8bit_adam=flags.optimizer.use_8bit_adam)
+    form = Form.of(flags.output)
+    of_pipeline = form.dtype.itemsize + (form.of_single_file.itemsize if form.more else 0)
+    in_8_bits = flags.optimizer.use_8bit_adam
+    sizes = Sizes.of(model.components, trained, use_8bit_adam=in_8_bits, of_pipeline=of_pipeline)
     check_room(flags.output, run.schedule, sizes, first_step=run.first_step, dry_run=dry_run)
     check_validation_images(
         flags.validation, run.output_dir / "validation", first_step=run.first_step, steps=run.schedule.steps
     )
-    prepare_output_dir(run.output_dir, dry_run=dry_run)
+    prepare_output_dir(run.output_dir, dry_run=dry_run, more=form.more)
     origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
     load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
     return PreparedModel(**vars(model), trained=trained, load_pipeline=load, sizes=sizes)
@@ -356,6 +360,16 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
         tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
         return leave()
     origin = {"step": run.schedule.steps, "base": flags.model.pretrained_model_name_or_path, "settings": run.settings}
+    form = Form.of(flags.output)
+
+    def write_more(folder: Path) -> None:
+        from dreambooth.model.single_file import write_single_file  # with a loader that takes time to import
+
+        for name in form.more:
+            file = {"dtype": form.of_single_file, "title": run.output_dir.resolve().name}
+            write_single_file(folder, folder / name, model.family, resolution=run.resolution, **file)
+
+    origin |= {"dtype": form.dtype, "write_more": write_more}
     save_pipeline(run.output_dir, model.load_pipeline, training, ranks, size=model.sizes.pipeline, **origin)
     if ranks.rank == 0:
         remove_interim_checkpoints(run.output_dir)

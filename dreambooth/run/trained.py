@@ -15,7 +15,7 @@ from dreambooth.model.slices import Slice, gather, write_slices
 from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0
 
 
-def write_trained(folder: Path, training: Training, ranks: Ranks) -> None:
+def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
     """Writes the components that are trained, whole, as folders within `folder`; to be called on every rank.
 
     Raises:
@@ -26,7 +26,8 @@ def write_trained(folder: Path, training: Training, ranks: Ranks) -> None:
     for name, component in training.denoiser.named_children():
         own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own))
         prefix = f"{name}."
-        weights = [replace(one, name=one.name.removeprefix(prefix)) for one in slices if one.name.startswith(prefix)]
+        own_slices = [one for one in slices if one.name.startswith(prefix)]
+        weights = [replace(one, name=one.name.removeprefix(prefix), dtype=dtype) for one in own_slices]
         write_slices(own / f"{stem_of(type(component))}.safetensors", weights, ranks)
 
 

@@ -1,0 +1,200 @@
+"""A model in one .safetensors file of the original layout, as community sites give it, and as it is written for them.
+
+One that is read is unpacked, once, to a folder in diffusers' layout in a cache; all else goes on from there.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from diffusers.utils.logging import disable_progress_bar
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dreambooth.command_line.console import UserError, first_line, say
+from dreambooth.model.components import loading, stem_of, without_weights
+from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
+from dreambooth.model.family import Family
+from dreambooth.model.folder import family_of
+from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
+from dreambooth.model.pipeline import load_noise_scheduler, write_pipeline
+from dreambooth.model.weights import DTYPES, choose_weights, weight_files
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+# What diffusers calls the models that this project trains: the shape of each, and what its UNet predicts.
+KINDS = {
+    "v1": ("Stable Diffusion 1.x", SHAPE_OF_1, "epsilon"),
+    "v2": ("Stable Diffusion 2.1", SHAPE_OF_2, "v_prediction"),
+    "xl_base": ("Stable Diffusion XL", SHAPE_OF_XL, "epsilon"),
+}
+# Keys without weights by which files of XL say that they predict v, and that their last timestep is all noise.
+V_PREDICTION, ENDS_IN_NOISE = "v_pred", "ztsnr"
+OF_UNET = "model.diffusion_model."
+# In the metadata of files, by the conventions of https://github.com/Stability-AI/ModelSpec.
+ARCHITECTURES = {"v1": "stable-diffusion-v1", "v2": "stable-diffusion-v2", "xl_base": "stable-diffusion-xl-v1-base"}
+
+
+def cache_folder() -> Path:
+    """Returns the folder of unpacked models, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dreambooth")
+
+
+def unpack(name: str, flag: str, configuration: str | None) -> Path:
+    """Returns the folder of the model in a file; it is unpacked unless it was before.
+
+    Args:
+        name: path of the file.
+        flag: that gives it, for messages.
+        configuration: folder of a model in diffusers' layout whose configurations and tokenizers are this one's; None
+            for those that its keys tell of.
+
+    Raises:
+        UserError: if the file is of another kind, or there is no room.
+    """
+    if Path(name).suffix in PICKLES:
+        raise UserError(
+            f"{flag} {name} is a pickle, which may run code when it is read: "
+            f"python -m dreambooth.model.unpickle {name} makes a .safetensors file of it that cannot"
+        )
+    with loading("model", name):
+        with safe_open(name, framework="pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
+            dtypes = {DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()} - {None}
+    title, write = _described(shapes, name, flag, configuration)
+    # Half precisions of both kinds fit into fp32 alone.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    folder = cache_folder() / f"{Path(name).stem}-{_key(Path(name), configuration)}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not folder.exists():
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed: nobody else has the lock
+                with loading("model", name):
+                    write(partial, dtype)
+                partial.rename(folder)
+                say(f"{flag} {name}: {title}, unpacked to {folder}, where the next run finds it")
+    except OSError as error:
+        raise UserError(f"{flag} {name} cannot be unpacked to {folder}: {first_line(error)}") from error
+    return folder
+
+
+def _described(
+    shapes: Mapping[str, Tensor], name: str, flag: str, configuration: str | None
+) -> tuple[str, Callable[[Path, torch.dtype], None]]:
+    """Returns what a model is called, and a function that writes its folder in a dtype."""
+    if not any(key.startswith(OF_UNET) for key in shapes):
+        if any("lora" in key for key in shapes):
+            raise UserError(f"{flag} {name} is a LoRA: name the model that it was made for")
+        raise UserError(f"{flag} {name} is not a Stable Diffusion in its original layout, whole in one file")
+    if configuration is None:
+        kind = infer_diffusers_model_type(shapes)
+        if kind not in KINDS:
+            raise UserError(
+                f"{flag} {name} is what diffusers calls {kind}, which this project does not train: "
+                f"use a {', '.join(title for title, *_ in KINDS.values())}"
+            )
+        title, shape, prediction_type = KINDS[kind]
+        if V_PREDICTION in shapes:
+            prediction_type = "v_prediction"
+        title += f" that predicts {'v' if prediction_type == 'v_prediction' else 'epsilon'}"
+
+    def write(folder: Path, dtype: torch.dtype) -> None:
+        source = configuration
+        if configuration is None:
+            source = folder.with_name(f"{folder.name}.configuration")
+            write_configuration(source, shape, prediction_type, ends_in_noise=ENDS_IN_NOISE in shapes)
+        try:
+            write_pipeline(_load(name, Path(source), dtype), folder)
+        finally:
+            if configuration is None:
+                shutil.rmtree(source, ignore_errors=True)
+
+    return ("a model" if configuration else title), write
+
+
+def _load(name: str, configuration: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    disable_progress_bar()
+    family = family_of(configuration)
+    return family.pipeline.from_single_file(
+        name, config=str(configuration), local_files_only=True, torch_dtype=dtype, **family.left_out
+    )
+
+
+def _key(path: Path, configuration: str | None) -> str:
+    """Returns what tells a file from another: where it is, its size and when it was written."""
+    status = path.stat()
+    told = (
+        str(path.resolve()),
+        status.st_size,
+        status.st_mtime_ns,
+        configuration and str(Path(configuration).resolve()),
+    )
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within it no other process unpacks to a folder."""
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_single_file(
+    folder: Path, path: Path, family: Family, dtype: torch.dtype, *, title: str, resolution: int
+) -> None:
+    """Writes the model in a folder as one file in the original layout.
+
+    Args:
+        folder: in diffusers' layout, with plain weights.
+        path: of the file.
+        family: of the model.
+        dtype: of its weights.
+        title: what programs call it.
+        resolution: of the images that it was trained on, in pixels.
+    """
+    parts, models = {}, {}
+    for name, kind in family.components.items():
+        files = weight_files(folder / name, choose_weights(os.listdir(folder / name), stem_of(kind), None))
+        parts[name] = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        models[name] = without_weights(kind, folder / name)
+    weights = dict(of_unet(parts["unet"], models["unet"].config.layers_per_block))
+    weights |= of_vae(parts["vae"], len(models["vae"].config.block_out_channels))
+    is_xl = len(family.text_encoders) > 1
+    kind = "xl_base" if is_xl else "v1"
+    for number, name in enumerate(family.text_encoders):
+        prefix = f"conditioner.embedders.{number}." if is_xl else "cond_stage_model."
+        of_openai = models[name].config.hidden_act == "quick_gelu"  # OpenCLIP has the exact one
+        weights |= (of_clip if of_openai else of_open_clip)(parts[name], prefix)
+        if not (of_openai or is_xl):
+            kind = "v2"
+    noise_scheduler = load_noise_scheduler(folder)
+    is_v = noise_scheduler.config.prediction_type == "v_prediction"
+    if is_xl and is_v:
+        weights[V_PREDICTION] = torch.empty(0)
+        if noise_scheduler.config.rescale_betas_zero_snr:
+            weights[ENDS_IN_NOISE] = torch.empty(0)
+    told = {
+        "sai_model_spec": "1.0.0",
+        "architecture": ARCHITECTURES[kind] + ("-768-v" if kind == "v2" and is_v else "-512" if kind == "v2" else ""),
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resolution": f"{resolution}x{resolution}",
+        "prediction_type": "v" if is_v else "epsilon",
+    }
+    weights = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in weights.items()
+    }
+    save_file(weights, path, metadata={"format": "pt"} | {f"modelspec.{key}": value for key, value in told.items()})

@@ -1,0 +1,193 @@
+"""Models in one file of the original layout: read, written, refused. diffusers' own loader is the judge."""
+
+import functools
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from harness import COLOSSALAI, TRADITIONAL, Running, train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from benchmarks import random_model
+from dreambooth.command_line.console import UserError
+from dreambooth.model import single_file
+from dreambooth.model.configurations import build_pipeline, clip_tokenizer
+from dreambooth.model.libraries import name_in_file
+from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
+from dreambooth.model.unpickle import main as unpickle
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SHAPES = pytest.mark.parametrize("shape", ["tiny", "tiny-v2", "tiny-xl"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dreambooth"
+
+
+@pytest.fixture
+def env(cache):
+    """Of processes that have it too."""
+    return {"XDG_CACHE_HOME": str(cache.parent)}
+
+
+@pytest.fixture
+def model_of(once):
+    """Returns the folder of a tiny model of a shape."""
+    return lambda shape: once(f"single-{shape}", functools.partial(random_model.build, shape=shape))
+
+
+def assert_same(one: DiffusionPipeline, other: DiffusionPipeline, dtype: torch.dtype = torch.float32) -> None:
+    """Compares all weights, to the bit, the first ones rounded to a dtype."""
+    for part in PARTS:
+        if (module := getattr(one, part, None)) is None:
+            continue
+        found = getattr(other, part).state_dict()
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor.to(dtype) if tensor.is_floating_point() else tensor, found[name]), (part, name)
+
+
+def pipelines(shape: str):
+    return StableDiffusionXLPipeline if shape == "tiny-xl" else StableDiffusionPipeline
+
+
+@SHAPES
+def test_from_a_folder_to_a_file_to_a_folder(shape, model_of, flags, env, tmp_path):
+    """At learning rate 0 nothing changes: the file is what diffusers reads as the model, and is trained as such."""
+    model, kind = model_of(shape), pipelines(shape)
+    still = flags | {"learning_rate": 0, "max_train_steps": 1, "resolution": 32, "save_single_file": True}
+    output, again = tmp_path / "output", tmp_path / "again"
+    train(
+        TRADITIONAL,
+        still | {"pretrained_model_name_or_path": model, "output_dir": output, "save_dtype": "fp32"},
+        env=env,
+    )
+    whole = kind.from_pretrained(model)
+    file = output / "output.safetensors"
+    assert_same(whole, kind.from_single_file(file, config=str(model), local_files_only=True))
+    with safe_open(file, framework="pt") as opened:
+        told = opened.metadata()
+    assert told["modelspec.title"] == "output" and told["modelspec.resolution"] == "32x32"
+
+    from_file = {"pretrained_model_name_or_path": file, "single_file_config": model, "output_dir": again}
+    train(COLOSSALAI, still | from_file, nproc=2 if shape == "tiny" else 1, env=env)
+    assert_same(whole, kind.from_pretrained(again))
+    assert_same(
+        whole,
+        kind.from_single_file(
+            again / "again.safetensors", config=str(model), local_files_only=True, torch_dtype=torch.float16
+        ),
+        torch.float16,
+    )
+
+
+def test_what_is_drawn_of_a_file_is_what_is_drawn_of_its_folder(model_of, flags, env, tmp_path, cache):
+    model, output = model_of("tiny"), tmp_path / "output"
+    wanted = {"pretrained_model_name_or_path": model, "save_single_file": True, "save_dtype": "bf16"}
+    train(TRADITIONAL, flags | wanted | {"max_train_steps": 1, "output_dir": output}, env=env)
+    for part in ("unet", "vae", "text_encoder"):
+        (weights,) = (output / part).glob("*.safetensors")
+        assert {one.dtype for one in load_file(weights).values() if one.is_floating_point()} == {torch.bfloat16}
+    drawn = []
+    for number, name in enumerate([[output], [output / "output.safetensors", "--single_file_config", model]] * 2):
+        image = tmp_path / f"{number}.png"
+        words = ["inference.py", *name, "--prompt", "a dog", "--num_inference_steps", 2, "--output", image]
+        drawn.append((Running(words[0], words[1:], env=env).wait(), image.read_bytes()))
+    assert len({pixels for _, pixels in drawn}) == 1
+    told = f"unpacked to {cache}"
+    assert told in drawn[1][0].stdout and told not in drawn[3][0].stdout, "it is unpacked once"
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [""], "nothing is left of the work"
+
+
+@pytest.mark.parametrize("kind", single_file.KINDS)
+def test_a_kind_is_told_by_its_keys(kind):
+    """The real shapes, without weights: what the weights of each are called tells diffusers what it is."""
+    title, shape, _ = single_file.KINDS[kind]
+    with init_empty_weights():
+        pipeline = build_pipeline(shape, clip_tokenizer, "epsilon")
+        weights = dict(of_unet(pipeline.unet.state_dict(), 2)) | dict(of_vae(pipeline.vae.state_dict(), 4))
+        prefix = "conditioner.embedders.0." if kind == "xl_base" else "cond_stage_model."
+        of_text = of_open_clip if kind == "v2" else of_clip
+        text_encoder = pipeline.text_encoder
+        of_its_files = {name_in_file(text_encoder, name): one for name, one in text_encoder.state_dict().items()}
+        weights |= dict(of_text(of_its_files, prefix))
+        if kind == "xl_base":
+            weights |= dict(of_open_clip(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1."))
+    found, _ = single_file._described(weights, "model.safetensors", "MODEL", None)
+    assert found == f"{title} that predicts {'v' if kind == 'v2' else 'epsilon'}"
+
+
+def test_the_tokenizer_is_that_of_clip():
+    """Numbers of tokens as in the vocabulary that OpenAI published with its models."""
+    assert clip_tokenizer()("a photo of a dog!")["input_ids"] == [49406, 320, 1125, 539, 320, 1929, 256, 49407]
+    assert clip_tokenizer("!").pad_token_id == 0
+
+
+def test_what_is_no_such_file(tmp_path, monkeypatch):
+    inpainting = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}
+    refiner = {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(1)}
+    unet = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
+    for weights, told in (
+        ({"unet.down.lora_A.weight": torch.zeros(1)}, "is a LoRA: name the model that it was made for"),
+        ({"some.weight": torch.zeros(1)}, "is not a Stable Diffusion in its original layout"),
+        (inpainting, "is what diffusers calls inpainting"),
+        (refiner | unet, "is what diffusers calls xl_refiner"),
+        (unet, "cannot load the model of"),
+    ):
+        save_file(weights, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=told):
+            single_file.unpack(str(tmp_path / "model.safetensors"), "MODEL", None)
+    torn = (tmp_path / "model.safetensors").read_bytes()[:-2]
+    (tmp_path / "model.safetensors").write_bytes(torn)
+    with pytest.raises(UserError, match="cannot load the model of"):
+        single_file.unpack(str(tmp_path / "model.safetensors"), "MODEL", None)
+    assert not any(path.is_dir() for path in single_file.cache_folder().iterdir())
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch it-ran",)
+
+
+def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path, flags, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"weight": torch.ones(2), "tied": torch.ones(2)}}, "model.ckpt")
+    refused = train(TRADITIONAL, flags | {"pretrained_model_name_or_path": tmp_path / "model.ckpt"}, check=False)
+    assert refused.returncode == 2
+    assert f"python -m dreambooth.model.unpickle {tmp_path / 'model.ckpt'} makes" in refused.error_lines[-1]
+    monkeypatch.setattr("sys.argv", ["unpickle", "model.ckpt"])
+    unpickle()
+    assert load_file("model.safetensors")["weight"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="is there already"):
+        unpickle()
+    Path("evil.ckpt").write_bytes(pickle.dumps({"state_dict": Runs()}))
+    monkeypatch.setattr("sys.argv", ["unpickle", "evil.ckpt"])
+    with pytest.raises(UserError, match="cannot be read as weights alone"):
+        unpickle()
+    assert not Path("it-ran").exists()
+
+
+def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "output.safetensors").write_text("mine")
+    given = {"pretrained_model_name_or_path": model_of("tiny"), "output_dir": output, "save_single_file": True}
+    refused = train(TRADITIONAL, flags | given, check=False)
+    assert refused.returncode == 2 and "has a output.safetensors that this program did not write" in refused.stderr
+    assert (output / "output.safetensors").read_text() == "mine"
+
+
+def test_a_configuration_of_nothing(flags, tmp_path):
+    for given, told in (
+        ({"single_file_config": tmp_path / "none"}, "is not a folder"),
+        ({"single_file_config": tmp_path}, "and none is named"),
+    ):
+        refused = train(TRADITIONAL, flags | given, check=False)
+        assert refused.returncode == 2 and told in refused.stderr
