@@ -61,6 +61,7 @@ ELSEWHERE = {
     "test_faults": ["save_minutes", "output_dir"],
     "test_input": ["local_rank", "plugin", "placement", "offload_optim_frac"],
     "test_disk": ["offload_dir"],
+    "test_single_file": ["single_file_config", "save_single_file", "save_dtype"],
     "test_models": ["variant", "validation_scheduler"],
     "test_peer_flags": ["prior_generation_precision", "tokenizer_max_length"],
     "test_gpu": ["cuda_graphs", "allow_tf32", "compile"],
