@@ -4,10 +4,12 @@
 
 Without MODEL it is the folder that the trainers write to by default. Several prompts, or several images of each, are
 laid out on a sheet: a row per prompt with the prompt under it, a column per seed. With --compare_with, the images of
-another model stand beside them, from the same seeds; with --instance_data_dir, the subject stands below:
+another model stand beside them, from the same seeds; with --instance_data_dir, the subject stands below. --lora draws
+with adapters that a run with --lora_rank has left:
 
     python inference.py --compare_with CompVis/stable-diffusion-v1-4 --instance_data_dir photos \\
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
+    python inference.py CompVis/stable-diffusion-v1-4 --lora dreambooth-model --prompt "a photo of sks dog"
 """
 
 from dreambooth.command_line.console import UserError, before_imports, run_program
@@ -23,13 +25,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from dreambooth.command_line.console import RunError, counted, progress, say
+from dreambooth.command_line.console import RunError, counted, progress, say, warn
 from dreambooth.command_line.flags import MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
 from dreambooth.model.family import readers_of
-from dreambooth.model.folder import family_of, find_folder
+from dreambooth.model.folder import INDEX, family_of, find_folder
+from dreambooth.model.lora import WEIGHTS, Lora, read_lora
 from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
 from dreambooth.model.prompts import warn_of_cut_prompts
@@ -52,12 +55,14 @@ class Model:
         name: by which the flags call it.
         folder: where it is.
         variant: of its weights, None for the plain ones.
+        lora: adapters that it draws with, None for none.
         pictures: those of the first prompt, then those of the next.
     """
 
     name: str
     folder: Path
     variant: str | None
+    lora: Lora | None = None
     pictures: list[Image.Image] = field(default_factory=list)
 
 
@@ -89,12 +94,24 @@ def build_parser() -> Parser:
         type=path,
         metavar="MODEL",
         nargs="?",
-        default=OUTPUT_DIR,
         help="folder of a trained pipeline, a Hub id, or a .safetensors file in the original layout "
-        f"(default: {OUTPUT_DIR})",
+        f"(default: {OUTPUT_DIR}; with --lora the Hub id in its file)",
     )
     parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
+    parser.add_argument(
+        "--lora",
+        type=path,
+        metavar="FOLDER|FILE",
+        help="draw with these adapters beside MODEL's weights: the output of a run with --lora_rank, one of its "
+        "checkpoints, or a file of them (default: none)",
+    )
+    parser.add_argument(
+        "--lora_scale",
+        type=number(float, -100, 100),
+        metavar="X",
+        help="by which what the adapters add is multiplied; 0 is MODEL alone (default: 1)",
+    )
     parser.add_argument(
         "--compare_with",
         type=path,
@@ -156,20 +173,32 @@ def build_parser() -> Parser:
     return parser
 
 
-def find_models(name: str, compare_with: str | None, chosen: dict[str, str | None]) -> list[Model]:
+def find_models(
+    name: str, compare_with: str | None, chosen: dict[str, str | None], lora: Lora | None = None
+) -> list[Model]:
     """Returns the model, and the one to show beside if there is one; nothing of them is loaded yet.
 
     Args:
         name, compare_with: of the models.
         chosen: further arguments of `find_folder`, for the last of them.
+        lora: adapters that the first draws with.
     """
-    variant = chosen["variant"]
+    variant, shown = chosen["variant"], f"{name} with {lora.name}" if lora else name
     if not compare_with:
-        return [Model(name, find_folder(name, "MODEL", **chosen), variant)]
+        return [Model(shown, find_folder(name, "MODEL", **chosen), variant, lora)]
     return [
-        Model(name, find_folder(name, "MODEL"), None),
+        Model(shown, find_folder(name, "MODEL"), None, lora),
         Model(compare_with, find_folder(compare_with, "--compare_with", **chosen), variant),
     ]
+
+
+def find_lora(name: str | None, scale: float | None) -> Lora | None:
+    """Returns the adapters of --lora, None without; what they add is multiplied by `scale`, 1 by default."""
+    if name is None:
+        if scale is not None:
+            warn("--lora_scale: no effect without --lora")
+        return None
+    return read_lora(name, "--lora", scale=1.0 if scale is None else scale)
 
 
 def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
@@ -180,7 +209,8 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
         RunError: if an image is not finite.
     """
     dtype, total = drawing.dtype, drawing.total
-    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], variant=model.variant)
+    how = {"variant": model.variant, "lora": model.lora}
+    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how)
     pipeline.to(drawing.device)
     warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), pipeline.components))
     pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
@@ -230,7 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
     check_image_file(output, "--output")
-    if args.model == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
+    lora, name = find_lora(args.lora, args.lora_scale), args.model or OUTPUT_DIR
+    if lora and not args.model:
+        if not lora.base:
+            raise UserError(f"--lora {args.lora} does not tell the model that it was trained with: name it")
+        name = lora.base
+    if not lora and Path(name, WEIGHTS).is_file() and not Path(name, INDEX).exists():
+        raise UserError(f"{name} has a LoRA, which goes with the model that it was trained with: MODEL --lora {name}")
+    if name == OUTPUT_DIR and not Path(OUTPUT_DIR).is_dir():
         raise UserError(f"there is no folder {OUTPUT_DIR}: train a model first, or name one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -238,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
     photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
     chosen = {"revision": args.revision, "variant": args.variant, "configuration": args.single_file_config}
-    models = find_models(args.model, args.compare_with, chosen)
+    models = find_models(name, args.compare_with, chosen, lora)
     drawing = Drawing(
         prompts=args.prompt,
         device=device,

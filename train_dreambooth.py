@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Samples, and which rank takes which; and what is trained on them.
     samples, denoiser = prepare_samples(run, model, class_images)
-    denoiser.train().float()
+    denoiser.train().cast(torch.float32, frozen=DTYPES[precision])
     denoiser.normalize_in_half()
     if flags.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()

@@ -37,7 +37,7 @@ from dreambooth.engine.plugins import ShardAdamW, masters_in
 from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.precision import INITIAL_LOSS_SCALE
+from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
 from dreambooth.model.recording import records
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
@@ -171,7 +171,8 @@ def train(
 @unlocked_at_the_end()
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(ColossalAIFlags, argv, __doc__)
-    strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer)
+    lora = flags.lora.lora_rank is not None
+    strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer, adapters=lora)
     recorded = records(flags.training, spares_memory=strategy.spares_memory)
     place = {"sharded": strategy.shards, "placement": strategy.placement, "offload_dir": strategy.offload_dir}
     remember_cheaper_flags(flags.model, flags.training, flags.optimizer, **place)
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Samples, and which rank takes which; and what is trained on them.
     samples, denoiser = prepare_samples(run, model, class_images)
     masters = denoiser.trained.values() if strategy.shards else {}
-    denoiser.train().to(strategy.weights_dtype)
+    denoiser.train().cast(strategy.weights_dtype, frozen=DTYPES[strategy.precision])
     if not strategy.shards:
         denoiser.normalize_in_half()
     if flags.training.gradient_checkpointing:

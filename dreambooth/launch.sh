@@ -76,7 +76,7 @@ declare -A SETTINGS=(
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local script=$1 argument previous="" launcher=(python) before=()
+  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR")
   shift
   for argument in "$@"; do
     if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
@@ -114,7 +114,10 @@ train_and_compare() {
     "${training[@]}" \
     "$@"
   if [ -n "$COMPARISON" ]; then
-    python "$project/inference.py" "$OUTPUT_DIR" \
+    if [ -f "$OUTPUT_DIR/pytorch_lora_weights.safetensors" ] && [ ! -f "$OUTPUT_DIR/model_index.json" ]; then
+      trained=("$MODEL_NAME" --lora "$OUTPUT_DIR")
+    fi
+    python "$project/inference.py" "${trained[@]}" \
       --compare_with "$MODEL_NAME" \
       "${before[@]}" \
       --instance_data_dir "$INSTANCE_DIR" \

@@ -19,7 +19,8 @@ MAX_SEED = 2**32 - 1  # numpy takes as much
 # middle of a run.
 COUNT, BATCH, IMAGES, STEPS, PIXELS = (1, math.inf), (1, 2**16), (1, 10**6), (1, 10**9), (1, 8192)
 NOT_NEGATIVE, FACTOR, POSITIVE, DECAY, MINUTES = (0, math.inf), (0, 10**6), (1e-30, 10**6), (0, 1 - 1e-9), (0, 10**9)
-PRIOR = "with_prior_preservation"  # which the other flags of its group need
+RANK, DROPOUT = (1, 1024), (0, 0.99)
+PRIOR, LORA = "with_prior_preservation", "lora_rank"  # which the other flags of their groups need
 SAMPLERS = ("DPMSolverMultistepScheduler", "DDPMScheduler")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # Flags of diffusers' and kohya's commands that are accepted, with a word on what is always so here.
@@ -57,6 +58,7 @@ def flag(
     same_as: Mapping[str, Any] | None = None,
     each_of: Collection[str] = (),
     needs: str | None = None,
+    beside: Mapping[str, Any] | None = None,
     numbers: bool | Literal["on GPUs"] = False,
 ) -> Any:
     """Declares a flag: a field of a group, with what the parser, the rules and the checkpoints have to know of it.
@@ -74,6 +76,7 @@ def flag(
         same_as: names of flags without a word that stand for a value of this one.
         each_of: the field stands for several flags without a word, and its value is a tuple of those that are given.
         needs: name of a flag of the same group, without which this one has no effect.
+        beside: what the default is beside other flags instead, by their names, where words give those.
         numbers: whether another value changes what the steps compute, so that a run that goes on needs the same.
     """
     metadata = dict(locals())
@@ -138,6 +141,47 @@ class ModelFlags:
         False,
         "train the text encoder, of Stable Diffusion XL both, with the UNet: closer to the subject, more memory",
         numbers=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags:
+    """Low-rank adapters, which are trained instead of the weights that they stand beside (arXiv 2106.09685)."""
+
+    heading = "LoRA"
+
+    lora_rank: int | None = flag(
+        None,
+        "train adapters of this rank instead of the whole UNet; the output is a small file of them, which goes with "
+        "MODEL; 4 to 64 are usual",
+        shown="off, the whole UNet",
+        aliases=["--rank"],
+        limits=RANK,
+        numbers=True,
+    )
+    lora_alpha: float | None = flag(
+        None,
+        "what the adapters add is multiplied by this over the rank",
+        shown="the rank",
+        limits=POSITIVE,
+        needs=LORA,
+        numbers=True,
+    )
+    lora_dropout: float = flag(
+        0.0, "share of what the adapters read that is left out at random", limits=DROPOUT, needs=LORA, numbers=True
+    )
+    lora_target_modules: str = flag(
+        "attention",
+        "layers of the UNet that get adapters: attention, its projections to_q, to_k, to_v and to_out.0; all, those "
+        "of feed-forward and the convolutions too; or names of layers, such as to_k,to_v. Text encoders get them in "
+        "their attention",
+        aliases=["--lora_layers"],
+        metavar="attention|all|NAME,NAME",
+        needs=LORA,
+        numbers=True,
+    )
+    save_kohya_lora: bool = flag(
+        False, "write the adapters also under the names that kohya's scripts and web interfaces read", needs=LORA
     )
 
 
@@ -310,7 +354,14 @@ class OptimizerFlags:
 
     heading = "optimizer (AdamW)"
 
-    learning_rate: float = flag(5e-6, "peak learning rate per step", limits=FACTOR, numbers=True)
+    learning_rate: float = flag(
+        5e-6,
+        "peak learning rate per step",
+        shown="5e-6, with --lora_rank 1e-4",
+        beside={LORA: 1e-4},
+        limits=FACTOR,
+        numbers=True,
+    )
     scale_lr: bool = flag(False, "multiply the learning rate by the samples per step over all devices", numbers=True)
     lr_scheduler: str = flag(
         "constant",
@@ -428,6 +479,7 @@ class Flags:
     """All flags of a run; nothing rewrites them."""
 
     model: ModelFlags
+    lora: LoraFlags = LoraFlags()
     instance: InstanceFlags = InstanceFlags()
     prior: PriorFlags = PriorFlags()
     training: TrainingFlags = TrainingFlags()

@@ -95,7 +95,8 @@ def _add(group: argparse._ArgumentGroup, flag: dataclasses.Field) -> None:
     if flag.default is dataclasses.MISSING:
         group.add_argument(*names, dest=flag.name, required=True, help=spec["help"], **_value(flag))
     else:
-        group.add_argument(*names, dest=flag.name, default=flag.default, help=help, **_value(flag))
+        default = None if spec["beside"] else flag.default  # `read` finds out
+        group.add_argument(*names, dest=flag.name, default=default, help=help, **_value(flag))
     for name, value in (spec["same_as"] or {}).items():
         group.add_argument(
             f"--{name}",
@@ -148,10 +149,12 @@ def read(kind: type[AnyFlags], words: Sequence[str] | None, description: str = "
     namespace = build_parser(kind, description).parse_args(words)
 
     def value(flag: dataclasses.Field):
-        each_of = flag.metadata["each_of"]
-        return (
-            tuple(name for name in each_of if getattr(namespace, name)) if each_of else getattr(namespace, flag.name)
-        )
+        if each_of := flag.metadata["each_of"]:
+            return tuple(name for name in each_of if getattr(namespace, name))
+        found, beside = getattr(namespace, flag.name), flag.metadata["beside"]
+        if found is None and beside:
+            return next((value for name, value in beside.items() if getattr(namespace, name)), flag.default)
+        return found
 
     groups = dataclasses.fields(kind)
     return kind(

@@ -105,6 +105,16 @@ def _polynomial_that_rises(flags: Flags) -> Iterator[str]:
         yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_LR_END}: give a --learning_rate above it"
 
 
+def _pipeline_of_adapters(flags: Flags) -> Iterator[str]:
+    if flags.output.save_single_file and flags.lora.lora_rank:
+        yield "--save_single_file writes a whole pipeline, and --lora_rank leaves none: leave one of them out"
+
+
+def _compiled_adapters(flags: Flags) -> Iterator[str]:
+    if flags.training.compile and flags.lora.lora_rank:
+        yield "--compile is for whole UNets, and was not tried with --lora_rank: leave one of them out"
+
+
 def _no_bitsandbytes(flags: Flags) -> Iterator[str]:
     if flags.optimizer.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         yield "--use_8bit_adam needs a package that is not there: pip install bitsandbytes"
@@ -185,6 +195,8 @@ PROBLEMS = (
     _no_file_to_configure,
     _embeddings_that_change,
     _polynomial_that_rises,
+    _compiled_adapters,
+    _pipeline_of_adapters,
     _no_bitsandbytes,
 )
 WARNINGS = (

@@ -31,7 +31,7 @@ class StrategyFlags:
         "how the UNet is spread over the GPUs: torch_ddp or torch_ddp_fp16, a whole copy on each; low_level_zero, "
         "optimizer state split (ZeRO 1); gemini, gradients split too (ZeRO 2), and the weights with --placement cpu "
         "(ZeRO 3)",
-        shown="torch_ddp for --placement cuda, else gemini",
+        shown="torch_ddp for --placement cuda, else gemini; with --lora_rank low_level_zero for --placement cpu",
         aliases=["-p"],
         choices=tuple(PLACEMENTS),
         metavar="PLUGIN",
@@ -112,17 +112,25 @@ class Strategy:
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
-def choose_strategy(flags: StrategyFlags, training: TrainingFlags, optimizer: OptimizerFlags) -> Strategy:
-    """Returns the strategy of the flags.
+def choose_strategy(
+    flags: StrategyFlags, training: TrainingFlags, optimizer: OptimizerFlags, *, adapters: bool = False
+) -> Strategy:
+    """Returns the strategy of the flags; `adapters` says whether they alone are trained.
 
     Raises:
         UserError: if the flags do not go together, or this machine cannot run them.
     """
     on_gpu = torch.cuda.is_available()
-    plugin = flags.plugin or ("torch_ddp" if flags.placement == "cuda" else "gemini")
+    spares = {"cuda": "torch_ddp", "cpu": "low_level_zero" if adapters else "gemini", "auto": "gemini"}
+    plugin = flags.plugin or spares[flags.placement]
     chosen = f"--plugin {plugin}" if flags.plugin else f"--placement {flags.placement} (plugin {plugin})"
     if flags.placement not in PLACEMENTS[plugin]:
         raise UserError(f"{chosen} goes with --placement {' or '.join(PLACEMENTS[plugin])}, not {flags.placement}")
+    if adapters and plugin == "gemini":
+        raise UserError(
+            f"{chosen} keeps weights that are not trained whole on each GPU, and has nothing to split with "
+            "--lora_rank: use --plugin torch_ddp or low_level_zero"
+        )
     if not on_gpu and plugin != "torch_ddp":
         raise UserError(
             f"{chosen} needs a CUDA GPU, and none was found: --plugin torch_ddp --placement cuda trains on the CPU"

@@ -74,10 +74,16 @@ def _pointwise(convolution: torch.nn.Conv2d, x: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
+def _is_adapted(layer: torch.nn.Module | None) -> bool:
+    """Whether a layer has an adapter beside its weight, which alone is not what it computes with."""
+    return hasattr(layer, "base_layer")
+
+
 def _is_plain(block: ResnetBlock2D) -> bool:
     """Whether a block is as those of Stable Diffusion: no change of size, SiLU, the timestep added."""
     return (
-        isinstance(block.nonlinearity, torch.nn.SiLU)
+        not any(_is_adapted(layer) for layer in (block.conv1, block.conv2, block.conv_shortcut))
+        and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.time_emb_proj is not None
         and block.time_embedding_norm == "default"
         and not block.skip_time_act
@@ -100,7 +106,8 @@ def keep_channels_last(unet: UNet2DConditionModel) -> Callable[[], None]:
             module.__class__ = _ResnetBlock
             module.norm1.__class__ = module.norm2.__class__ = _GroupNormSilu
         elif type(module) is Transformer2DModel and module.is_input_continuous:
-            module.__class__ = _Transformer
+            if not (_is_adapted(module.proj_in) or _is_adapted(module.proj_out)):
+                module.__class__ = _Transformer
             module.norm.__class__ = _GroupNorm
             for part in module.transformer_blocks.modules():
                 # A weight that lies in a flat parameter is not an attribute for now; one that is left out is None.

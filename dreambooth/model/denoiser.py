@@ -10,6 +10,7 @@ from dreambooth.command_line.console import UserError, say
 from dreambooth.model.components import dropout_of
 from dreambooth.model.family import Conditioning, Family
 from dreambooth.model.libraries import checkpoint_activations, name_in_file
+from dreambooth.model.lora import Adapters, adapter_weights, name_in_lora_file
 from dreambooth.model.recording import Recording
 from dreambooth.model.trainable import Trainable
 
@@ -42,18 +43,20 @@ class Denoiser(torch.nn.Module):
 
     Args:
         family: of the model.
+        adapters: that the components have, which then are what is trained; None where all of them is.
         components: by their names: "unet", and the text encoders whose prompts are not encoded before training.
     """
 
-    def __init__(self, family: Family, **components: torch.nn.Module):
+    def __init__(self, family: Family, *, adapters: Adapters | None = None, **components: torch.nn.Module):
         super().__init__()
-        self.family = family
+        self.family, self.adapters = family, adapters
         for name, component in components.items():
             self.add_module(name, component)
+        in_file = name_in_lora_file if adapters else name_in_file
         names = {
-            f"{component}.{name}": f"{component}.{name_in_file(module, name)}"
+            f"{component}.{name}": f"{component}.{in_file(module, name)}"
             for component, module in components.items()
-            for name, _ in module.named_parameters()
+            for name in (adapter_weights(module) if adapters else dict(module.named_parameters()))
         }
         self.trained = Trainable(self, names)
         self.is_compiled = self.recomputes = False
@@ -85,6 +88,15 @@ class Denoiser(torch.nn.Module):
     def text_encoders(self) -> dict[str, torch.nn.Module]:
         """Those that are trained."""
         return {name: component for name, component in self.named_children() if name in self.family.text_encoders}
+
+    def cast(self, dtype: torch.dtype, frozen: torch.dtype) -> None:
+        """Has what is trained be of `dtype`; beside adapters, what is frozen be of the dtype `frozen`."""
+        if self.adapters is None:
+            self.to(dtype)
+            return
+        trained = {id(parameter) for component in self.children() for parameter in adapter_weights(component).values()}
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype if id(parameter) in trained else frozen)
 
     def normalize_in_half(self) -> None:
         """Keeps autocast from widening normalizations to fp32."""
@@ -137,6 +149,10 @@ class Denoiser(torch.nn.Module):
                 raise UserError(f"--cuda_graphs: {told}: leave it out, or --gradient_checkpointing")
             return say(f"CUDA graphs: none, {told}")
         undo = keep_channels_last(self.unet) if not self.is_compiled else None
+        if self.adapters:  # weights that are trained are handed out so
+            for parameter in self.unet.parameters():
+                if parameter.ndim == 4 and not parameter.requires_grad:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         try:
             rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
             self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients)

@@ -24,6 +24,7 @@ from dreambooth.model.components import (
 from dreambooth.model.family import Family, Model, dtype_of_vae
 from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
 from dreambooth.model.libraries import save_vocabulary
+from dreambooth.model.lora import Lora, add_to_pipeline
 
 NOTHING: Mapping[str, Path] = {}
 
@@ -115,6 +116,7 @@ def load_pipeline(
     variant: str | None = None,
     sampler: str | None = None,
     elsewhere: Mapping[str, Path] = NOTHING,
+    lora: Lora | None = None,
     **parts: torch.nn.Module | CLIPTokenizer,
 ) -> DiffusionPipeline:
     """Loads a model anew, on the CPU, with some of its `parts` replaced and without a safety checker.
@@ -125,6 +127,7 @@ def load_pipeline(
         variant: of the weights that are loaded, where a part has it.
         sampler: class of diffusers by which it draws; None for the model's own.
         elsewhere: folders of parts that come from somewhere else.
+        lora: adapters that it draws with.
         parts: by their names.
     """
     with loading("pipeline", folder):
@@ -137,6 +140,8 @@ def load_pipeline(
         scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
         parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
         pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
+    if lora:
+        add_to_pipeline(pipeline, lora)
     of_vae = dtype_of_vae(family, pipeline.vae, dtype)
     for name in family.components:
         getattr(pipeline, name).to(of_vae if name == "vae" else dtype)

@@ -20,6 +20,7 @@ from dreambooth.processes.threads import cores_of, in_threads
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # A dtype of integers of the same size, in which the sum of a tensor and of zeros is the tensor, bit for bit.
 INTEGERS = {torch.float32: torch.int32, torch.uint8: torch.uint8}
+NO_METADATA: Mapping[str, str] = {}
 MAX_WRITERS = 4  # threads of a rank that copy from its GPU and write; a file system lets few into one file
 
 
@@ -63,7 +64,7 @@ class Slice:
         return Slice(self.name, self.shape, begin, self.values[begin:end], dtype=self.dtype)
 
 
-def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
+def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks, metadata: Mapping[str, str] = NO_METADATA) -> None:
     """Writes a safetensors file of whole tensors; to be called on every rank.
 
     On one machine each rank writes what it holds. Processes of several need not see the same files: they send theirs
@@ -73,13 +74,14 @@ def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
         path: of the file, which is new, in a folder that is there.
         slices: of its tensors.
         ranks: of the run.
+        metadata: that the file has besides.
 
     Raises:
         OSError: on rank 0, if some rank cannot write.
         ToldByRank0: then, on the others.
     """
     slices = list(slices)
-    places, size, header = _layout(slices)
+    places, size, header = _layout(slices, metadata)
     path = from_rank_0(lambda: _create(path, header, size))
     error = None
     try:
@@ -97,14 +99,15 @@ def write_slices(path: Path, slices: Iterable[Slice], ranks: Ranks) -> None:
     from_rank_0(lambda: _check(path))
 
 
-def _layout(slices: Sequence[Slice]) -> tuple[dict[str, int], int, bytes]:
+def _layout(slices: Sequence[Slice], metadata: Mapping[str, str]) -> tuple[dict[str, int], int, bytes]:
     """Returns where in a safetensors file each tensor begins, the size of the file, and what is before the tensors."""
     tensors, end = {}, 0
     for one in sorted(slices, key=lambda one: (-one.written_dtype.itemsize, one.name)):
         begin, end = end, end + one.nbytes
         told = {"dtype": DTYPES[one.written_dtype], "shape": [*one.shape], "data_offsets": [begin, end]}
         tensors[one.name] = told
-    text = json.dumps({"__metadata__": {"format": "pt"}} | tensors, separators=(",", ":")).encode()
+    told = {"__metadata__": {"format": "pt", **metadata}}
+    text = json.dumps(told | tensors, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return {name: len(header) + told["data_offsets"][0] for name, told in tensors.items()}, len(header) + end, header

@@ -83,7 +83,8 @@ class Trainable:
 
     Args:
         module: what of it is frozen stays as it is, and is not among them.
-        names: of those whose name here is to be another, by the name in the module.
+        names: of those whose name here is to be another, by the name in the module. What is frozen and has none is in
+            no file.
     """
 
     def __init__(self, module: torch.nn.Module, names: Mapping[str, str]):
@@ -91,9 +92,9 @@ class Trainable:
         self.is_flat = False
         # Copies, as they are now, whatever the module is converted to: what they are mapped from is a whole file.
         self._frozen = {
-            names.get(name, name): parameter.detach().clone()
+            names[name]: parameter.detach().clone()
             for name, parameter in module.named_parameters()
-            if not parameter.requires_grad
+            if name in names and not parameter.requires_grad
         }
         # The weights in each parameter, in the order of `parameters`.
         self.by_parameter = [
@@ -173,7 +174,7 @@ class Trainable:
                 yield Piece(weight, first - weight.offset, last - weight.offset, shard)
 
     def frozen(self) -> list[Slice]:
-        """Returns the weights of the module that take no gradients, in fp32, as they were before training."""
+        """Returns the weights in files that take no gradients, in fp32, as they were before training."""
         return [
             Slice(name, weight.shape, 0, weight.float().flatten(), is_everywhere=True)
             for name, weight in self._frozen.items()

@@ -30,6 +30,7 @@ from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import OPTIMIZER, Checkpoint, Training
 from dreambooth.model.folder import TRAINABLE
+from dreambooth.model.lora import WEIGHTS as LORA
 from dreambooth.model.slices import write_slices
 from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
 from dreambooth.run.folders import discard, readable, written_by_all
@@ -39,6 +40,8 @@ from dreambooth.run.trained import check_finite, write_trained
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
+# Settings that say which weights are trained: no run goes on with others.
+WHAT_IS_TRAINED = {"train_text_encoder", "lora_rank", "lora_target_modules"}
 # Files of the checkpoints that diffusers' scripts and others write with accelerate.
 OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
 # Courses of the learning rate that do not depend on where they end.
@@ -152,7 +155,7 @@ def not_ours(folder: Path) -> str | None:
         return None
     if not _state_of(folder):
         return f"{folder.name} was not written by this program"
-    ours = {*TRAINABLE, OPTIMIZER, STATE}
+    ours = {*TRAINABLE, LORA, OPTIMIZER, STATE}
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
     return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
 
@@ -217,7 +220,7 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
     }
     if not differing:
         return
-    parts_differ = "train_text_encoder" in differing
+    parts_differ = bool(WHAT_IS_TRAINED & differing.keys())
     told = "; ".join(differing.values())
     if parts_differ or not resume_anyway:
         hint = "a run trains the same parts to its end" if parts_differ else "see --resume_anyway"

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors.torch import save_file
 
 from dreambooth.command_line.console import (
     RunError,
@@ -30,19 +31,22 @@ from dreambooth.command_line.console import (
     say,
     warn,
 )
-from dreambooth.command_line.flags import OutputFlags
+from dreambooth.command_line.flags import LoraFlags, OutputFlags
 from dreambooth.engine.state import Training
 from dreambooth.model.components import empty_copy
 from dreambooth.model.folder import PIPELINE
 from dreambooth.model.hub import hub_reason
+from dreambooth.model.lora import KOHYA_WEIGHTS, WEIGHTS, as_kohya_names, kohya_metadata
 from dreambooth.model.pipeline import write_pipeline
 from dreambooth.model.precision import DTYPES
 from dreambooth.processes.ranks import Ranks, from_rank_0
 from dreambooth.processes.threads import in_threads
 from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_by_all, written_whole
-from dreambooth.run.trained import check_finite, write_trained
+from dreambooth.run.trained import check_finite, gather_adapters, write_trained
 
 LISTING, INDEX = "dreambooth.json", "model_index.json"
+# A pipeline, or adapters alone: the file that tells that all are there.
+LAST = (INDEX, WEIGHTS)
 PART = 64 * 2**20  # bytes of a file that a thread reads at a time for its digest
 # A folder with the earlier pipeline while another takes its place, and a file in it that says which.
 ASIDE, CHANGE = "aside", "change.json"
@@ -62,12 +66,12 @@ def check_logging_dir(logging_dir: str) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """In what form the trained pipeline is written.
+    """In what form the trained pipeline, or the adapters, are written.
 
     Args:
-        dtype: of its weights.
+        dtype: of the weights.
         of_single_file: of those in a single file.
-        more: name of the single file, if there is to be one.
+        more: names of files beside a pipeline's parts: of the single file, or of adapters, which are alone.
     """
 
     dtype: torch.dtype
@@ -75,9 +79,11 @@ class Form:
     more: tuple[str, ...]
 
     @classmethod
-    def of(cls, flags: OutputFlags) -> "Form":
+    def of(cls, flags: OutputFlags, lora: LoraFlags) -> "Form":
         wanted = flags.save_dtype and (torch.float32 if flags.save_dtype == "fp32" else DTYPES[flags.save_dtype])
         more = (f"{Path(flags.output_dir).resolve().name}.safetensors",) if flags.save_single_file else ()
+        if lora.lora_rank is not None:
+            more = (WEIGHTS, KOHYA_WEIGHTS) if lora.save_kohya_lora else (WEIGHTS,)
         return cls(wanted or torch.float32, wanted or torch.float16, more)
 
 
@@ -121,10 +127,11 @@ def prepare_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collect
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
     enter_output_dir(output_dir, dry_run=dry_run, more=more)
-    if (output_dir / INDEX).exists() and not dry_run:
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / INDEX).stat().st_mtime))
-        step = read_listing(output_dir).get("step")
-        say(f"{one_line(str(output_dir))} has a pipeline of step {step}, written {written}: this run replaces it")
+    found = next((name for name in LAST if (output_dir / name).exists()), None)
+    if found and not dry_run:
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / found).stat().st_mtime))
+        what, step = "pipeline" if found == INDEX else "LoRA", read_listing(output_dir).get("step")
+        say(f"{one_line(str(output_dir))} has a {what} of step {step}, written {written}: this run replaces it")
 
 
 @dataclass(frozen=True)
@@ -286,12 +293,10 @@ def save_pipeline(
         ToldByRank0: then, on the others.
     """
     hub_id = None if os.path.exists(base) else base
-    origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
 
-    def write(folder: Path) -> None:
-        with written_by_all(folder, size) as partial:
-            write_trained(partial, training, ranks, dtype)
-            from_rank_0(lambda: write_the_rest(partial))
+    def write_files(folder: Path) -> None:
+        write_trained(folder, training, ranks, dtype)
+        from_rank_0(lambda: write_the_rest(folder))
 
     def write_the_rest(folder: Path) -> None:
         trained = {name: empty_copy(component) for name, component in training.denoiser.named_children()}
@@ -302,12 +307,81 @@ def save_pipeline(
         write_pipeline(pipeline, folder, without=trained)
         leave_out_paths(folder, hub_id)
         write_more(folder)
+
+    check_finite(training.weights())
+    _save(output_dir, write_files, "pipeline", size=size, step=step, hub_id=hub_id, settings=settings)
+
+
+def save_lora(
+    output_dir: Path,
+    training: Training,
+    ranks: Ranks,
+    *,
+    kohya: bool,
+    size: int,
+    step: int,
+    base: str,
+    settings: dict,
+    dtype: torch.dtype,
+) -> None:
+    """Writes the adapters that are trained into `output_dir`, as `save_pipeline` does a pipeline, and instead of one.
+
+    What alpha multiplies is in the weights already, so that any program draws what the run has trained.
+
+    Args:
+        kohya: whether they are written also by the names of kohya's scripts.
+        output_dir, training, ranks, size, step, base, settings, dtype: as of `save_pipeline`.
+
+    Raises:
+        RunError, ToldByRank0: as `save_pipeline` does.
+    """
+    adapters = training.denoiser.adapters
+    weights = {name: weight.to(dtype) for name, weight in gather_adapters(training, ranks).items()}
+
+    def write_files(folder: Path) -> None:
+        from_rank_0(lambda: write(folder))
+
+    def write(folder: Path) -> None:
+        told = {"format": "pt"} | adapters.metadata(alpha=adapters.rank)
+        save_file(weights, folder / WEIGHTS, metadata=told)
+        if kohya:
+            save_file(as_kohya_names(weights), folder / KOHYA_WEIGHTS, metadata=kohya_metadata(adapters))
+
+    hub_id = None if os.path.exists(base) else base
+    _save(output_dir, write_files, "LoRA", size=size, step=step, hub_id=hub_id, settings=settings)
+
+
+def _save(
+    output_dir: Path,
+    write_files: Callable[[Path], None],
+    what: str,
+    *,
+    size: int,
+    step: int,
+    hub_id: str | None,
+    settings: dict,
+) -> None:
+    """Has files be written into a folder of their own, lists them, and puts them in place.
+
+    Args:
+        output_dir, size, step, settings: as of `save_pipeline`.
+        write_files: writes them into a folder; called on every rank.
+        what: messages call them.
+        hub_id: of the model that was trained, if it has one.
+    """
+    origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
+
+    def write(folder: Path) -> None:
+        with written_by_all(folder, size) as partial:
+            write_files(partial)
+            from_rank_0(lambda: write_listing(partial))
+
+    def write_listing(folder: Path) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
         states = {path.relative_to(folder).as_posix(): asdict(Written.now(path)) for path in files}
         (folder / LISTING).write_text(json.dumps(origin | {"files": states}, indent=1))
 
-    check_finite(training.weights())
-    name = f"pipeline-step-{step}"
+    name = f"{what.lower()}-step-{step}"
     staged = from_rank_0(lambda: _unused(output_dir / name))
     try:
         write(staged)
@@ -319,16 +393,16 @@ def save_pipeline(
             raise RunError(f"{error}; {first_line(second)}") from error
         if not is_rank_0():
             raise
-        raise RunError(f"{error}; the trained pipeline is whole in {elsewhere} instead") from error
-    from_rank_0(lambda: _put_all_in_place(staged, output_dir))
+        raise RunError(f"{error}; the trained {what} is whole in {elsewhere} instead") from error
+    from_rank_0(lambda: _put_all_in_place(staged, output_dir, what))
 
 
-def _put_all_in_place(staged: Path, output_dir: Path) -> None:
+def _put_all_in_place(staged: Path, output_dir: Path, what: str) -> None:
     try:
         _put_in_place(staged, output_dir)
     except OSError as error:
         raise RunError(
-            f"cannot put the trained pipeline in its place: {first_line(error)}; it is whole in {staged}"
+            f"cannot put the trained {what} in its place: {first_line(error)}; it is whole in {staged}"
         ) from error
 
 
@@ -357,7 +431,8 @@ def _unused(folder: Path) -> Path:
 def _put_in_place(staged: Path, output_dir: Path) -> None:
     """Moves the files of a whole pipeline to where they belong, and those of the earlier one out of their way.
 
-    The index goes first and comes last: a folder that has it is whole. Until then all can be taken back.
+    The index, or the adapters' own file, goes first and comes last: a folder that has it is whole. Until then all can
+    be taken back.
 
     Raises:
         OSError: if it cannot be done; then the earlier pipeline is back, and the new one whole in `staged`.
@@ -383,7 +458,7 @@ def _put_in_place(staged: Path, output_dir: Path) -> None:
 
 def _index_first(files: Iterable[str]) -> list[str]:
     """Returns the files of a pipeline, and their listing, in the order in which they go."""
-    return sorted([*files, LISTING] if files else [], key=lambda name: (name != INDEX, name))
+    return sorted([*files, LISTING] if files else [], key=lambda name: (name not in LAST, name))
 
 
 def _move(name: str, source: Path, target: Path) -> None:
@@ -413,7 +488,7 @@ def _settle(aside: Path) -> Path | None:
         staged, new, earlier = output_dir / change["staged"], change["new"], change["earlier"]
     except (OSError, ValueError, TypeError, KeyError):
         return None  # not ours
-    done = (output_dir / INDEX).exists() and not (staged / INDEX).exists()
+    done = bool(new) and (output_dir / new[0]).exists() and not (staged / new[0]).exists()
     if not done:
         for name in new:
             if not os.path.lexists(staged / name):
@@ -481,8 +556,9 @@ def upload(flags: OutputFlags, repo_id: str) -> None:
         )
     except Exception as error:  # whatever the network and the Hub can answer
         parts = sorted({PurePosixPath(name).parts[0] for name in files})
-        include = " ".join(part if part == INDEX else f"'{part}/*'" for part in parts)
+        include = " ".join(part if (output_dir / part).is_file() else f"'{part}/*'" for part in parts)
+        what = "LoRA" if WEIGHTS in files else "pipeline"
         raise RunError(
-            f"--push_to_hub: {hub_reason(error)}; the pipeline is whole in {output_dir}: "
+            f"--push_to_hub: {hub_reason(error)}; the {what} is whole in {output_dir}: "
             f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
         ) from error

@@ -34,6 +34,7 @@ class Room:
         pipeline: the trained pipeline.
         needed: the most that is there at a time, beyond what is there now.
         free: on the disk.
+        result: what messages call the trained pipeline.
     """
 
     checkpoint: int
@@ -42,19 +43,21 @@ class Room:
     pipeline: int
     needed: int
     free: int
+    result: str = "pipeline"
 
     def __str__(self) -> str:
         checkpoints = f"{self.written} checkpoint{'' if self.written == 1 else 's'} of {readable(self.checkpoint)}"
         kept = f", of which {self.kept} stay{'s' * (self.kept == 1)}," if self.kept < self.written else ""
-        return f"{readable(self.needed)} for {checkpoints}{kept} and the pipeline of {readable(self.pipeline)}"
+        return f"{readable(self.needed)} for {checkpoints}{kept} and the {self.result} of {readable(self.pipeline)}"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what a run writes, in bytes: a checkpoint, and the trained pipeline."""
+    """Of what a run writes, in bytes: a checkpoint, and the trained pipeline; and what messages call the latter."""
 
     checkpoint: int
     pipeline: int
+    result: str = "pipeline"
 
     @classmethod
     def of(
@@ -73,6 +76,11 @@ class Sizes:
         weights = {name: sum(one.numel() for one in module.parameters()) for name, module in components.items()}
         of_a_weight = 4 + (2 if use_8bit_adam else 8)
         return cls(of_a_weight * sum(weights[name] for name in trained), of_pipeline * sum(weights.values()))
+
+    @classmethod
+    def of_adapters(cls, weights: int, *, files: int) -> "Sizes":
+        """Returns them for so many weights of adapters, in fp32 with their moments, which are saved in `files`."""
+        return cls(12 * weights, 4 * weights * files, "LoRA")
 
 
 def room_of(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, first_step: int) -> Room:
@@ -101,6 +109,7 @@ def room_of(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, first_step:
         pipeline=sizes.pipeline,
         needed=max(most, taken + sizes.pipeline),
         free=shutil.disk_usage(_existing(output_dir)).free,
+        result=sizes.result,
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropo
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.family import Conditioning, Model, dtype_of_vae
 from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_tokenizer, known_family
+from dreambooth.model.lora import Adapters, adapter_weights, adapters_of, add_adapters, digest_of, load_adapters
 from dreambooth.model.loss import example_inputs, training_loss
 from dreambooth.model.pipeline import load_model, load_pipeline
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
@@ -46,6 +47,7 @@ from dreambooth.run.output import (
     enter_output_dir,
     prepare_hub,
     prepare_output_dir,
+    save_lora,
     save_pipeline,
     upload,
 )
@@ -79,7 +81,8 @@ def check_inputs(flags: Flags) -> Inputs:
     instance_images = find_instance_images(flags.instance, place, resolution)
     class_images = check_class_images(flags.prior, flags.instance, place, resolution)
     check_logging_dir(flags.output.logging_dir)
-    enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=Form.of(flags.output).more)
+    form = Form.of(flags.output, flags.lora)
+    enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=form.more)
     elsewhere = find_elsewhere(flags.model)
     model_folder = find_model(flags.model, elsewhere)
     check_origins(flags.prior, flags.model, class_images, model_folder, elsewhere)
@@ -129,7 +132,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """The folder of all that is form."""
+        """The folder of all that is written."""
         return Path(self.flags.output.output_dir)
 
     def settle(self, what: str, settings: dict) -> None:
@@ -170,11 +173,13 @@ class PreparedModel(Model):
 
     Args:
         trained: names of its components that are trained.
+        adapters: that these have, and that are trained instead of them; None without.
         load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
         sizes: of what the run writes.
     """
 
     trained: tuple[str, ...]
+    adapters: Adapters | None
     load_pipeline: Callable[..., DiffusionPipeline]
     sizes: Sizes
 
@@ -192,19 +197,23 @@ def prepare_model(run: Run) -> PreparedModel:
         variant=flags.model.variant,
         tokenizer=run.tokenizer_folder,
         elsewhere=run.elsewhere,
-        trained=None if run.checkpoint is None else run.checkpoint.folder,
+        trained=None if run.checkpoint is None or flags.lora.lora_rank else run.checkpoint.folder,
     )
     check_max_length(flags.model.tokenizer_max_length, model.readers)
     trained = ("unet", *(model.text_encoders if flags.model.train_text_encoder else ()))
-    warn_of_dropout(*(model.components[name] for name in trained))
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
-    frozen = [model.components[name] for name in ("vae", *model.text_encoders) if name not in trained]
+    keeps = trained if flags.lora.lora_rank is None else ()
+    frozen = [model.components[name] for name in ("vae", *model.text_encoders, "unet") if name not in keeps]
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
-    form = Form.of(flags.output)
+    form = Form.of(flags.output, flags.lora)
     of_pipeline = form.dtype.itemsize + (form.of_single_file.itemsize if form.more else 0)
     in_8_bits = flags.optimizer.use_8bit_adam
     sizes = Sizes.of(model.components, trained, use_8bit_adam=in_8_bits, of_pipeline=of_pipeline)
+    adapters = None
+    if flags.lora.lora_rank:
+        adapters, sizes = _prepare_adapters(run, model, trained)
+    warn_of_dropout(*(model.components[name] for name in trained))
     check_room(flags.output, run.schedule, sizes, first_step=run.first_step, dry_run=dry_run)
     check_validation_images(
         flags.validation, run.output_dir / "validation", first_step=run.first_step, steps=run.schedule.steps
@@ -212,7 +221,25 @@ def prepare_model(run: Run) -> PreparedModel:
     prepare_output_dir(run.output_dir, dry_run=dry_run, more=form.more)
     origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
     load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
-    return PreparedModel(**vars(model), trained=trained, load_pipeline=load, sizes=sizes)
+    return PreparedModel(**vars(model), trained=trained, adapters=adapters, load_pipeline=load, sizes=sizes)
+
+
+def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[Adapters, Sizes]:
+    """Gives components of a model adapters, those of the checkpoint if there is one.
+
+    Returns:
+        What they are, and the sizes of what the run writes.
+    """
+    flags, components = run.flags, {name: model.components[name] for name in names}
+    origin = {"base": flags.model.pretrained_model_name_or_path, "instance_prompt": flags.instance.instance_prompt}
+    adapters = adapters_of(flags.lora, components, **origin)
+    add_adapters(components, adapters, run.seed)
+    model.family.freeze_unread(model.components)
+    if run.checkpoint is not None:
+        load_adapters(run.checkpoint.folder, components)
+    compare("adapters", functools.partial(digest_of, components))
+    weights = sum(one.numel() for component in components.values() for one in adapter_weights(component).values())
+    return adapters, Sizes.of_adapters(weights, files=1 + flags.lora.save_kohya_lora)
 
 
 def prepare_memory(run: Run, model: PreparedModel, offload_dir: str | None) -> Memory:
@@ -298,7 +325,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not flags.model.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
-    denoiser = Denoiser(model.family, **{name: model.components[name] for name in model.trained})
+    trained = {name: model.components[name] for name in model.trained}
+    denoiser = Denoiser(model.family, adapters=model.adapters, **trained)
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
     with doing("caching latents"):
         settings = {"dtype": dtype_of_vae(model.family, vae, dtype), "which": flags.instance.cache_latents}
@@ -360,7 +388,7 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
         tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
         return leave()
     origin = {"step": run.schedule.steps, "base": flags.model.pretrained_model_name_or_path, "settings": run.settings}
-    form = Form.of(flags.output)
+    form = Form.of(flags.output, flags.lora)
 
     def write_more(folder: Path) -> None:
         from dreambooth.model.single_file import write_single_file  # with a loader that takes time to import
@@ -369,8 +397,11 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
             file = {"dtype": form.of_single_file, "title": run.output_dir.resolve().name}
             write_single_file(folder, folder / name, model.family, resolution=run.resolution, **file)
 
-    origin |= {"dtype": form.dtype, "write_more": write_more}
-    save_pipeline(run.output_dir, model.load_pipeline, training, ranks, size=model.sizes.pipeline, **origin)
+    origin |= {"size": model.sizes.pipeline, "dtype": form.dtype}
+    if model.adapters is None:
+        save_pipeline(run.output_dir, model.load_pipeline, training, ranks, write_more=write_more, **origin)
+    else:
+        save_lora(run.output_dir, training, ranks, kohya=flags.lora.save_kohya_lora, **origin)
     if ranks.rank == 0:
         remove_interim_checkpoints(run.output_dir)
     leave()

@@ -10,6 +10,7 @@ from dreambooth.command_line.console import RunError, ToldByRank0, is_rank_0
 from dreambooth.engine.state import Training
 from dreambooth.model.components import empty_copy, save_configuration, stem_of
 from dreambooth.model.libraries import name_in_file
+from dreambooth.model.lora import WEIGHTS, Lora, scaled
 from dreambooth.model.precision import all_finite
 from dreambooth.model.slices import Slice, gather, write_slices
 from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0
@@ -18,11 +19,16 @@ from dreambooth.processes.ranks import Ranks, from_all_ranks, from_rank_0
 def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
     """Writes the components that are trained, whole, as folders within `folder`; to be called on every rank.
 
+    Of adapters it writes a file.
+
     Raises:
         OSError: on rank 0, if some rank cannot write.
         ToldByRank0: then, on the others.
     """
     slices = training.weights()
+    if adapters := training.denoiser.adapters:
+        write_slices(folder / WEIGHTS, slices, ranks, adapters.metadata())
+        return
     for name, component in training.denoiser.named_children():
         own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own))
         prefix = f"{name}."
@@ -48,6 +54,32 @@ def check_finite(slices: Iterable[Slice]) -> None:
         if not is_rank_0():
             raise ToldByRank0(RunError.status)
         raise RunError(f"the weights hold values that are not finite, in {found[0]}: they are not saved")
+
+
+def gather_adapters(training: Training, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Puts the adapters that are trained together on rank 0, with their alpha in B; to be called on every rank.
+
+    Returns:
+        Their weights, fp32, on the CPU, by their names in files; on other ranks than 0 empty ones.
+
+    Raises:
+        RunError, ToldByRank0: as `check_finite` does.
+    """
+    slices = training.weights()
+    check_finite(slices)
+    weights = {one.name: whole for one, whole in zip(slices, gather(slices, ranks), strict=True)}
+    return scaled(weights, training.denoiser.adapters.scale)
+
+
+def gather_for_pipeline(training: Training, ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.nn.Module | Lora]:
+    """Puts what is trained together on rank 0, as arguments of `load_pipeline`; to be called on every rank.
+
+    Raises:
+        RunError, ToldByRank0: as `check_finite` does.
+    """
+    if training.denoiser.adapters is None:
+        return gather_trained(training, ranks, dtype)
+    return {"lora": Lora("this run", gather_adapters(training, ranks))}
 
 
 def gather_trained(training: Training, ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -20,7 +20,7 @@ from dreambooth.processes.ranks import Ranks
 from dreambooth.run.grid import captioned_grid
 from dreambooth.run.image_file import check_image_file, save_image
 from dreambooth.run.tracker import Tracker
-from dreambooth.run.trained import gather_trained
+from dreambooth.run.trained import gather_for_pipeline
 
 INFERENCE_STEPS = 25
 
@@ -79,7 +79,7 @@ def validate(
         ranks: whose device rank 0 draws on.
         step: optimizer steps done.
     """
-    trained = gather_trained(training, ranks, dtype)
+    trained = gather_for_pipeline(training, ranks, dtype)
     if not is_rank_0():
         return
     pictures, reason = [], None

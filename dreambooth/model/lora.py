@@ -1,0 +1,294 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): small weights that are trained beside those that are frozen.
+
+    y = W x + alpha / rank * B A x
+
+W is (out, in), A (rank, in), drawn at random, and B (out, rank), zeros at first: training begins at the model as it
+is. peft computes them. Files name them as peft does, after the component that they belong to, such as
+"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight".
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from torch import Tensor
+
+from dreambooth.command_line.console import UserError, first_line
+from dreambooth.command_line.flags import LoraFlags
+from dreambooth.model.components import loading
+from dreambooth.model.libraries import name_in_file
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # by which diffusers finds them in a folder
+KOHYA_WEIGHTS = "kohya_lora_weights.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ALL = (
+    *ATTENTION,
+    *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+OF_TEXT_ENCODERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+NAME = "default"  # by which peft knows the adapters of a model
+ENDINGS = (".lora_A.weight", ".lora_B.weight")
+METADATA = "lora_adapter_metadata"  # of which newer releases of diffusers make them again
+# Other names of A and B, in files of other programs.
+OTHER_NAMES = {
+    ".lora.down.": ".lora_A.",
+    ".lora.up.": ".lora_B.",
+    ".lora_linear_layer.down.": ".lora_A.",
+    ".lora_linear_layer.up.": ".lora_B.",
+}
+KOHYA = re.compile(r"lora_(unet|te|te1|te2)_")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What the adapters of a run are.
+
+    Args:
+        rank, alpha, dropout: see above.
+        targets: layers that have them, by their component: of each name, and of each that ends with it after a dot.
+        origin: what files tell besides: the model's Hub id, as base_model, and instance_prompt, where there are any.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Mapping[str, tuple[str, ...]]
+    origin: Mapping[str, str]
+
+    @property
+    def scale(self) -> float:
+        """By which what they add is multiplied."""
+        return self.alpha / self.rank
+
+    def metadata(self, *, alpha: float | None = None) -> dict[str, str]:
+        """Returns what a file of them says besides its weights; `alpha` where that is another in it."""
+        config = {
+            f"{component}.{name}": value
+            for component, targets in self.targets.items()
+            for name, value in {
+                "r": self.rank,
+                "lora_alpha": self.alpha if alpha is None else alpha,
+                "target_modules": list(targets),
+            }.items()
+        }
+        told = {"rank": str(self.rank), "alpha": f"{self.alpha:g}"}
+        told["target_modules"] = ",".join(dict.fromkeys(name for targets in self.targets.values() for name in targets))
+        return {METADATA: json.dumps(config, sort_keys=True)} | told | dict(self.origin)
+
+
+def adapters_of(
+    flags: LoraFlags, components: Mapping[str, torch.nn.Module], *, base: str, instance_prompt: str | None
+) -> Adapters:
+    """Returns the adapters that flags ask for.
+
+    Args:
+        flags: with a rank.
+        components: that get them, by their names.
+        base: the model, a Hub id or where it is on this machine; the latter is told nobody.
+        instance_prompt: where there is one for all images.
+
+    Raises:
+        UserError: if the UNet has no layer of a name that --lora_target_modules gives.
+    """
+    named = {"attention": ATTENTION, "all": ALL}.get(flags.lora_target_modules)
+    names = named or [name.strip() for name in flags.lora_target_modules.split(",") if name.strip()]
+    found = tuple(name for name in names if any(_adaptable(components["unet"], [name])))
+    missing = [name for name in names if name not in found]
+    if missing and not (named and found):  # a model need not have all kinds of layers
+        raise UserError(
+            f"--lora_target_modules {flags.lora_target_modules}: the UNet has no linear layer and no convolution "
+            f"of the name {missing[0]!r}; such as {', '.join(ATTENTION)}"
+        )
+    origin = {"base_model": None if os.path.exists(base) else base, "instance_prompt": instance_prompt}
+    return Adapters(
+        rank=flags.lora_rank,
+        alpha=flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha,
+        dropout=flags.lora_dropout,
+        targets={name: found if name == "unet" else OF_TEXT_ENCODERS for name in components},
+        origin={name: text for name, text in origin.items() if text},
+    )
+
+
+def _adaptable(component: torch.nn.Module, targets: Collection[str]) -> Iterator[str]:
+    """Yields the names of the layers that adapters for `targets` stand beside."""
+    for name, module in component.named_modules():
+        is_layer = isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        if is_layer and any(f".{name}".endswith(f".{target}") for target in targets):
+            yield name
+
+
+def add_adapters(components: Mapping[str, torch.nn.Module], adapters: Adapters, seed: int) -> None:
+    """Gives components their adapters, fp32, on the CPU, and freezes all else of them.
+
+    Args:
+        components: by their names, those of `adapters`.
+        adapters: what they are.
+        seed: that the random weights follow from.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # only where it is wanted
+
+    settings = {"r": adapters.rank, "lora_alpha": adapters.alpha, "lora_dropout": adapters.dropout}
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        for name, component in components.items():
+            component.requires_grad_(False)
+            inject_adapter_in_model(LoraConfig(**settings, target_modules=[*adapters.targets[name]]), component, NAME)
+            for weight in adapter_weights(component).values():
+                weight.data = weight.data.float()  # where those of the model are of another dtype, so are they
+
+
+def adapter_weights(component: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Returns the adapters' weights of a component, by their names in the component."""
+    return {name: weight for name, weight in component.named_parameters() if ".lora_" in name}
+
+
+def name_in_lora_file(component: torch.nn.Module, name: str) -> str:
+    """Returns the name by which files have an adapter's weight of a component."""
+    return name_in_file(component, name).replace(f".{NAME}.", ".")
+
+
+def load_adapters(folder: Path, components: Mapping[str, torch.nn.Module]) -> None:
+    """Gives adapters the weights that a checkpoint in `folder` has of them.
+
+    Raises:
+        UserError: if one is missing or of another shape.
+    """
+    with loading("LoRA", folder), safe_open(folder / WEIGHTS, framework="pt") as file:
+        for component, module in components.items():
+            for name, weight in adapter_weights(module).items():
+                weight.data.copy_(file.get_tensor(f"{component}.{name_in_lora_file(module, name)}"))
+
+
+def digest_of(components: Mapping[str, torch.nn.Module]) -> str:
+    """Returns what tells adapters of other weights apart: hexadecimal digits."""
+    digest = hashlib.sha256()
+    for component in components.values():
+        for weight in adapter_weights(component).values():
+            digest.update(weight.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Returns adapters that add `scale` times as much: all of it in B."""
+    ups = (".lora_B.weight", ".lora_up.weight")
+    return {name: weight * scale if name.endswith(ups) else weight for name, weight in weights.items()}
+
+
+def as_kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns adapters, whose alpha is their rank, by the names that kohya's scripts and web interfaces read."""
+    several = any(name.startswith("text_encoder_2.") for name in weights)
+    components = {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te1" if several else "lora_te",
+        "text_encoder_2": "lora_te2",
+    }
+    told = {}
+    for name, weight in weights.items():
+        component, _, layer = name.rpartition(".lora_")[0].partition(".")
+        module = f"{components[component]}_{layer.replace('.', '_')}"
+        if name.endswith(".lora_A.weight"):
+            told[f"{module}.lora_down.weight"] = weight
+            told[f"{module}.alpha"] = torch.tensor(float(len(weight)))
+        else:
+            told[f"{module}.lora_up.weight"] = weight
+    return told
+
+
+def kohya_metadata(adapters: Adapters) -> dict[str, str]:
+    """Returns what kohya's scripts tell in a file of adapters, whose alpha is their rank."""
+    told = {"ss_network_module": "networks.lora", "ss_network_dim": str(adapters.rank)}
+    return told | {"ss_network_alpha": str(adapters.rank)} | dict(adapters.origin)
+
+
+# Drawing with them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters to draw with.
+
+    Args:
+        name: by which messages call them.
+        weights: as a file has them; what they add is multiplied by 1.
+        base: Hub id of the model that they were trained with, where it is told.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    base: str | None = None
+
+
+def read_lora(name: str, flag: str, *, scale: float = 1.0) -> Lora:
+    """Reads a file of adapters, of this project or another.
+
+    Args:
+        name: of the file, or of a folder that a run has left, or of its checkpoint.
+        flag: that gives the name, for messages.
+        scale: by which what they add is multiplied besides.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    path = Path(name, WEIGHTS) if os.path.isdir(name) else Path(name)
+    if not path.is_file():
+        told = f"has no {WEIGHTS}" if os.path.isdir(name) else "is neither a folder nor a file"
+        raise UserError(f"{flag} {name} {told}: name what a run with --lora_rank has left")
+    with loading("LoRA", path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        weights = {_as_peft_names(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dictionary
+        config = json.loads(metadata.get(METADATA, "{}"))
+        weights = {key: _by_alpha(key, weight, config) for key, weight in weights.items()}
+    if not any(key.endswith(".lora_A.weight") or KOHYA.match(key) for key in weights):
+        raise UserError(f"{flag} {name} has no LoRA in it that is known here")
+    return Lora(name, scaled(weights, scale), metadata.get("base_model"))
+
+
+def _as_peft_names(name: str) -> str:
+    for other, own in OTHER_NAMES.items():
+        name = name.replace(other, own)
+    return name
+
+
+def _by_alpha(name: str, weight: Tensor, config: Mapping) -> Tensor:
+    """Returns an adapter's weight with alpha in it, as a file's metadata tell it: libraries of 2024 do not read it."""
+    component, _, layer = name.removesuffix(".lora_B.weight").partition(".")
+    alpha = config.get(f"{component}.alpha_pattern", {}).get(layer, config.get(f"{component}.lora_alpha"))
+    return weight if alpha is None or not name.endswith(".lora_B.weight") else weight * (alpha / weight.shape[1])
+
+
+def add_to_pipeline(pipeline: DiffusionPipeline, lora: Lora) -> None:
+    """Gives a pipeline adapters, beside weights that stay as they are.
+
+    Raises:
+        UserError: if they are those of another model.
+    """
+    try:
+        _check_fit(pipeline, lora.weights)
+        pipeline.load_lora_weights(dict(lora.weights))
+    except Exception as error:  # what a file leads the libraries to has no limit
+        raise UserError(f"the LoRA of {lora.name} does not fit this model: {first_line(error)}") from error
+
+
+def _check_fit(pipeline: DiffusionPipeline, weights: Mapping[str, Tensor]) -> None:
+    """Compares the shapes of adapters, but those by kohya's names, with those of the layers that they go to."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    layers = {f"{name}.{layer}": module for name, part in parts.items() for layer, module in part.named_modules()}
+    for name, weight in weights.items():
+        if not name.endswith(ENDINGS) or KOHYA.match(name):
+            continue
+        component, _, layer = name.rpartition(".lora_")[0].partition(".")
+        found = layers.get(f"{component}.{layer}") or layers.get(f"{component}.{layer.removeprefix('text_model.')}")
+        if found is None:
+            raise ValueError(f"it has no {component}.{layer}")
+        side = name.endswith(".lora_A.weight")  # of A the inputs, of B the outputs
+        if weight.shape[int(side)] != found.weight.shape[int(side)]:
+            told = f"{found.weight.shape[int(side)]} {'inputs' if side else 'outputs'}, and {weight.shape[int(side)]}"
+            raise ValueError(f"its {component}.{layer} has {told} in the LoRA")
