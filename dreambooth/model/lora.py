@@ -102,10 +102,10 @@ def adapters_of(
     names = named or [name.strip() for name in flags.lora_target_modules.split(",") if name.strip()]
     found = tuple(name for name in names if any(_adaptable(components["unet"], [name])))
     missing = [name for name in names if name not in found]
-    if missing and not (named and found):  # a model need not have all kinds of layers
+    if not found or (missing and not named):  # a model need not have all the kinds of layers that a word stands for
         raise UserError(
             f"--lora_target_modules {flags.lora_target_modules}: the UNet has no linear layer and no convolution "
-            f"of the name {missing[0]!r}; such as {', '.join(ATTENTION)}"
+            f"of the name {(missing or [''])[0]!r}; such as {', '.join(ATTENTION)}"
         )
     origin = {"base_model": None if os.path.exists(base) else base, "instance_prompt": instance_prompt}
     return Adapters(
