@@ -180,14 +180,15 @@ def find_models(
 
     Args:
         name, compare_with: of the models.
-        chosen: further arguments of `find_folder`, for the last of them.
+        chosen: further arguments of `find_folder`, for the last of them, and the first where they are the same.
         lora: adapters that the first draws with.
     """
     variant, shown = chosen["variant"], f"{name} with {lora.name}" if lora else name
     if not compare_with:
         return [Model(shown, find_folder(name, "MODEL", **chosen), variant, lora)]
+    own = chosen if name == compare_with else {}
     return [
-        Model(shown, find_folder(name, "MODEL"), None, lora),
+        Model(shown, find_folder(name, "MODEL", **own), own.get("variant"), lora),
         Model(compare_with, find_folder(compare_with, "--compare_with", **chosen), variant),
     ]
 

@@ -76,7 +76,7 @@ declare -A SETTINGS=(
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR")
+  local script=$1 argument previous="" launcher=(python) before=() trained=$OUTPUT_DIR adapters=""
   shift
   for argument in "$@"; do
     if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
@@ -115,9 +115,9 @@ train_and_compare() {
     "$@"
   if [ -n "$COMPARISON" ]; then
     if [ -f "$OUTPUT_DIR/pytorch_lora_weights.safetensors" ] && [ ! -f "$OUTPUT_DIR/model_index.json" ]; then
-      trained=("$MODEL_NAME" --lora "$OUTPUT_DIR")
+      trained=$MODEL_NAME adapters=$OUTPUT_DIR
     fi
-    python "$project/inference.py" "${trained[@]}" \
+    python "$project/inference.py" "$trained" ${adapters:+--lora "$adapters"} \
       --compare_with "$MODEL_NAME" \
       "${before[@]}" \
       --instance_data_dir "$INSTANCE_DIR" \

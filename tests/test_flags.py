@@ -18,6 +18,10 @@ CHANGES = {
     "pretrained_vae_model_name_or_path": ("{other_model}", {}),
     "tokenizer_name": ("{other_tokenizer}", {}),
     "train_text_encoder": (True, {}),
+    "lora_rank": (4, {}),
+    "lora_alpha": (64, {"lora_rank": 4}),
+    "lora_dropout": (0.5, {"lora_rank": 4}),
+    "lora_target_modules": ("all", {"lora_rank": 4}),
     "instance_data_dir": ("{other_photos}", {}),
     "instance_prompt": ("a drawing", {}),
     "resolution": (16, {}),
@@ -62,6 +66,7 @@ ELSEWHERE = {
     "test_input": ["local_rank", "plugin", "placement", "offload_optim_frac"],
     "test_disk": ["offload_dir"],
     "test_single_file": ["single_file_config", "save_single_file", "save_dtype"],
+    "test_lora": ["save_kohya_lora"],
     "test_models": ["variant", "validation_scheduler"],
     "test_peer_flags": ["prior_generation_precision", "tokenizer_max_length"],
     "test_gpu": ["cuda_graphs", "allow_tf32", "compile"],
@@ -128,7 +133,7 @@ def others(tmp_path_factory, photos):
 
 # What the traditional script does with flags by itself; the others go into functions that both scripts call.
 OF_TRADITIONAL = (
-    *("train_text_encoder", "with_prior_preservation", "train_batch_size", "gradient_accumulation_steps"),
+    *("train_text_encoder", "lora_rank", "with_prior_preservation", "train_batch_size", "gradient_accumulation_steps"),
     *("mixed_precision", "learning_rate", "scale_lr", "lr_scheduler", "max_grad_norm", "use_8bit_adam"),
 )
 
