@@ -263,6 +263,23 @@ def test_what_gemini_cannot_have_is_refused(flag, flags):
     assert done.returncode == 2 and f"--{flag} cannot see what" in done.error_lines[0]
 
 
+@pytest.mark.parametrize("cuda_graphs", ["off", "on"])
+@pytest.mark.parametrize(
+    "script, more",
+    [(TRADITIONAL, {}), (COLOSSALAI, {"plugin": "torch_ddp"}), (COLOSSALAI, {"plugin": "low_level_zero"})],
+)
+def test_adapters_take_the_steps_of_fp32(script, more, cuda_graphs, flags, tmp_path):
+    """Beside weights in bf16; those of all kinds of layers, of text encoders too."""
+    flags |= {"lora_rank": 4, "lora_target_modules": "all", "train_text_encoder": True, "max_train_steps": 6}
+    flags |= {"learning_rate": 1e-3}
+    exact = {"mixed_precision": "no", "cuda_graphs": "off", "output_dir": tmp_path / "fp32"}
+    train(TRADITIONAL, flags | exact, nproc=NPROC, on_gpu=True)
+    train(script, flags | more | {"mixed_precision": "bf16", "cuda_graphs": cuda_graphs}, nproc=NPROC, on_gpu=True)
+    for name in ("loss", "grad_norm"):
+        found, wanted = (scalars(folder, name) for folder in (flags["output_dir"], tmp_path / "fp32"))
+        np.testing.assert_allclose(found, wanted, rtol=3e-2)
+
+
 def test_tf32_rounds_the_matrix_products_of_fp32(flags, tmp_path):
     flags |= {"mixed_precision": "no", "max_train_steps": 2}
     for name, allowed in (("fp32", False), ("tf32", True)):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import inference
 from benchmarks import random_model
 from dreambooth.command_line.console import UserError
-from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, OptimizerFlags, TrainingFlags
+from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, OptimizerFlags, OutputFlags, TrainingFlags
 from dreambooth.command_line.parser import read
 from dreambooth.command_line.rules import problems_of
 from dreambooth.engine.strategy import StrategyFlags, choose_strategy
@@ -269,6 +269,10 @@ def test_what_nothing_reads_stays_as_it_was_drawn(trained, xl_model):
     assert len(last) == 8
     ups = {name: weight for name, weight in weights.items() if ".lora_B." in name}
     assert {name for name, weight in ups.items() if not weight.any()} == last & ups.keys()
+    drawn = adapter_weights(model_with_adapters(xl_model)[0]["text_encoder"])
+    drawn = {name.replace(".default.", "."): weight for name, weight in drawn.items()}
+    own = {name: name.removeprefix("text_encoder.") for name in last}
+    assert all(torch.equal(weights[name], drawn.get(found, drawn.get(found[11:]))) for name, found in own.items())
 
 
 def draw(tmp_path, *words, output="image.png") -> np.ndarray:
@@ -343,6 +347,8 @@ def test_what_does_not_go_together(monkeypatch, photos, tmp_path):
     model = ModelFlags(pretrained_model_name_or_path="m")
     found = problems_of(Flags(model=model, lora=LoraFlags(lora_rank=4), training=TrainingFlags(compile=True)))
     assert any("--compile is for whole UNets" in problem for problem in found)
+    found = problems_of(Flags(model=model, lora=LoraFlags(lora_rank=4), output=OutputFlags(save_single_file=True)))
+    assert any("--save_single_file writes a whole pipeline" in problem for problem in found)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +467,13 @@ def test_activations_are_made_again_beside_adapters(tiny_model):
         ).sample.square().mean().backward()
     for one, other in zip(*(adapter_weights(unet).values() for unet in unets), strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+def test_dropout_of_adapters_is_known_to_draw(tiny_model):
+    """So that a run warns of it, and its recomputing repeats what was drawn."""
+    for rate in (0.0, 0.1):
+        components, adapters = model_with_adapters(tiny_model, lora_dropout=rate)
+        assert Denoiser(STABLE_DIFFUSION, adapters=adapters, **components).draws == (rate > 0)
 
 
 def test_adapters_of_all_layers(tiny_model):
