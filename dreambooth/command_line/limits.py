@@ -22,6 +22,11 @@ OUT_OF_SHARED_MEMORY = re.compile(
 ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
+# What makes a run take less memory, in the order of its cost: in it an error tells them, and what fits is looked for.
+NO_GRAPHS, CHECKPOINTING = "no --cuda_graphs on", "--gradient_checkpointing"
+SMALLER_BATCH = "a smaller --train_batch_size with more --gradient_accumulation_steps"
+EIGHT_BIT, SPLIT, HOST = "--use_8bit_adam", "--plugin low_level_zero on several GPUs", "--placement cpu"
+NO_TEXT_ENCODER, LOWER_RESOLUTION = "no --train_text_encoder", "a lower --resolution"
 _cheaper: list[str] = []
 _cheaper_for_host: list[str] = []  # what spares host memory, and no GPU's
 
@@ -44,17 +49,22 @@ def remember_cheaper_flags(
         offload_dir: the folder on a disk for what is in host memory otherwise; None for none.
     """
     offered = {
-        "no --cuda_graphs on": training.cuda_graphs == "on",
-        "--gradient_checkpointing": not training.gradient_checkpointing,
-        "a smaller --train_batch_size with more --gradient_accumulation_steps": training.train_batch_size > 1,
-        "--use_8bit_adam": not (optimizer.use_8bit_adam or sharded),
-        "--plugin low_level_zero on several GPUs": placement is not None and not sharded,
-        "--placement cpu": placement == "cuda",
-        "no --train_text_encoder": model.train_text_encoder,
-        "a lower --resolution": True,
+        NO_GRAPHS: training.cuda_graphs == "on",
+        CHECKPOINTING: not training.gradient_checkpointing,
+        SMALLER_BATCH: training.train_batch_size > 1,
+        EIGHT_BIT: not (optimizer.use_8bit_adam or sharded),
+        SPLIT: placement is not None and not sharded,
+        HOST: placement == "cuda",
+        NO_TEXT_ENCODER: model.train_text_encoder,
+        LOWER_RESOLUTION: True,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]
     _cheaper_for_host[:] = ["--offload_dir on a fast disk"] * (placement == "cpu" and offload_dir is None)
+
+
+def cheaper_flags() -> list[str]:
+    """Returns what would make this run take less memory, in the order of its cost."""
+    return list(_cheaper)
 
 
 def explain(error: Exception) -> str | None:

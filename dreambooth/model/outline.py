@@ -8,14 +8,21 @@ from pathlib import Path
 import torch
 
 from dreambooth.model.activations import discard_activations
-from dreambooth.model.components import empty_copy, latent_shape, loading, part_folder, without_weights
+from dreambooth.model.components import (
+    check_resolution,
+    empty_copy,
+    latent_shape,
+    loading,
+    part_folder,
+    without_weights,
+)
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.family import Conditioning, Family, View
 from dreambooth.model.folder import family_of
 from dreambooth.model.loss import example_inputs
+from dreambooth.model.pipeline import load_tokenizers
 from dreambooth.model.tracing import Moment, Passes, trace
 
-TOKENS = 77  # that every text encoder of these families reads
 NOTHING: Mapping[str, Path] = {}
 
 
@@ -49,6 +56,13 @@ class Outline:
         return Denoiser(self.family, **parts).train().to("meta", dtype)
 
     @functools.cache  # noqa: B019 - one outline lives as long as a run
+    def weights(self, text_encoders: bool) -> tuple[int, int]:
+        """Returns the number of weights that are trained, and of those in convolutions over more than a pixel."""
+        shapes = [weight.shape for weight in self.denoiser(text_encoders).trained]
+        of_convolutions = [shape.numel() for shape in shapes if len(shape) == 4 and shape[2:].numel() > 1]
+        return sum(shape.numel() for shape in shapes), sum(of_convolutions)
+
+    @functools.cache  # noqa: B019 - as above
     def chunks(self, text_encoders: bool) -> int:
         """Returns the number of elements of the equal chunks that Gemini lays flat parameters into, one in each."""
         denoiser = self.denoiser(text_encoders)
@@ -80,7 +94,7 @@ class Outline:
         """Returns more than any passes hold, at once: as if each layer were as wide as the latents and kept all."""
         denoiser = self.denoiser(text_encoders)
         widths = sum(sum(weight.shape[:2]) for weight in denoiser.parameters())
-        places = max(self.latents[1] * self.latents[2], TOKENS)
+        places = max(self.latents[1] * self.latents[2], self._tokens)
         return Passes((Moment(widths * places * dtype.itemsize, denoiser.trained.numel()),))
 
     @functools.cache  # noqa: B019 - as above
@@ -95,10 +109,15 @@ class Outline:
         """(channels, height, width) of an image's latents."""
         return latent_shape(self.components["vae"], self.resolution)
 
+    @property
+    def _tokens(self) -> int:
+        """How many of a prompt the text encoders read."""
+        return max(self.components[name].config.max_position_embeddings for name in self.family.text_encoders)
+
     def _conditioning(self, text_encoders: bool) -> Conditioning:
         """Returns what the denoiser reads beside latents, of one example."""
         names = ["input_ids", *(f"input_ids_{n + 2}" for n in range(len(self.family.text_encoders) - 1))]
-        conditioning = {name: torch.zeros(1, TOKENS, dtype=torch.int64, device="meta") for name in names}
+        conditioning = {name: torch.zeros(1, self._tokens, dtype=torch.int64, device="meta") for name in names}
         if not text_encoders:
             readers = {name: empty_copy(self.components[name]).to("meta") for name in self.family.text_encoders}
             with torch.no_grad():
@@ -108,16 +127,19 @@ class Outline:
         return conditioning | {name: tensor[None] for name, tensor in of_view.items()}
 
 
-def outline_of(folder: Path, resolution: int, elsewhere: Mapping[str, Path] = NOTHING) -> Outline:
-    """Returns the outline of the model in a folder; no weights are read.
+def outline_of(
+    folder: Path, resolution: int, elsewhere: Mapping[str, Path] = NOTHING, tokenizer: Path | None = None
+) -> Outline:
+    """Returns the outline of the model in a folder, which `find_folder` has looked at; no weights are read.
 
     Args:
         folder: of the model.
         resolution: of the images, in pixels.
         elsewhere: folders of parts that come from somewhere else.
+        tokenizer: folder of other tokenizers than its own.
 
     Raises:
-        UserError: if a configuration cannot be read.
+        UserError: if a configuration cannot be read, parts do not fit, or images of that resolution have no latents.
     """
     family = family_of(folder)
     components = {}
@@ -125,9 +147,12 @@ def outline_of(folder: Path, resolution: int, elsewhere: Mapping[str, Path] = NO
         source = elsewhere.get(name, folder)
         with loading(family.labels[name], source):
             components[name] = without_weights(kind, part_folder(source, name))
+    check_resolution(resolution, components["vae"])
+    if elsewhere:
+        family.check_fit(load_tokenizers(family, tokenizer or folder), components)
     return Outline(family, components, resolution)
 
 
 def times(passes: Passes, examples: int) -> Passes:
-    """Returns the passes of so many examples, from those of one: activations grow with their number, weights do not."""
+    """Returns the passes of so many examples, from those of one: activations grow with their number."""
     return Passes(tuple(replace(one, activations=examples * one.activations) for one in passes.moments))

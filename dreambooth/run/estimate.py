@@ -13,16 +13,18 @@ from dreambooth.data.latents import images_at_a_time
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.outline import Outline, times
 from dreambooth.model.tracing import Passes
+from dreambooth.model.trainable import FLAT_ELEMENTS
 
 GIB = 2**30
 MIB = 2**20
 # What only a machine shows. CUDA's context: nvidia-smi's figure of a process, less what torch has reserved (H100).
 CONTEXT = GIB // 2
-# What torch had allocated in steps on one and two H100, beyond all other terms: 0.07 to 0.12 GiB, of 16 images as of 8.
+# What torch had allocated in steps on one and two H100 beyond all other terms, of 16 images as of 8: 0.0 to 0.1 GiB.
 WORKSPACES = GIB // 10
 # What a process holds of its own when it has imported the libraries: with CUDA and NCCL 2.9 to 4.1 GiB, by six runs
-# with --placement cpu and auto on H100 and H200; without them as seen on a machine that has no GPU.
-LIBRARIES_WITH_GPU, LIBRARIES = 7 * GIB // 2, 450 * MIB
+# with --placement cpu and auto on H100 and H200; without them 380 to 430 MiB, as seen on a machine that has no GPU. Of
+# what was freed malloc keeps some besides: in a run on the CPU a fifth of its memory, by its own settings.
+LIBRARIES_WITH_GPU, LIBRARIES = 7 * GIB // 2, 400 * MIB
 # Gemini holds at most so many weights whole that it has fetched, two chunks: 0.31 and 0.32 GiB on H100 and H200, of
 # which WORKSPACES are a part.
 FETCHED = 2 * 48 * 2**20
@@ -94,7 +96,7 @@ class Setup:
         words += ["--gradient_checkpointing"] * self.recomputes + ["--use_8bit_adam"] * self.use_8bit_adam
         if own is not None:
             if self.batch != own.batch:
-                words.append(f"--train_batch_size {self.batch}")
+                words.append(f"--train_batch_size {self.batch} with more --gradient_accumulation_steps")
             if self.text_encoders != own.text_encoders:
                 words.append("no --train_text_encoder")
             if self.records != own.records:
@@ -131,8 +133,9 @@ class Counts:
 
 # When: before steps, and in them.
 PROMPTS, LATENTS, LOADING = "prompts are encoded", "latents are cached", "weights are loaded"
-IMAGES, PASSES, UPDATE = "images of a step are encoded", "gradients are computed", "weights are updated"
-IN_STEPS = (IMAGES, PASSES, UPDATE)
+IMAGES, PASSES = "images of a step are encoded", "gradients are computed"
+GATHERING, UPDATE = "gradients are put together", "weights are updated"
+IN_STEPS = (IMAGES, PASSES, GATHERING, UPDATE)
 ALL = (PROMPTS, LATENTS, LOADING, *IN_STEPS)
 
 
@@ -179,6 +182,11 @@ class Estimate:
 
     card: Peak | None
     host: Peak
+
+    @property
+    def host_alone(self) -> int:
+        """What of the host's memory a process has to itself: it may share the libraries' files with others."""
+        return self.host.bytes - (LIBRARIES if self.card is None else LIBRARIES_WITH_GPU)
 
 
 def estimate(setup: Setup, counts: Counts) -> Estimate:
@@ -228,7 +236,7 @@ def _of_whole_weights(setup: Setup, w: int) -> Iterator[Term]:
     yield Term("card", 4 * w, "of fp32 weights")
     yield Term("card", (2 if setup.use_8bit_adam else 8) * w, "of AdamW's moments")
     if setup.dtype.itemsize < 4:
-        # Flat ones are handed out once a step, and stay until then; those that are not, until their gradients are there.
+        # Flat ones are handed out once a step, and stay until then; others until their gradients are there.
         yield Term("card", 2 * w, "of their copies in half precision", IN_STEPS if setup.is_flat(w) else [PASSES])
     if is_ddp or setup.ranks > 1:
         yield Term("card", 4 * w, "of gradients in DDP's buckets" if is_ddp else "of DDP's buckets")
@@ -272,24 +280,32 @@ def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
         yield Term("card", 2 * own, "of gradients")
     if fetches:
         yield Term("host" if moved == 1 else "card", 2 * own, "of half-precision weights")
-        yield Term("card", 2 * FETCHED, "of weights that are fetched", [PASSES])
+        yield Term("card", 2 * min(FETCHED, weights), "of weights that are fetched", [PASSES])
     else:
-        yield Term("card", 2 * weights, "of half-precision weights", [IMAGES, PASSES])
+        yield Term("card", 2 * weights, "of half-precision weights", [IMAGES, PASSES, GATHERING])
         yield Term("card", 2 * own, "of gradients in half precision", [UPDATE])
     yield Term("host", 2 * counts.weights * (1 if fetches else 2), "of half-precision weights", [LOADING])
 
 
 def _of_passes(setup: Setup, counts: Counts) -> Iterator[Term]:
     """What grows and goes within the passes: activations, and gradients where nothing else has their place."""
+    w, flat, size = counts.weights, min(FLAT_ELEMENTS, counts.weights), setup.dtype.itemsize
     if setup.records:
         of_a_gradient = 0  # each goes to its place at once
-    elif setup.is_flat(counts.weights):
-        of_a_gradient = setup.dtype.itemsize  # autograd puts flat ones together when all else is done
+    elif setup.is_flat(w):
+        of_a_gradient = size  # autograd puts flat ones together when all else is done
     else:
         of_a_gradient = 4 if setup.strategy is None and not setup.accumulates else 0
     most = counts.passes.peak(of_a_gradient)
     yield Term("card", most.activations, "of activations", [PASSES])
     yield Term("card", of_a_gradient * most.gradients, "of the gradients that are there by then", [PASSES])
+    if setup.is_flat(w) and not setup.records:
+        # From half precision to fp32 both are there, of a parameter. The traditional process has none elsewhere: when
+        # it comes to the last, those of the others are there in fp32, and take as much as all did before.
+        has_buckets = setup.strategy is not None or setup.accumulates
+        of_all, of_one = (size, size if setup.shards or size == 4 else size + 4) if has_buckets else (4, 4)
+        yield Term("card", of_all * w, "of the gradients of all weights", [GATHERING])
+        yield Term("card", of_one * flat, "of a flat parameter's gradient", [GATHERING])
 
 
 def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Counts:
@@ -301,7 +317,7 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         at_most: whether passes are not looked at, but taken as more than they hold: it takes no time.
     """
     trained, examples = outline.trained(setup.text_encoders), setup.batch * setup.examples
-    weights = [one for one in outline.denoiser(setup.text_encoders).parameters() if one.requires_grad]
+    weights, convolutions = outline.weights(setup.text_encoders)
     if at_most:
         passes = outline.passes_at_most(setup.text_encoders, setup.dtype)
     else:
@@ -309,8 +325,8 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         passes = outline.passes(setup.text_encoders, setup.dtype, **how)
     is_gemini = setup.shards and setup.strategy.plugin == "gemini"
     return Counts(
-        weights=sum(one.numel() for one in weights),
-        convolutions=sum(one.numel() for one in weights if one.ndim == 4 and one.shape[2:].numel() > 1),
+        weights=weights,
+        convolutions=convolutions,
         chunks=outline.chunks(setup.text_encoders) if is_gemini else 0,
         readers=outline.size(*(name for name in outline.family.text_encoders if name not in trained)),
         vae=outline.size("vae"),
