@@ -194,17 +194,18 @@ def estimate_of(outline: Outline, setup: Setup) -> Estimate:
 def strategies(own: Setup) -> Iterator[Setup]:
     """Yields the ways of a trainer to spread and spare memory, faster ones first; each with `own`'s samples."""
     light = replace(own, recomputes=False, use_8bit_adam=False, records=False)
-    plain = [light, replace(light, recomputes=True)]
+    ways = [light, replace(light, recomputes=True)]
     if importlib.util.find_spec("bitsandbytes") is not None:
-        plain.append(replace(light, recomputes=True, use_8bit_adam=True))
+        ways.append(replace(light, recomputes=True, use_8bit_adam=True))
     if own.strategy is None:
-        yield from plain
+        yield from ways
         return
-    for placement in ("cuda", "auto", "cpu"):
-        for plugin in ("torch_ddp", "low_level_zero", "gemini"):
-            if placement in PLACEMENTS[plugin]:
-                ways = plain if plugin == "torch_ddp" else plain[:2]  # no AdamW in 8 bits where it is split
-                yield from (_with_strategy(one, plugin, placement) for one in ways)
+    for placement in ("cuda", "cpu", "auto"):
+        for way in ways:
+            for plugin in ("torch_ddp", "low_level_zero", "gemini"):
+                quantizes_shards = way.use_8bit_adam and plugin != "torch_ddp"
+                if placement in PLACEMENTS[plugin] and not quantizes_shards:
+                    yield _with_strategy(way, plugin, placement)
 
 
 def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
