@@ -90,6 +90,7 @@ class _Counter(TorchDispatchMode):
     def _arrived(self, weight: Tensor) -> None:
         weight.grad = None  # how many bytes it takes, and how long, is the strategy's
         self.gradients += weight.numel()
+        self._note()
 
     def _note(self) -> None:
         last = self.moments[-1]

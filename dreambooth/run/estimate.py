@@ -300,10 +300,10 @@ def _of_passes(setup: Setup, counts: Counts) -> Iterator[Term]:
     yield Term("card", most.activations, "of activations", [PASSES])
     yield Term("card", of_a_gradient * most.gradients, "of the gradients that are there by then", [PASSES])
     if setup.is_flat(w) and not setup.records:
-        # From half precision to fp32 both are there, of a parameter. The traditional process has none elsewhere: when
-        # it comes to the last, those of the others are there in fp32, and take as much as all did before.
+        # Beside what it is put together of, or the same in fp32. The traditional process has none elsewhere: when it
+        # comes to the last, those of the others are there in fp32.
         has_buckets = setup.strategy is not None or setup.accumulates
-        of_all, of_one = (size, size if setup.shards or size == 4 else size + 4) if has_buckets else (4, 4)
+        of_all, of_one = (size, size if setup.shards else 4) if has_buckets else (4, size)
         yield Term("card", of_all * w, "of the gradients of all weights", [GATHERING])
         yield Term("card", of_one * flat, "of a flat parameter's gradient", [GATHERING])
 
