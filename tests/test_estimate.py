@@ -403,9 +403,15 @@ def test_every_strategy_is_told_once(of_1_4):
 
 
 def test_readme_has_what_is_estimated():
-    readme = (ROOT / "README.md").read_text()
-    for table in memory.tables().split("\n\n"):
-        assert table in readme, f"not in README.md:\n{table}"
+    """To a rounding: what a pass holds differs by some MiB between releases of the libraries."""
+    number = re.compile(r"\d+\.\d")
+    section = (ROOT / "README.md").read_text().partition("### Memory\n")[2].partition("\n### ")[0]
+    found = [line for line in section.splitlines() if line.startswith("|")]
+    wanted = [line for line in memory.tables().splitlines() if line]
+    assert [number.sub("", line) for line in found] == [number.sub("", line) for line in wanted]
+    for line, by_now in zip(found, wanted, strict=True):
+        numbers = [[float(one) for one in number.findall(text)] for text in (line, by_now)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.11), by_now
 
 
 @pytest.mark.gpu
