@@ -297,7 +297,8 @@ def _of_passes(setup: Setup, counts: Counts) -> Iterator[Term]:
     else:
         of_a_gradient = 4 if setup.strategy is None and not setup.accumulates else 0
     most = counts.passes.peak(of_a_gradient)
-    yield Term("card", most.activations, "of activations", [PASSES])
+    # A graph keeps what it takes, also while it does not run.
+    yield Term("card", most.activations, "of activations", IN_STEPS if setup.records else [PASSES])
     yield Term("card", of_a_gradient * most.gradients, "of the gradients that are there by then", [PASSES])
     if setup.is_flat(w) and not setup.records:
         # Beside what it is put together of, or the same in fp32. The traditional process has none elsewhere: when it
