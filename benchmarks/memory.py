@@ -13,29 +13,25 @@ from collections.abc import Iterator
 import torch
 from accelerate import init_empty_weights
 
-from benchmarks.random_model import SHAPES, pipeline_of
+from benchmarks.random_model import SHAPES
 from dreambooth.engine.strategy import Strategy
-from dreambooth.model.components import empty_copy
+from dreambooth.model.configurations import build_pipeline, clip_tokenizer
 from dreambooth.model.folder import FAMILIES
 from dreambooth.model.outline import Outline
 from dreambooth.run.estimate import GIB, Estimate, Setup
 from dreambooth.run.memory import CARDS, FITS, SEEN_OF_A_CARD, Machine, estimate_of, smallest_card, strategies
 
-VOCABULARY = 49408  # of CLIP; the models of random_model.py have a smaller one
 # The models of the table, each with how many images are in a batch: one sample, with prior preservation or without.
 MODELS = {"stable-diffusion-v1-4": 2, "stable-diffusion-xl": 1}
 NAMES = {"stable-diffusion-v1-4": "Stable Diffusion 1.4", "stable-diffusion-xl": "Stable Diffusion XL"}
 
 
 def outline(shape: str, resolution: int | None = None) -> Outline:
-    """Returns the outline of a model of a shape of random_model.py, but with the vocabulary of CLIP."""
+    """Returns the outline of a model of a shape of random_model.py, with the vocabulary of CLIP."""
     with init_empty_weights():
-        pipeline = pipeline_of(SHAPES[shape], "epsilon", 0)
+        pipeline = build_pipeline(SHAPES[shape], clip_tokenizer, "epsilon")
     family = next(one for one in FAMILIES if isinstance(pipeline, one.pipeline))
     components = {name: pipeline.components[name] for name in family.components}
-    for name in family.text_encoders:
-        components[name].config.vocab_size = VOCABULARY
-        components[name] = empty_copy(components[name])
     return Outline(family, components, resolution or SHAPES[shape]["vae"]["sample_size"])
 
 

@@ -21,7 +21,7 @@ MIB = 2**20
 CONTEXT = GIB // 2
 # What torch had allocated in steps on one and two H100 beyond all other terms, of 16 images as of 8: 0.0 to 0.1 GiB.
 WORKSPACES = GIB // 10
-# What a process holds of its own when it has imported the libraries: with CUDA and NCCL 2.9 to 4.1 GiB, by six runs
+# What a process holds of its own when it has imported the libraries: with CUDA and NCCL 2.9 to 4.1 GiB, by five runs
 # with --placement cpu and auto on H100 and H200; without them 380 to 430 MiB, as seen on a machine that has no GPU. Of
 # what was freed malloc keeps some besides: in a run on the CPU a fifth of its memory, by its own settings.
 LIBRARIES_WITH_GPU, LIBRARIES = 7 * GIB // 2, 400 * MIB
@@ -93,6 +93,8 @@ class Setup:
                 words.append(f"--placement {self.strategy.placement}")
             if self.strategy.offload_optim_frac != (self.strategy.placement != "cuda"):
                 words.append(f"--offload_optim_frac {self.strategy.offload_optim_frac:g}")
+            if self.strategy.offload_dir:
+                words.append(f"--offload_dir {self.strategy.offload_dir}")
         words += ["--gradient_checkpointing"] * self.recomputes + ["--use_8bit_adam"] * self.use_8bit_adam
         if own is not None:
             if self.batch != own.batch:
@@ -144,7 +146,7 @@ class Term:
     """A part of the memory.
 
     Args:
-        where: "card" or "host".
+        where: "card", "host" or "disk".
         bytes: of it; of a process.
         what: it is, in the words that follow "GiB".
         when: phases of a run in which it is there.
@@ -178,10 +180,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The most that a process holds on its GPU, None on the CPU, and in the host's memory."""
+    """The most that a process holds on its GPU (None on the CPU), in host memory, and by --offload_dir on a disk."""
 
     card: Peak | None
     host: Peak
+    disk: int = 0
 
     @property
     def host_alone(self) -> int:
@@ -203,7 +206,7 @@ def estimate(setup: Setup, counts: Counts) -> Estimate:
         return Estimate(None, _peak(terms, "host"))
     terms.append(Term("card", CONTEXT + WORKSPACES, "of CUDA's context and workspaces", ALL))
     terms.append(Term("host", LIBRARIES_WITH_GPU, "of Python and its libraries", ALL))
-    return Estimate(_peak(terms, "card"), _peak(terms, "host"))
+    return Estimate(_peak(terms, "card"), _peak(terms, "host"), _peak(terms, "disk").bytes)
 
 
 def _peak(terms: list[Term], where: str) -> Peak:
@@ -249,17 +252,28 @@ def _of_whole_weights(setup: Setup, w: int) -> Iterator[Term]:
 def _of_low_level_zero(setup: Setup, counts: Counts) -> Iterator[Term]:
     """Half-precision weights and gradients whole; of fp32 weights and moments the part of this rank."""
     w, own = counts.weights, counts.weights // setup.ranks
-    where = "host" if setup.strategy.zero_offloads else "card"
+    where = _beside_card(setup) if setup.strategy.zero_offloads else "card"
     yield Term("card", 2 * w, "of half-precision weights")
     yield Term(where, 4 * own, "of fp32 weights")
     yield Term(where, 8 * own, "of AdamW's moments")
     yield Term("card", 2 * w, "of gradients", IN_STEPS if setup.keeps_gradients else [UPDATE])
-    yield Term(where, 4 * own, "of gradients in fp32", [UPDATE])
+    if where == "card":  # elsewhere there are those of a piece
+        yield Term("card", 4 * own, "of gradients in fp32", [UPDATE])
     if setup.records:
         yield Term("card", 2 * counts.convolutions, "of convolutions' weights with channels last")
         yield Term("card", 2 * w * setup.accumulates, "of gradients that graphs write")
-    # All of a process's copy on the way to the GPU, which lies flat in host memory first where that is to be spared.
-    yield Term("host", 2 * w * (2 if setup.strategy.spares_memory else 1), "of half-precision weights", [LOADING])
+    yield _on_the_way(counts)
+
+
+def _beside_card(setup: Setup) -> str:
+    """Returns where a plugin keeps what it does not keep on the GPU."""
+    return "disk" if setup.strategy.offload_dir else "host"
+
+
+def _on_the_way(counts: Counts) -> Term:
+    """A process's own copy on its way to the GPU, of which a flat parameter is laid out at a time."""
+    w = counts.weights
+    return Term("host", 2 * (w + min(w, FLAT_ELEMENTS)), "of half-precision weights", [LOADING])
 
 
 def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
@@ -272,10 +286,10 @@ def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
     fetches = setup.fetches(counts.weights)
     weights = counts.weights if fetches else counts.chunks
     own, moved = weights // setup.ranks, strategy.offload_optim_frac
-    for where, share in (("card", 1 - moved), ("host", moved)):
+    for where, share in (("card", 1 - moved), (_beside_card(setup), moved)):
         yield Term(where, int(4 * own * share), "of fp32 weights")
         yield Term(where, int(8 * own * share), "of AdamW's moments")
-        yield Term(where, int(4 * own * share), "of gradients in fp32", [UPDATE])
+    yield Term("card", int(4 * own * (1 - moved)), "of gradients in fp32", [UPDATE])
     if setup.accumulates:
         yield Term("card", 2 * own, "of gradients")
     if fetches:
@@ -283,8 +297,9 @@ def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
         yield Term("card", 2 * min(FETCHED, weights), "of weights that are fetched", [PASSES])
     else:
         yield Term("card", 2 * weights, "of half-precision weights", [IMAGES, PASSES, GATHERING])
-        yield Term("card", 2 * own, "of gradients in half precision", [UPDATE])
-    yield Term("host", 2 * counts.weights * (1 if fetches else 2), "of half-precision weights", [LOADING])
+        yield Term("card", int(2 * own * (1 - moved)), "of gradients in half precision", [UPDATE])
+        yield Term("host", int(2 * own * moved), "of gradients in half precision", [UPDATE])
+    yield _on_the_way(counts)
 
 
 def _of_passes(setup: Setup, counts: Counts) -> Iterator[Term]:

@@ -12,6 +12,7 @@ import torch
 from dreambooth.command_line.console import UserError, counted, first_line, say, warn
 from dreambooth.command_line.limits import (
     CHECKPOINTING,
+    DISK,
     EIGHT_BIT,
     HOST,
     NO_GRAPHS,
@@ -27,6 +28,7 @@ from dreambooth.model.precision import DTYPES
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import from_all_ranks, from_rank_0
 from dreambooth.run.estimate import CONTEXT, GIB, Estimate, Setup, counts_of, estimate
+from dreambooth.run.output import Form
 from dreambooth.run.room import Sizes, room_of
 from dreambooth.run.stages import Run
 
@@ -213,17 +215,29 @@ def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
     precision = setup.strategy.precision
     if plugin != "torch_ddp" and precision == "no":
         precision = "bf16"
-    strategy = Strategy(plugin, placement, precision, float(placement != "cuda"))
+    folder = setup.strategy.offload_dir if placement == "cpu" else None
+    strategy = Strategy(plugin, placement, precision, float(placement != "cuda"), folder)
     kept = setup.use_8bit_adam and not strategy.shards
     return replace(setup, strategy=strategy, dtype=DTYPES[precision], use_8bit_adam=kept)
 
 
-def lighter(own: Setup, machine: Machine) -> Iterator[Setup]:
+def _on_disk(setup: Setup) -> Setup:
+    """Returns a setup that has in a folder on a disk what it would have in host memory."""
+    return replace(setup, strategy=replace(setup.strategy, offload_dir=setup.strategy.offload_dir or "FOLDER"))
+
+
+def lighter(own: Setup, machine: Machine, *, of_host: bool = False) -> Iterator[Setup]:
     """Yields setups that take less memory than `own`, the cheaper first: all of what errors of memory propose.
 
     A combination costs what the costliest of it does.
+
+    Args:
+        own: of the run.
+        machine: that it is to fit on.
+        of_host: whether there is too little of the host's.
     """
     ways = {
+        DISK: [_on_disk],
         NO_GRAPHS: [lambda one: replace(one, records=False)],
         CHECKPOINTING: [lambda one: replace(one, recomputes=True)],
         SMALLER_BATCH: [lambda one: replace(one, batch=1, accumulates=True)],
@@ -232,10 +246,12 @@ def lighter(own: Setup, machine: Machine) -> Iterator[Setup]:
         HOST: [
             lambda one: _with_strategy(one, "low_level_zero", "cpu"),
             lambda one: _with_strategy(one, "gemini", "cpu"),
+            lambda one: _on_disk(_with_strategy(one, "low_level_zero", "cpu")),
+            lambda one: _on_disk(_with_strategy(one, "gemini", "cpu")),
         ],
         NO_TEXT_ENCODER: [lambda one: replace(one, text_encoders=False)],
     }
-    offered = [ways[flag] for flag in cheaper_flags() if flag in ways]
+    offered = [ways[flag] for flag in cheaper_flags(of_host=of_host) if flag in ways]
     if machine.gpus < 2:
         offered = [way for way in offered if way is not ways[SPLIT]]
     if own.card is None:  # on the CPU there is one plugin
@@ -255,7 +271,8 @@ def refusal(setup: Setup, outline: Outline, machine: Machine) -> str:
     told = f"{setup.flags()} takes about {needs(found)} by an estimate, and there {has(machine)}"
     nearest, nearest_found = setup, found
     others = strategies(setup) if setup.card is not None else ()
-    for other in itertools.chain(lighter(setup, machine), others):
+    of_host = "host memory" in machine.verdict(found)
+    for other in itertools.chain(lighter(setup, machine, of_host=of_host), others):
         that = estimate_of(outline, other)
         if machine.verdict(that) == FITS:
             return f"{told}: use {other.flags(setup)}, which takes about {needs(that)}"
@@ -289,8 +306,10 @@ def _is_free(found: Estimate, machine: Machine) -> bool:
 
 def _disk(run: Run, outline: Outline, setup: Setup) -> int:
     """Returns the bytes that a run writes."""
-    trained = outline.trained(setup.text_encoders)
-    sizes = Sizes.of(outline.components, trained, use_8bit_adam=setup.use_8bit_adam)
+    trained, form = outline.trained(setup.text_encoders), Form.of(run.flags.output)
+    sizes = Sizes.of(
+        outline.components, trained, use_8bit_adam=setup.use_8bit_adam, of_pipeline=form.bytes_of_a_weight
+    )
     return room_of(run.flags.output, run.schedule, sizes, first_step=run.first_step).needed
 
 
@@ -301,7 +320,7 @@ def tell_all(own: Setup, outline: Outline, machine: Machine, disk: Callable[[Set
         own: of the run.
         outline: of the model.
         machine: that it runs on. Without a GPU the others are told as on a GPU of any size.
-        disk: returns the bytes that a run writes.
+        disk: returns the bytes that a run writes, beside what --offload_dir has.
     """
     on_gpu = own.card is not None
     others = list(strategies(own if on_gpu else _on_a_gpu(own)))
@@ -315,7 +334,8 @@ def tell_all(own: Setup, outline: Outline, machine: Machine, disk: Callable[[Set
     for name, setup, one in zip(names, rows, found, strict=True):
         card = f"{one.card.bytes / GIB:.1f}" if one.card else "-"
         where = machine.verdict(one) if setup.card == own.card else smallest_card(one)
-        say(f"{name:{width}}  {card:>8}  {one.host.bytes / GIB:8.1f}  {disk(setup) / GIB:8.1f}  {where}")
+        host, of_disk = one.host.bytes / GIB, (disk(setup) + one.disk * own.ranks) / GIB
+        say(f"{name:{width}}  {card:>8}  {host:8.1f}  {of_disk:8.1f}  {where}")
     of_own = found[rows.index(own)]
     for what, peak in (("card", of_own.card), ("host", of_own.host)):
         if peak:
