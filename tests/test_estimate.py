@@ -322,7 +322,7 @@ def test_too_little_host_memory_is_told_too(of_xl):
     told = refuse(setup, of_xl, Machine(card=CARD, host=24 * GIB, gpus=1))
     assert "24.0 GiB of the host" in told and "--offload_dir FOLDER, which" in told, told
     assert (
-        Machine(card=CARD, host=50 * GIB, processes=2).verdict(estimate_of(of_xl, setup)) == "too little host memory"
+        Machine(card=CARD, host=45 * GIB, processes=2).verdict(estimate_of(of_xl, setup)) == "too little host memory"
     )
 
 
