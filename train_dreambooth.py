@@ -50,6 +50,7 @@ from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import Ranks, check_gpus, join
 from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.folders import unlocked_at_the_end
+from dreambooth.run.memory import check_memory
 from dreambooth.run.stages import (
     agree,
     callbacks_of,
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = check_inputs(flags)
     accelerator, ranks = launch(inputs.place, precision)
     run = agree(flags, inputs, ranks, precision)
+    check_memory(run)
 
     # The model; what is trained of it comes from the checkpoint, if there is one.
     model = prepare_model(run)

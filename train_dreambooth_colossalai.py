@@ -43,6 +43,7 @@ from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
 from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.folders import unlocked_at_the_end
+from dreambooth.run.memory import check_memory
 from dreambooth.run.stages import (
     agree,
     callbacks_of,
@@ -178,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remember_cheaper_flags(flags.model, flags.training, flags.optimizer, **place)
     inputs = check_inputs(flags)
     run = agree(flags, inputs, join(inputs.place), strategy.precision)
+    check_memory(run, strategy)
 
     # The model; what is trained of it comes from the checkpoint, if there is one.
     model = prepare_model(run)

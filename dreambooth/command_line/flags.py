@@ -345,7 +345,11 @@ class TrainingFlags:
     always_so: tuple[str, ...] = flag(
         (), "accepted for commands of other trainers; always so", shown="on", each_of=ALWAYS_SO
     )
-    dry_run: bool = flag(False, "load everything, take two steps, print what the run would take, and write nothing")
+    dry_run: bool = flag(
+        False,
+        "print what memory every strategy takes, by an estimate, and which fit on this machine; then load everything, "
+        "take two steps, print what the run would take, and write nothing",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 import re
 import resource
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +21,12 @@ OUT_OF_SHARED_MEMORY = re.compile(
 ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
+# What makes a run take less memory, in the order of its cost: in it an error tells them, and what fits is looked for.
+NO_GRAPHS, CHECKPOINTING = "no --cuda_graphs on", "--gradient_checkpointing"
+SMALLER_BATCH = "a smaller --train_batch_size with more --gradient_accumulation_steps"
+EIGHT_BIT, SPLIT, HOST = "--use_8bit_adam", "--plugin low_level_zero on several GPUs", "--placement cpu"
+NO_TEXT_ENCODER, LOWER_RESOLUTION = "no --train_text_encoder", "a lower --resolution"
+DISK = "--offload_dir on a fast disk"
 _cheaper: list[str] = []
 _cheaper_for_host: list[str] = []  # what spares host memory, and no GPU's
 
@@ -44,17 +49,22 @@ def remember_cheaper_flags(
         offload_dir: the folder on a disk for what is in host memory otherwise; None for none.
     """
     offered = {
-        "no --cuda_graphs on": training.cuda_graphs == "on",
-        "--gradient_checkpointing": not training.gradient_checkpointing,
-        "a smaller --train_batch_size with more --gradient_accumulation_steps": training.train_batch_size > 1,
-        "--use_8bit_adam": not (optimizer.use_8bit_adam or sharded),
-        "--plugin low_level_zero on several GPUs": placement is not None and not sharded,
-        "--placement cpu": placement == "cuda",
-        "no --train_text_encoder": model.train_text_encoder,
-        "a lower --resolution": True,
+        NO_GRAPHS: training.cuda_graphs == "on",
+        CHECKPOINTING: not training.gradient_checkpointing,
+        SMALLER_BATCH: training.train_batch_size > 1,
+        EIGHT_BIT: not (optimizer.use_8bit_adam or sharded),
+        SPLIT: placement is not None and not sharded,
+        HOST: placement == "cuda",
+        NO_TEXT_ENCODER: model.train_text_encoder,
+        LOWER_RESOLUTION: True,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]
-    _cheaper_for_host[:] = ["--offload_dir on a fast disk"] * (placement == "cpu" and offload_dir is None)
+    _cheaper_for_host[:] = [DISK] * (placement == "cpu" and offload_dir is None)
+
+
+def cheaper_flags(*, of_host: bool = False) -> list[str]:
+    """Returns what would make this run take less memory, or less of the host's, in the order of its cost."""
+    return [*(_cheaper_for_host if of_host else ()), *_cheaper]
 
 
 def explain(error: Exception) -> str | None:
@@ -64,9 +74,8 @@ def explain(error: Exception) -> str | None:
         return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
     if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        return (
-            f"out of host memory while {what}: this process held {held:.1f} GiB{_what_helps(error, _cheaper_for_host)}"
-        )
+        helps = _what_helps(error, of_host=True)
+        return f"out of host memory while {what}: this process held {held:.1f} GiB{helps}"
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
             f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "
@@ -86,8 +95,8 @@ def _on_gpu(text: str) -> str:
     return f"of {total:.1f} GiB this process held {held:.1f} GiB in tensors, {free:.1f} GiB were free{more}"
 
 
-def _what_helps(error: Exception, more: Sequence[str] = ()) -> str:
-    flags = getattr(error, "takes_less", None) or ", ".join([*more, *_cheaper])
+def _what_helps(error: Exception, *, of_host: bool = False) -> str:
+    flags = getattr(error, "takes_less", None) or ", ".join(cheaper_flags(of_host=of_host))
     return f". What takes less, in the order of its cost: {flags}" if flags else ""
 
 

@@ -91,6 +91,11 @@ def _worth_caching(dataset: DreamBoothDataset, samples: int) -> list[tuple[Examp
     return found
 
 
+def images_at_a_time(resolution: int) -> int:
+    """Returns how many images of a side of so many pixels are encoded at a time."""
+    return min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // resolution**2))
+
+
 def _batches(
     dataset: DreamBoothDataset, images: list[tuple[Examples, int]], schedule: Schedule, first_step: int
 ) -> list[list[tuple[Examples, Crop]]]:
@@ -106,7 +111,7 @@ def _batches(
 
     of_run = taken_from(0)
     to_come = set(taken_from(first_step) if first_step else of_run)
-    size = min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // dataset.sets[0].resolution ** 2))
+    size = images_at_a_time(dataset.sets[0].resolution)
     batches = [of_run[first : first + size] for first in range(0, len(of_run), size)]
     return [batch for batch in batches if not to_come.isdisjoint(batch)]
 

@@ -86,6 +86,11 @@ class Form:
             more = (WEIGHTS, KOHYA_WEIGHTS) if lora.save_kohya_lora else (WEIGHTS,)
         return cls(wanted or torch.float32, wanted or torch.float16, more)
 
+    @property
+    def bytes_of_a_weight(self) -> int:
+        """How many bytes of a weight are written, the single file included."""
+        return self.dtype.itemsize + (self.of_single_file.itemsize if self.more else 0)
+
 
 def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collection[str] = ()) -> None:
     """Keeps other runs out of --output_dir, if it is there, and ends what a run that was killed has begun in it.

@@ -207,8 +207,7 @@ def prepare_model(run: Run) -> PreparedModel:
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
     form = Form.of(flags.output, flags.lora)
-    of_pipeline = form.dtype.itemsize + (form.of_single_file.itemsize if form.more else 0)
-    in_8_bits = flags.optimizer.use_8bit_adam
+    in_8_bits, of_pipeline = flags.optimizer.use_8bit_adam, form.bytes_of_a_weight
     sizes = Sizes.of(model.components, trained, use_8bit_adam=in_8_bits, of_pipeline=of_pipeline)
     adapters = None
     if flags.lora.lora_rank:
