@@ -6,6 +6,9 @@ from pathlib import Path
 
 PARTIAL = ".partial"  # ends the name of a file while it is written
 
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")  # which may run code when they are read
+MODEL_FILES = (".safetensors", *PICKLES)
+
 
 def path(text: str) -> str:
     """Returns what a flag names, with ~ as the home directory: in --flag=~/folder a shell leaves it."""
@@ -43,3 +46,8 @@ def unwritable(flag: str, folder: str) -> list[str]:
 def partial_name(file: Path) -> Path:
     """Returns a hidden name beside a file, for it to have while it is written, that no other process uses."""
     return file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def is_model_file(name: str) -> bool:
+    """Whether there is a file of that name that may have a whole model in it."""
+    return os.path.isfile(name) and name.lower().endswith(MODEL_FILES)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
-from dreambooth.command_line.paths import same_folder, unwritable
+from dreambooth.command_line.paths import is_model_file, same_folder, unwritable
 
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
 
@@ -83,8 +83,8 @@ def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
 
 def _no_external_unet(flags: Flags) -> Iterator[str]:
     folder = flags.model.external_unet_path
-    if folder and not os.path.exists(folder):
-        yield f"--external_unet_path {folder} is not there"
+    if folder and not os.path.isdir(folder) and not is_model_file(folder):
+        yield f"--external_unet_path {folder} is not a folder, nor a .safetensors file"
 
 
 def _no_file_to_configure(flags: Flags) -> Iterator[str]:

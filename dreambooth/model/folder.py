@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_lo
 
 from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import ModelFlags
+from dreambooth.command_line.paths import is_model_file
 from dreambooth.model.components import choose, load_tokenizer, loading, part_folder, without_weights
 from dreambooth.model.family import Family
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
@@ -248,11 +249,11 @@ def find_folder(
             that this project does not know.
     """
     folder = Path(name)
-    if os.path.isfile(folder):
+    if is_model_file(name):
         folder = _unpacked(name, flag, configuration)
     elif not os.path.isdir(folder):
-        if not can_be_hub_id(name):
-            raise UserError(f"{flag} {name} is not a folder")
+        if os.path.isfile(folder) or not can_be_hub_id(name):
+            raise UserError(f"{flag} {name} is not a folder, nor a .safetensors file")
         folder = _download(name, flag, elsewhere, revision, variant)
     has_index = (folder / INDEX).is_file()
     family = read_index(folder / INDEX, name)[1] if has_index else FAMILIES[0]  # says what is missing

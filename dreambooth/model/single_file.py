@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line, say
+from dreambooth.command_line.paths import PICKLES
 from dreambooth.model.components import loading, stem_of, without_weights
 from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
 from dreambooth.model.family import Family
@@ -29,7 +30,6 @@ from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_
 from dreambooth.model.pipeline import load_noise_scheduler, write_pipeline
 from dreambooth.model.weights import DTYPES, choose_weights, weight_files
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # What diffusers calls the models that this project trains: the shape of each, and what its UNet predicts.
 KINDS = {
     "v1": ("Stable Diffusion 1.x", SHAPE_OF_1, "epsilon"),
@@ -60,7 +60,7 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     Raises:
         UserError: if the file is of another kind, or there is no room.
     """
-    if Path(name).suffix in PICKLES:
+    if name.lower().endswith(PICKLES):
         raise UserError(
             f"{flag} {name} is a pickle, which may run code when it is read: "
             f"python -m dreambooth.model.unpickle {name} makes a .safetensors file of it that cannot"
