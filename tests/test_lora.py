@@ -163,8 +163,9 @@ def test_a_run_replaces_only_what_the_tool_wrote(lora, tmp_path):
     whole = {name: value for name, value in lora.items() if not name.startswith("lora_")} | short
     train(TRADITIONAL, whole)
     (output_dir / "unet" / "notes.txt").touch()
-    done = train(TRADITIONAL, lora | short)
+    done = train(TRADITIONAL, lora | short | {"save_dtype": "fp16"})
     assert "has a pipeline of step 1" in done.stdout
+    assert {tensor.dtype for tensor in load_file(output_dir / WEIGHTS).values()} == {torch.float16}
     files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
     assert {file for file in files if not file.startswith("logs/")} == {WEIGHTS, "dreambooth.json", "unet/notes.txt"}
     (output_dir / "unet" / "notes.txt").unlink()
