@@ -21,6 +21,7 @@ from dreambooth.data.images import crop_to_square, find_images, scaled_image
 from dreambooth.data.randomness import Stream, starting_points
 from dreambooth.data.samples import build_dataset, collate
 from dreambooth.model.components import latent_shape
+from dreambooth.model.configurations import build_pipeline
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.family import View, dtype_of_vae
 from dreambooth.model.folder import find_elsewhere, find_model
@@ -380,7 +381,8 @@ def model_of_large_images(once):
     def make(folder: Path) -> None:
         shape = random_model.SHAPES["tiny-xl"]
         shape = shape | {"vae": shape["vae"] | {"block_out_channels": (4,) * 7, "norm_num_groups": 2}}
-        write_pipeline(random_model.pipeline_of(shape, "v_prediction", 0), folder)
+        torch.manual_seed(0)
+        write_pipeline(build_pipeline(shape, random_model.byte_tokenizer, "v_prediction"), folder)
 
     return once("xl-large-images", make)
 
