@@ -150,7 +150,7 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
     """
     elsewhere = {}
     if name := flags.external_unet_path:
-        folder = _unpacked(name, "--external_unet_path", flags.single_file_config) if os.path.isfile(name) else name
+        folder = _unpacked(name, "--external_unet_path", flags.single_file_config) if is_model_file(name) else name
         elsewhere["unet"] = part_folder(folder, "unet")
         _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
     if name := flags.pretrained_vae_model_name_or_path:

@@ -6,6 +6,7 @@ One that is read is unpacked, once, to a folder in diffusers' layout in a cache;
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     if name.lower().endswith(PICKLES):
         raise UserError(
             f"{flag} {name} is a pickle, which may run code when it is read: "
-            f"python -m dreambooth.model.unpickle {name} makes a .safetensors file of it that cannot"
+            f"python -m dreambooth.model.unpickle {shlex.quote(name)} makes a .safetensors file of it that cannot"
         )
     with loading("model", name):
         with safe_open(name, framework="pt") as file:
@@ -79,9 +80,12 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
             if not folder.exists():
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed: nobody else has the lock
-                with loading("model", name):
-                    write(partial, dtype)
-                partial.rename(folder)
+                try:
+                    with loading("model", name):
+                        write(partial, dtype)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
                 say(f"{flag} {name}: {title}, unpacked to {folder}, where the next run finds it")
     except OSError as error:
         raise UserError(f"{flag} {name} cannot be unpacked to {folder}: {first_line(error)}") from error
