@@ -4,9 +4,10 @@
 
 writes a table to commands.md and all figures to commands.json. Each command runs from the start of its process to the
 end, with the flags that the README prints and few others, on a model of Stable Diffusion 1.4's shape with random
-weights at 512 px, with prior preservation, on JPEGs of 3 : 4 as of a phone; the class images are there already. The
-commands that do the same work take turns. The peer's script is no part of the project: without --peer there are no
-speed-ups. A command that fails is told in its row, and is the exit status.
+weights at 512 px, with prior preservation, on JPEGs of 3 : 4 as of a phone; the class images are there already. With
+`--shape stable-diffusion-xl --resolution 1024` there are fewer commands. Those that do the same work take turns. The
+peer's scripts are no part of the project: without --peer there are no speed-ups. LoRA's lie beside it. A command that
+fails is told in its row, and is the exit status.
 
 Without a GPU the model is a tiny one and the steps are few, which shows that the benchmark works, and nothing about
 speed.
@@ -44,7 +45,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.runs import ROOT, base_flags, build_parser, in_a_folder
 from benchmarks.speed import earlier_facts
+from dreambooth.model.folder import family_of
 from dreambooth.model.precision import choose_precision
+from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
 
 COLOSSALAI, TRADITIONAL = "train_dreambooth_colossalai.py", "train_dreambooth.py"
 LAUNCHERS = {
@@ -74,6 +77,7 @@ class Command:
         batch, steps, photos: how many.
         switches: further flags, which the peer has too.
         own: further flags that it lacks.
+        peer_own: and the peer's that this one lacks.
         peer_script: the peer's for the same work, beside the one that --peer names; None is that one.
         is_peer: whether it is the peer's.
     """
@@ -86,6 +90,7 @@ class Command:
     photos: int = 5
     switches: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    peer_own: tuple[str, ...] = ()
     peer_script: str | None = None
     is_peer: bool = False
 
@@ -109,6 +114,7 @@ class Command:
 
 
 CUDA = ("--placement=cuda",)
+LORA, RANK = (*CUDA, "--lora_rank=16"), ("--rank=16",)
 LITTLE_MEMORY = ("--use_8bit_adam", "--gradient_checkpointing")
 COMMANDS = (
     Command("colossalai", "python", COLOSSALAI, own=CUDA),
@@ -116,8 +122,17 @@ COMMANDS = (
     Command("colossalai-batch-4", "python", COLOSSALAI, batch=4, own=CUDA),
     Command("colossalai-batch-16", "python", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
     Command("colossalai-little-memory", "python", COLOSSALAI, steps=100, switches=LITTLE_MEMORY, own=CUDA),
+    Command("colossalai-lora", "python", COLOSSALAI, own=LORA, peer_own=RANK, peer_script="train_dreambooth_lora.py"),
     Command("traditional", "python", TRADITIONAL),
     Command("traditional-800", "python", TRADITIONAL, steps=800),
+)
+# Diffusers trains no whole UNet of Stable Diffusion XL.
+_XL_LORA = Command(
+    "colossalai-lora", "python", COLOSSALAI, own=LORA, peer_own=RANK, peer_script="train_dreambooth_lora_sdxl.py"
+)
+COMMANDS_OF_XL = (
+    replace(_XL_LORA, steps=100),
+    replace(_XL_LORA, name="colossalai-lora-checkpointing", steps=100, switches=LITTLE_MEMORY[1:]),
 )
 COLUMNS = (
     "command",
@@ -156,7 +171,10 @@ def plan(commands: list[Command], peer: Path | None) -> list[list[Command]]:
         for group in groups.values():
             script = peer.with_name(group[0].peer_script or peer.name).absolute()
             name = f"peer {group[0].work}"  # whichever commands are compared with it
-            group.append(replace(group[0], name=name, launcher=launcher, script=str(script), own=(), is_peer=True))
+            peers = replace(
+                group[0], name=name, launcher=launcher, script=str(script), own=group[0].peer_own, is_peer=True
+            )
+            group.append(peers)
     return list(groups.values())
 
 
@@ -387,7 +405,7 @@ def turns(groups: list[list[Command]], count: int) -> Iterator[tuple[Command, in
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    names = [command.name for command in COMMANDS]
+    names = list(dict.fromkeys(command.name for command in (*COMMANDS, *COMMANDS_OF_XL)))
     parser = build_parser(__doc__, steps=None if on_gpu else 6, learning_rate=5e-6, limit=1200)
     parser.add_argument(
         "--peer",
@@ -406,7 +424,10 @@ def main() -> None:
     for name, least in (("turns", 1), ("steps", 4)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} {value} is less than {least}")
-    commands = [replace(one, steps=args.steps or one.steps) for one in COMMANDS]
+    is_xl = family_of(Path(args.model)) is STABLE_DIFFUSION_XL if args.model else args.shape.endswith("xl")
+    commands = [replace(one, steps=args.steps or one.steps) for one in (COMMANDS_OF_XL if is_xl else COMMANDS)]
+    if not any(one.name in args.only for one in commands):
+        parser.error(f"--only: for this model there is {', '.join(one.name for one in commands)}")
 
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     libraries = f"torch {torch.__version__}, diffusers {diffusers.__version__}"

@@ -133,6 +133,7 @@ def test_commands(peer, tmp_path, monkeypatch, capsys):
         (["--peer", peer, "--steps", 5], "'steps': 4"),
         ([], "'peer': 'for diffusers"),
         (["--turns", 0], "--turns 0 is less than 1"),
+        (["--shape", "tiny-xl"], "--only: for this model there is colossalai-lora, "),
         (["--output", tmp_path / "no" / "commands"], f"argument --output: there is no folder {tmp_path / 'no'}"),
         (["--peer", ROOT / "train_dreambooth.py"], "does not call check_min_version"),
         (["--peer", tmp_path / "none.py"], "none.py"),
@@ -140,11 +141,16 @@ def test_commands(peer, tmp_path, monkeypatch, capsys):
         assert told in refusal(commands, [*command, *changed], monkeypatch, capsys)
 
 
-def test_work_is_compared_with_the_same_work():
-    groups = commands.plan(list(commands.COMMANDS), Path("/somewhere/train_dreambooth.py"))
-    assert sorted(one.name for group in groups for one in group[:-1]) == sorted(one.name for one in commands.COMMANDS)
+@pytest.mark.parametrize("planned", [commands.COMMANDS, commands.COMMANDS_OF_XL])
+def test_work_is_compared_with_the_same_work(planned):
+    groups = commands.plan(list(planned), Path("/somewhere/train_dreambooth.py"))
+    assert sorted(one.name for group in groups for one in group[:-1]) == sorted(one.name for one in planned)
     for *ours, peers in groups:
-        assert peers.is_peer and peers.script == "/somewhere/train_dreambooth.py" and not peers.own
+        is_lora = any("--lora_rank=16" in one.own for one in ours)
+        assert peers.script.startswith(
+            "/somewhere/train_dreambooth_lora" if is_lora else "/somewhere/train_dreambooth.py"
+        )
+        assert peers.is_peer and peers.own == (("--rank=16",) if is_lora else ())
         assert all(one.work == peers.work and not one.is_peer for one in ours)
         assert peers.class_images % peers.batch == 0 and 8 <= peers.class_images <= 200
         assert peers.photos >= 5
