@@ -8,7 +8,7 @@ from colossalai.tensor import ColoParameter
 from colossalai.tensor.param_op_hook import ColoParamOpHook, ColoParamOpHookManager
 from diffusers import UNet2DConditionModel
 
-from dreambooth.model import denoiser, trainable
+from dreambooth.model import denoiser, recording, trainable
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.pipeline import load_part
@@ -231,3 +231,39 @@ def test_flat_parameters_lie_where_they_are_wanted(tiny_model):
     one = build(tiny_model)
     one.trained.flatten(2, torch.device("meta"))
     assert one.trained.is_flat and all(parameter.is_meta for parameter in one.trained.parameters())
+
+
+def test_gradients_are_shared_while_others_are_computed(tiny_model, monkeypatch):
+    """Of each flat parameter once, when all of its weights have theirs; a recording without its graphs, on the CPU."""
+    monkeypatch.setattr(trainable, "FLAT_ELEMENTS", 2**15)
+    monkeypatch.setattr(recording, "SMALL", 2**6)
+    monkeypatch.setattr(recording, "_copy", torch.Tensor.copy_)  # Triton's permutes convolutions' weights on GPUs
+    one = build(tiny_model)
+    one.trained.flatten(multiple_of=1)
+    inputs = (torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.arange(2 * 77).view(2, 77)})
+    gradient = torch.randn(2, 4, 16, 16)
+    one(*inputs).backward(gradient)
+    expected = [parameter.grad for parameter in one.trained.parameters()]
+
+    recorded = object.__new__(recording.Recording)  # whose constructor records
+    recorded.predict, recorded.trained, recorded.dtype = one._predict, one.trained, torch.float32
+    recorded.parameters = one.trained.parameters()
+    recorded.inputs = {"noisy_latents": inputs[0], "timesteps": inputs[1]} | inputs[2]
+    recorded.gradients = [torch.full_like(value, torch.nan) for value in expected]
+    shared, waited, missing = [], [], []
+
+    def share(whole: torch.Tensor):
+        number = next(n for n, one in enumerate(recorded.gradients) if one is whole)
+        shared.append(number)
+        missing.append(sum(bool(value.isnan().any()) for value in recorded.gradients))
+        assert not whole.isnan().any()
+        return lambda: waited.append(number)
+
+    for recorded.share in (share, None):
+        for value in recorded.gradients:
+            value.fill_(torch.nan)
+        recorded._backward(recorded._forward(), gradient)
+        for value, wanted in zip(recorded.gradients, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    assert sorted(shared) == sorted(waited) == list(range(len(expected))) and len(expected) > 2
+    assert missing[0] > 0 == missing[-1]

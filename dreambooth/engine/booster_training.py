@@ -28,16 +28,22 @@ from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.denoiser import Conditioning, Denoiser
 from dreambooth.model.precision import DTYPES
+from dreambooth.model.recording import Share
 from dreambooth.model.slices import Slice
 from dreambooth.model.trainable import Piece
+from dreambooth.processes.ranks import before_leaving
 
 
-def average(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's averaging of gradients over the ranks, without the pass over them in which DDP divides before it adds."""
+def share(gradients: torch.Tensor) -> dist.Work:
+    """Begins to average gradients over the ranks, without a pass over them in which they are divided."""
+    return dist.all_reduce(gradients, op=dist.ReduceOp.AVG, async_op=True)
+
+
+def average(training: "BoosterTraining", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Does DDP's averaging of gradients over the ranks, unless that has been recorded with the backward pass."""
     gradients = bucket.buffer()
-    if dist.get_world_size() > 1:
-        shared = dist.all_reduce(gradients, op=dist.ReduceOp.AVG, async_op=True).get_future()
-        return shared.then(lambda done: done.value()[0])
+    if dist.get_world_size() > 1 and not training.denoiser.shares_gradients:
+        return share(gradients).get_future().then(lambda done: done.value()[0])
     done = torch.futures.Future(devices=[gradients.device])
     done.set_result(gradients)
     return done
@@ -64,7 +70,7 @@ class BoosterTraining:
         if self.strategy.shards:
             take_over(self.optimizer, self.memory)
         elif torch.cuda.is_available():
-            self._ddp.register_comm_hook(None, average)
+            self._ddp.register_comm_hook(self, average)
 
     def record(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning], flags: TrainingFlags) -> None:
         """Records the denoiser as CUDA graphs, where the GPU has the room; before anything is resumed.
@@ -84,7 +90,18 @@ class BoosterTraining:
             insist=flags.cuda_graphs == "on",
             in_place=in_place,
             accumulates=accumulates,
+            share=self._share_of(in_place),
         )
+        before_leaving(self.denoiser.release)
+
+    def _share_of(self, in_place: bool) -> Share | None:
+        """Returns what is recorded to share gradients, where DDP would begin when all of them are there.
+
+        Many small parameters are left to DDP, which shares them in buckets.
+        """
+        if in_place and self.denoiser.trained.is_flat and dist.get_world_size() > 1:
+            return lambda gradients: share(gradients).wait
+        return None
 
     def _lay_out_gradients(self) -> None:
         """Gives each parameter its gradient, zeros, where DDP is going to share it.

@@ -123,7 +123,7 @@ class Denoiser(torch.nn.Module):
         dtype: torch.dtype,
         keep_free: int,
         insist: bool,
-        **gradients: bool,
+        **gradients: object,
     ) -> None:
         """Records the forward and backward pass as CUDA graphs, which `forward` then replays.
 
@@ -135,7 +135,7 @@ class Denoiser(torch.nn.Module):
             keep_free: bytes of the GPU's memory that the training is going to take besides.
             insist: whether to raise an error where there is not the room; otherwise a line says so, and all is as
                 before.
-            gradients: `in_place` and `accumulates` of `Recording`.
+            gradients: `in_place`, `accumulates` and `share` of `Recording`.
 
         Raises:
             torch.OutOfMemoryError: see above.
@@ -169,6 +169,17 @@ class Denoiser(torch.nn.Module):
     def overwrites_gradients(self) -> bool:
         """Whether each backward pass writes over the gradients of the one before, which then have to stay."""
         return self.recording is not None and self.recording.in_place
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether a backward pass ends with gradients that ranks have shared."""
+        return self.recording is not None and self.recording.share is not None
+
+    def release(self) -> None:
+        """Lets go of what is recorded."""
+        if self.recording is not None:
+            self.recording.release()
+            self.recording = None
 
     def enable_gradient_checkpointing(self) -> None:
         """Makes the components recompute activations in the backward pass."""

@@ -1,10 +1,12 @@
 """A denoiser's forward and backward pass, recorded as CUDA graphs: all that the host would launch, at once.
 
 The weights are handed out within the recording, in the dtype and memory layout that the layers want, and each weight's
-gradient goes to its place as soon as it is there. So the gradients of all weights exist once.
+gradient goes to its place as soon as it is there. So the gradients of all weights exist once, and ranks share those of
+some weights while others are computed.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -18,6 +20,8 @@ from dreambooth.model.precision import no_kernels
 from dreambooth.model.trainable import Trainable, Weight
 
 SMALL = 2**16  # elements of a weight, up to which its gradient waits for others
+# Begins to share a tensor among the ranks, and returns what has the GPU wait until that is done.
+Share = Callable[[Tensor], Callable[[], object]]
 
 
 def records(flags: TrainingFlags, *, spares_memory: bool = False) -> bool:
@@ -63,6 +67,8 @@ class Recording:
         in_place: whether the parameters' gradients are there and stay: then each backward pass overwrites them.
             Otherwise it hands them on to autograd.
         accumulates: whether gradients of several backward passes are added up, so that each needs memory of its own.
+        share: what shares a parameter's gradient among the ranks as soon as it is whole, which is recorded too; None
+            where that is done afterwards, or by nobody.
 
     Raises:
         torch.OutOfMemoryError: if the GPU has not the room; then nothing is changed.
@@ -79,9 +85,10 @@ class Recording:
         dtype: torch.dtype,
         in_place: bool = False,
         accumulates: bool = False,
+        share: Share | None = None,
     ):
         self.predict, self.trained, self.dtype = predict, trained, dtype
-        self.in_place, self.accumulates = in_place, accumulates
+        self.in_place, self.accumulates, self.share = in_place, accumulates, share
         self.parameters = trained.parameters()
         self.inputs = {"noisy_latents": noisy_latents.clone(), "timesteps": timesteps.clone()} | {
             name: tensor.clone() for name, tensor in conditioning.items()
@@ -118,7 +125,7 @@ class Recording:
     def _forward(self) -> Tensor:
         """Hands out the weights as leaves of autograd, and predicts."""
         alike: list[tuple[Tensor, Tensor]] = []
-        for weight, value in self._each(self.parameters):
+        for weight, value in itertools.chain(*self._places(self.parameters)):
             leaf = _place_for(value, self.dtype)
             if leaf.stride() != value.stride():
                 _copy(leaf, value)
@@ -139,40 +146,81 @@ class Recording:
 
     def _backward(self, prediction: Tensor, gradient: Tensor) -> None:
         """Goes back to the weights, and puts their gradients where they belong."""
-        small: list[tuple[Tensor, Tensor]] = []
-
-        def put(place: Tensor, leaf: Tensor) -> None:
-            found, leaf.grad = leaf.grad, None
-            if found.numel() <= SMALL:
-                small.append((place, found))
-            else:
-                _copy(place, found)
-
-        for weight, place in self._each(self.gradients):
-            leaf = weight.owner.__dict__[weight.attribute]
-            leaf.register_post_accumulate_grad_hook(functools.partial(put, place))
+        places = self._places(self.gradients)
+        if self.share:
+            shares = [functools.partial(self.share, whole) for whole in self.gradients]
+            arrivals = [_Arrival(*of_one) for of_one in zip(places, shares, strict=True)]
+        else:
+            arrivals = [_Arrival(list(itertools.chain(*places)))]
         torch.autograd.backward(prediction, gradient)
-        if small:
-            torch._foreach_copy_(*map(list, zip(*small, strict=True)))
+        for arrival in arrivals:
+            arrival.end()
         self._take_back()
 
     def _take_back(self) -> None:
         for weight in self.trained:
             weight.owner.__dict__.pop(weight.attribute, None)
 
-    def _each(self, tensors: list[Tensor]) -> list[tuple[Weight, Tensor]]:
-        """Returns each weight with its elements in tensors that are laid out as the parameters are."""
+    def _places(self, tensors: list[Tensor]) -> list[list[tuple[Weight, Tensor]]]:
+        """Returns each weight with its elements in tensors that are laid out as the parameters are, for each one."""
         return [
-            (weight, tensor.detach().view(-1)[weight.offset :][: weight.shape.numel()].view(weight.shape))
+            [
+                (weight, tensor.detach().view(-1)[weight.offset :][: weight.shape.numel()].view(weight.shape))
+                for weight in weights
+            ]
             for tensor, weights in zip(tensors, self.trained.by_parameter, strict=True)
-            for weight in weights
         ]
+
+    def release(self) -> None:
+        """Lets go of the graphs, and of all that they hold; it cannot be called any more."""
+        self.forward_graph.reset()
+        self.backward_graph.reset()
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns a prediction, as the recorded function would."""
         for name, tensor in ({"noisy_latents": noisy_latents, "timesteps": timesteps} | conditioning).items():
             self.inputs[name].copy_(tensor)
         return _Replay.apply(self, *self.parameters)
+
+
+class _Arrival:
+    """Gradients that a backward pass brings one after another, and that go to their places.
+
+    Args:
+        places: of the gradients, by their weights, which are handed out.
+        share: what is to be done once all of them are there; see `Share`.
+    """
+
+    def __init__(self, places: list[tuple[Weight, Tensor]], share: Callable[[], Callable] | None = None):
+        self.missing, self.share, self.wait = len(places), share, None
+        self.small: list[tuple[Tensor, Tensor]] = []
+        for weight, place in places:
+            leaf = weight.owner.__dict__[weight.attribute]
+            leaf.register_post_accumulate_grad_hook(functools.partial(self._put, place))
+
+    def _put(self, place: Tensor, leaf: Tensor) -> None:
+        found, leaf.grad = leaf.grad, None
+        if found.numel() <= SMALL:
+            self.small.append((place, found))
+        else:
+            _copy(place, found)
+        self.missing -= 1
+        if not self.missing:
+            self._complete()
+
+    def _complete(self) -> None:
+        if self.small:
+            torch._foreach_copy_(*map(list, zip(*self.small, strict=True)))
+            self.small.clear()
+        if self.share:
+            self.wait = self.share()
+
+    def end(self) -> None:
+        """Ends what is under way, when the backward pass is over; a weight may have had no gradient."""
+        if self.missing:
+            self._complete()
+        if self.wait:
+            self.wait()
 
 
 class _Replay(torch.autograd.Function):

@@ -24,6 +24,7 @@ IN_A_STEP, APART = datetime.timedelta(minutes=30), datetime.timedelta(hours=24)
 # Network file systems show other machines a new file after up to a minute.
 APPEARS_WITHIN_S = 90
 _meeting_places: list[dist.ProcessGroup] = []  # the group in which ranks meet and tell each other what they know
+_ends: list[Callable[[], object]] = []  # what is to be done before they part
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,11 @@ def until_found(find: Callable[[], Found]) -> Found:
     return find()
 
 
+def before_leaving(end: Callable[[], object]) -> None:
+    """Has `end` called when the run is over: of what holds on to the connection of the ranks, such as a CUDA graph."""
+    _ends.append(end)
+
+
 def leave() -> None:
     """Waits for the other ranks; the run is over.
 
@@ -214,6 +220,8 @@ def leave() -> None:
     about to free a tensor of the last all-reduce and waits for Python's lock, which the destructor holds.
     """
     meet()
+    while _ends:
+        _ends.pop()()
     if _meeting_places and dist.get_backend() == dist.Backend.NCCL:
         _meeting_places.clear()
         dist.destroy_process_group()
