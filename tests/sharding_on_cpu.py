@@ -17,11 +17,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import BaseAccelerator, CpuAccelerator, set_accelerator
-from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
+from colossalai.zero import GeminiOptimizer
 from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 import train_dreambooth_colossalai as trainer
 from dreambooth.command_line.console import run_program
+from dreambooth.engine.plugins import AheadZeroOptimizer
 
 GPU_MEMORY = 2**30  # bytes
 
@@ -122,7 +123,7 @@ def play_a_gpu() -> None:
     torch.empty = lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
     for name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
         setattr(dist, name, in_order(getattr(dist, name)))
-    for optimizer in (LowLevelZeroOptimizer, GeminiOptimizer):
+    for optimizer in (AheadZeroOptimizer, GeminiOptimizer):
         optimizer.step = after_all_streams(optimizer.step)
 
     choose_strategy, join = trainer.choose_strategy, trainer.join

@@ -125,6 +125,7 @@ def test_steps_of_adamw(divided):
     settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-2, "weight_decay": 0.1}
     padded, moments = draw(3000), torch.zeros(2, 3000, device=DEVICE)
     weights, exact = padded[:2999], torch.nn.Parameter(padded[:2999].double())
+    half = torch.zeros(3000, device=DEVICE, dtype=torch.float16)
     beyond, optimizer = padded[2999].item(), torch.optim.AdamW([exact], **settings)
     divisor = torch.tensor(3.0, device=DEVICE) if divided else None
     for step in (1, 2, 3):
@@ -133,8 +134,9 @@ def test_steps_of_adamw(divided):
         optimizer.step()
         corrections = 1 - torch.tensor(settings["betas"], device=DEVICE) ** step
         means, squares = moments[:, :2999]
-        kernels.adamw(weights, gradients, means, squares, corrections, divisor=divisor, **settings)
+        kernels.adamw(weights, gradients, means, squares, corrections, divisor=divisor, half=half[:2999], **settings)
         assert_close(weights, exact.detach())
+        assert torch.equal(half[:2999], weights.half()) and half[2999] == 0
     assert padded[2999].item() == beyond and moments[0, 2999] == moments[1, 2999] == 0
 
 

@@ -1,13 +1,14 @@
 """AdamW in host memory, piece by piece: the bits of the whole, and copies that may come as late as they like."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 
 from dreambooth.engine import offload
-from dreambooth.engine.offload import ORDINARY, HostAdamW, Lane, Memory, Part, StreamedAdamW
-from dreambooth.engine.optimizer import AdamW, new_state
+from dreambooth.engine.offload import ORDINARY, HostAdamW, Lane, Memory, StreamedAdamW
+from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state
 
 PIECE = 128
 SIZES = (1, 64, PIECE, 5 * PIECE + 7, 20 * PIECE)
@@ -108,11 +109,42 @@ def test_steps_in_pieces_are_those_on_the_whole_to_the_bit(monkeypatch, lane, dt
             Part(master.detach(), state, gradient, weights, lambda part=part: gather(part))
             for part, (master, state, gradient, weights) in enumerate(zip(masters, states, step, working, strict=True))
         ]
-        host.step(parts, optimizer.param_groups[0], lambda: None if divisor is None else torch.tensor(divisor))
+        host.step(parts, optimizer.param_groups[0], None if divisor is None else torch.tensor(divisor))
         backwards = memory.turns and number % 2
         assert gathered == ([4, 3, 2, 1, 0] if backwards else [0, 1, 2, 3, 4])
         gathered.clear()
     assert_same(whole(start, gradients, divisor), optimizer)
+
+
+@pytest.mark.parametrize("divisor", [None, DIVISOR])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_steps_beside_the_gradients_are_those_in_fp32(device, dtype, divisor):
+    """Of gradients in half precision, and each part is shared as soon as its new weights are there."""
+    start, gradients = drawn(dtype)
+    masters = [torch.nn.Parameter(one.to(device, copy=True)) for one in start]
+    optimizer = AdamW(masters, **SETTINGS)
+    working, gathered = [torch.zeros_like(one, dtype=dtype) for one in masters], []
+
+    def gather(number, async_op):
+        assert async_op and torch.equal(working[number], masters[number].detach().to(dtype))
+        gathered.append(number)
+
+    for step in gradients:
+        parts = []
+        for number, master in enumerate(masters):
+            state = optimizer.state[master]
+            state |= {} if state else new_state(optimizer, master.detach())
+            share = functools.partial(gather, number)
+            parts.append(Part(master.detach(), state, step[number].to(device), working[number], share))
+        DeviceAdamW().step(
+            parts, optimizer.param_groups[0], None if divisor is None else torch.tensor(divisor, device=device)
+        )
+    assert gathered == len(gradients) * list(range(len(masters)))
+    if device == "cpu":
+        return assert_same(whole(start, gradients, divisor), optimizer)
+    for wanted, master in zip(whole(start, gradients, divisor).param_groups[0]["params"], masters, strict=True):
+        torch.testing.assert_close(master.cpu(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_pieces_on_their_way_take_a_few_buffers(monkeypatch):
@@ -134,7 +166,7 @@ def test_pieces_on_their_way_take_a_few_buffers(monkeypatch):
         Part(one, new_state(optimizer, one), gradient, torch.empty_like(gradient))
         for one, gradient in zip(start, gradients[0], strict=True)
     ]
-    host.step(parts, optimizer.param_groups[0], lambda: None)
+    host.step(parts, optimizer.param_groups[0], None)
     assert [len(buffers) for buffers in used.values()] == [offload.BUFFERS] * 2
 
 
@@ -151,7 +183,7 @@ def test_weights_take_the_place_of_their_gradients(divisor):
         parts = [
             Part(one.detach(), optimizer.state[one], half, half) for one, half in zip(masters, halves, strict=True)
         ]
-        host.step(parts, optimizer.param_groups[0], lambda: None if divisor is None else torch.tensor(divisor))
+        host.step(parts, optimizer.param_groups[0], None if divisor is None else torch.tensor(divisor))
         assert all(torch.equal(half, one.detach().bfloat16()) for half, one in zip(halves, masters, strict=True))
     assert_same(whole(start, gradients, divisor), optimizer)
 
@@ -178,7 +210,7 @@ def test_who_brings_tensors_into_memory_is_told_of_each_before_its_turn(monkeypa
     monkeypatch.setattr(host, "_hand_over", seen)
     parts = [Part(one, new_state(optimizer, one), half, half) for one, half in zip(start, gradients[0], strict=True)]
     pieces = offload.pieces_of(parts)
-    host.step(parts, optimizer.param_groups[0], lambda: None)
+    host.step(parts, optimizer.param_groups[0], None)
     assert expected == worked_on == [piece.tensors[0].data_ptr() for piece in pieces] and len(pieces) == 29
 
 
@@ -203,7 +235,7 @@ def test_gradients_on_a_gpu_come_down_in_pieces_through_pinned_memory(monkeypatc
             Part(one.detach(), optimizer.state[one], gradient, weights)
             for one, gradient, weights in zip(masters, on_gpu, working, strict=True)
         ]
-        host.step(parts, optimizer.param_groups[0], lambda: torch.tensor(DIVISOR, device=device).cpu())
+        host.step(parts, optimizer.param_groups[0], torch.tensor(DIVISOR, device=device))
         read = [one.clone() for one in working]  # by the next forward pass
         assert all(torch.equal(a.cpu(), b.detach().to(dtype)) for a, b in zip(read, masters, strict=True))
     assert_same(whole(start, gradients, DIVISOR), optimizer)
@@ -219,6 +251,6 @@ def test_pinned_memory_holds_a_few_pieces_however_much_is_updated():
     optimizer = AdamW([torch.nn.Parameter(masters)], **SETTINGS)
     gradient, working = (torch.ones(masters.shape, dtype=dtype, device=device) for _ in range(2))
     part = Part(masters, new_state(optimizer, masters), gradient, working)
-    host.step([part], optimizer.param_groups[0], lambda: None)
+    host.step([part], optimizer.param_groups[0], None)
     peak = torch.cuda.host_memory_stats()["allocated_bytes.peak"] - before
     assert peak <= 2 * offload.BUFFERS * PIECE * dtype.itemsize + 2**20

@@ -118,12 +118,10 @@ class BoosterTraining:
             del self.denoiser.forward
 
     def _optimizer_bytes(self) -> int:
-        """Returns how much GPU memory a step takes on this rank when gradients are there: above all AdamW's state."""
+        """Returns how much GPU memory a step takes on this rank when gradients are there: AdamW's state."""
         if self.strategy.zero_offloads:
             return 0
-        weights = sum(piece.last - piece.first for piece in self._pieces())
-        # A sharding plugin makes a copy of the gradients, in full precision, for AdamW.
-        return state_bytes(self._adamw, weights) + 4 * weights * self.strategy.shards
+        return state_bytes(self._adamw, sum(piece.last - piece.first for piece in self._pieces()))
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Returns the context of all batches of a step but the last, after which alone ranks share their gradients.

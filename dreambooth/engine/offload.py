@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from dreambooth.engine.optimizer import STATE
+from dreambooth.engine.optimizer import STATE, Part, settings_of
 
 # Elements of a piece. Its gradient and its new weights are read right after they are written, 16 MiB of them, while
 # they are in the caches of a CPU; copies of so many are as fast as larger ones. AdamW's arithmetic goes by vectors,
@@ -87,25 +87,6 @@ def _is_over() -> None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Weights that follow each other in memory, and what becomes of them in a step.
-
-    Args:
-        masters: (elements,), float32, in host memory; AdamW updates them.
-        state: what AdamW keeps of them.
-        gradient: (elements,), half precision: on the GPU, or in host memory if `working` is.
-        working: (elements,), half precision: gets the new weights. In host memory it may be `gradient`.
-        gather: is called once `working` is whole, where the GPU waits for the copies: shares it among ranks, say.
-    """
-
-    masters: Tensor
-    state: dict[str, Tensor]
-    gradient: Tensor
-    working: Tensor
-    gather: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
 class Piece:
     """At most PIECE elements of a part.
 
@@ -119,7 +100,7 @@ class Piece:
     step: Tensor
     gradient: Tensor
     working: Tensor
-    gather: Callable[[], None] | None
+    gather: Callable | None
 
 
 def pieces_of(parts: Iterable[Part], *, backwards: bool = False) -> list[Piece]:
@@ -148,26 +129,25 @@ class HostAdamW:
         self._backwards = False
 
     @torch.no_grad()
-    def step(self, parts: list[Part], group: dict, divisor: Callable[[], Tensor | None]) -> None:
+    def step(self, parts: list[Part], group: dict, divisor: Tensor | None) -> None:
         """Updates some parts; on every rank in the same order.
 
         Args:
             parts: of which gradients and working weights are in host memory.
             group: of the optimizer, with its settings.
-            divisor: returns by what the gradients are divided, a scalar, float32, on the CPU; None for nothing. It may
-                wait for the GPU: the first gradients are on their way by then.
+            divisor: by what the gradients are divided, a scalar, float32; None for nothing. It may be on a GPU, which
+                is waited for when the first gradients are on their way.
         """
         pieces = pieces_of(parts, backwards=self._backwards)
         # What is left in memory of a step is what it has ended with, and the next one begins with that.
         self._backwards = self.memory.turns and not self._backwards
         if not self._gradient.numel():
             self._gradient = torch.empty(PIECE)
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        settings = settings_of(group)
         soon, known, done = iter(pieces), 0, 0  # elements that memory knows of, and those worked on
         for number, (piece, arrived) in enumerate(zip(pieces, self._gradients(pieces), strict=True)):
             if not number:
-                settings["grad_scale"] = divisor()
+                settings["grad_scale"] = None if divisor is None else divisor.cpu()
             done += arrived.numel()
             while known < done + self.memory.ahead and (other := next(soon, None)):
                 self.memory.expect(other.tensors)

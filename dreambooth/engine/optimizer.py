@@ -1,11 +1,13 @@
 """AdamW and the learning rate, the same in both trainers."""
 
+import functools
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth.command_line.flags import OptimizerFlags
@@ -44,16 +46,76 @@ class AdamW(torch.optim.AdamW):
             self._step(group, divisor)
 
     def _step(self, group: dict, divisor: torch.Tensor | None) -> None:
-        from dreambooth.model.kernels import adamw  # Triton is not there without a GPU
-
         weights, gradients, means, squares, steps = [], [], [], [], []
         self._init_group(group, weights, gradients, means, squares, [], steps)
         torch._foreach_add_(steps, 1)
-        # In double precision, as a beta is close to 1; all are in the same step.
-        corrections = torch.stack([1 - beta ** steps[0].double() for beta in group["betas"]]).float()
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        step = step_by_kernels(group, steps[0], divisor)  # all are in the same one
         for tensors in zip(weights, gradients, means, squares, strict=True):
-            adamw(*tensors, corrections, divisor=divisor, **settings)
+            step(*tensors)
+
+
+def step_by_kernels(group: dict, step: torch.Tensor, divisor: torch.Tensor | None) -> Callable:
+    """Returns a function of weights, gradients and moments that takes AdamW's step number `step` with our kernel."""
+    from dreambooth.model.kernels import adamw  # Triton is not there without a GPU
+
+    # In double precision, as a beta is close to 1.
+    corrections = torch.stack([1 - beta ** step.double() for beta in group["betas"]]).float()
+    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    return functools.partial(adamw, corrections=corrections, divisor=divisor, **settings)
+
+
+def settings_of(group: dict) -> dict:
+    """Returns the settings of an optimizer's group, as torch's function of AdamW takes them."""
+    settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
+    return settings | dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that follow each other in memory, and what becomes of them in a step.
+
+    Args:
+        masters: (elements,), float32; AdamW updates them.
+        state: what AdamW keeps of them.
+        gradient: (elements,), half precision: on the GPU, or in host memory if `working` is.
+        working: (elements,), half precision: gets the new weights. In host memory it may be `gradient`.
+        gather: is called once `working` is whole: shares it among ranks, as `dist.all_gather_into_tensor` does.
+    """
+
+    masters: torch.Tensor
+    state: dict[str, torch.Tensor]
+    gradient: torch.Tensor
+    working: torch.Tensor
+    gather: Callable | None = None
+
+
+class DeviceAdamW:
+    """Steps of AdamW on a GPU that read gradients in half precision, and write the weights in half precision too."""
+
+    @torch.no_grad()
+    def step(self, parts: list[Part], group: dict, divisor: torch.Tensor | None) -> None:
+        """Updates some parts; on every rank in the same order. What a part shares is on its way during the next.
+
+        Args:
+            parts: on the GPU.
+            group: of the optimizer, with its settings.
+            divisor: by what the gradients are divided, a scalar, float32, there too; None for nothing.
+        """
+        kernels, update, shared = has_kernels(*(part.masters for part in parts)), None, []
+        for part in parts:
+            moments = [part.state[name] for name in STATE]
+            if kernels:
+                part.state["step"] += 1
+                update = update or step_by_kernels(group, part.state["step"], divisor)
+                update(part.masters, part.gradient, *moments, half=part.working)
+            else:
+                tensors = [[one] for one in (part.masters, part.gradient.float(), *moments)]
+                adamw(*tensors, [], [part.state["step"]], fused=True, grad_scale=divisor, **settings_of(group))
+                part.working.copy_(part.masters)
+            if part.gather:
+                shared.append(part.gather(async_op=True))
+        for work in filter(None, shared):
+            work.wait()
 
 
 def has_kernels(*parameters: torch.Tensor) -> bool:

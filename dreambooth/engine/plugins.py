@@ -23,8 +23,8 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from colossalai.zero.low_level.bookkeeping import GradientStore
 
 from dreambooth.command_line.console import RunError, warn
-from dreambooth.engine.offload import HostAdamW, Memory, Part, StreamedAdamW
-from dreambooth.engine.optimizer import AdamW, new_state, norm_of
+from dreambooth.engine.offload import HostAdamW, Memory, StreamedAdamW
+from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of
 from dreambooth.model.trainable import Shard
 
 
@@ -92,7 +92,7 @@ class ShardAdamW(torch.optim.AdamW):
                 state |= {} if state else new_state(self, shard.detach())
                 parts.append(Part(shard.detach(), state, shard.grad, self.in_half[shard]))
                 shard.grad = None
-        self.host.step(parts, group, lambda: torch.tensor(self.div_scale) if self.div_scale > 0 else None)
+        self.host.step(parts, group, torch.tensor(self.div_scale) if self.div_scale > 0 else None)
 
     def _init_group(self, group: dict, params: list, grads: list, *others):
         """Gathers a group's tensors, as torch's optimizers do; the gradients in fp32."""
@@ -142,10 +142,11 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
     ColossalAI's waits for the backward pass to end, and then for the norm of the gradients, to decide whether they are
     to be clipped; meanwhile the host launches nothing, and afterwards the GPU has nothing to do until it has. Here the
     GPU clips by a norm that the host does not know. In fp16 the host waits to know whether the step is to be skipped,
-    and where it updates the weights itself, for the gradients.
+    and where it updates the weights itself, for the gradients. Nor is there a copy of all gradients in fp32, which
+    ColossalAI's makes before it updates a weight.
     """
 
-    host: StreamedAdamW  # what updates master weights in host memory
+    updates: DeviceAdamW | StreamedAdamW  # the master weights: on the GPU, or in host memory
 
     def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False) -> None:
         overlaps = self._overlap_communication
@@ -160,28 +161,15 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         self._overlap_communication = False
 
     def step(self, closure=None) -> None:
-        self._scaled_norm, self._has_clipped = None, False
-        if self._cpu_offload:
-            self._step_in_host_memory()
-        else:
-            super().step(closure)
-        scaler = grad_scaler(self)
-        if scaler and scaler.overflow:  # the step was skipped
-            return
-        if not self._has_clipped:
-            raise other_colossalai("did not have the gradients clipped")
-
-    def _step_in_host_memory(self) -> None:
-        """Does what ColossalAI's step does, which moves all gradients before it updates weights, and these after."""
         if self.mixed_precision_mixin.should_skip_step():
             self.zero_grad()
             return
         parts = [self._part(*one) for one in zip(self._working_param_groups[0], self._masters, strict=True)]
         (store,) = self.pg_to_grad_store.values()
-        self._compute_grad_norm(store.torch_pg, [part.gradient for part in parts])
-        divisor = self._divisor(self._scaled_norm.device)
-        self._has_clipped = True
-        self.host.step(parts, self.optim.param_groups[0], lambda: None if divisor is None else divisor.cpu())
+        squares = norm_of([part.gradient for part in parts]).square()
+        dist.all_reduce(squares, group=store.torch_pg)
+        divisor = self._divisor(squares.sqrt())
+        self.updates.step(parts, self.optim.param_groups[0], divisor)
 
     @property
     def _masters(self) -> list[torch.Tensor]:
@@ -203,27 +191,18 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         share = functools.partial(dist.all_gather_into_tensor, whole, own, group=store.torch_pg) if ranks > 1 else None
         return Part(masters, state, gradients[rank], own, share)
 
-    def _compute_grad_norm(self, dp_pg: dist.ProcessGroup, gradients: list[torch.Tensor], norm_type: int = 2) -> float:
-        """Keeps the norm, with the loss scale in it, for `_unscale_and_clip_grads`, which ignores what is returned."""
-        squares = norm_of(gradients).square()
-        dist.all_reduce(squares, group=dp_pg)
-        self._scaled_norm = squares.sqrt()
-        return 0.0
+    def _divisor(self, norm: torch.Tensor) -> torch.Tensor | None:
+        """Returns by what the gradients are to be divided, a scalar; None for nothing.
 
-    def _unscale_and_clip_grads(self, shards: list[torch.Tensor], total_norm: float) -> None:
-        if self._scaled_norm is None:
-            raise other_colossalai("did not have the norm of the gradients computed")
-        self.optim.divisor = self._divisor(shards[0].device)  # AdamW divides by it as it reads the shards
-        self._has_clipped = True
-
-    def _divisor(self, device: torch.device) -> torch.Tensor | None:
-        """Returns by what the gradients are to be divided, a scalar; None for nothing."""
-        self._current_grad_norm = self._scaled_norm
+        Args:
+            norm: theirs, of all ranks, with the loss scale in it.
+        """
+        self._current_grad_norm = norm
         divisor = self.mixed_precision_mixin.get_grad_div_scale()
         if self._clip_grad_norm > 0:
-            excess = (self._scaled_norm / divisor + 1e-6) / self._clip_grad_norm
-            return (divisor * excess.clamp(min=1)).to(device)
-        return None if divisor == 1 else torch.full((), divisor, device=device)
+            excess = (norm / divisor + 1e-6) / self._clip_grad_norm
+            return divisor * excess.clamp(min=1)
+        return None if divisor == 1 else torch.full((), divisor, device=norm.device)
 
 
 class WritingGeminiOptimizer(GeminiOptimizer):
@@ -324,7 +303,9 @@ def take_over(optimizer: OptimizerWrapper, memory: Memory) -> None:
         optimizer.__class__ = AheadZeroOptimizer
         if optimizer._cpu_offload:
             (device,) = {weights.device for weights in optimizer._working_param_groups[0]}
-            optimizer.host = StreamedAdamW(device, optimizer.dtype, memory)
+            optimizer.updates = StreamedAdamW(device, optimizer.dtype, memory)
+        else:
+            optimizer.updates = DeviceAdamW()
         offloaded = optimizer._masters if optimizer._cpu_offload else []
     else:
         optimizer.__class__ = WritingGeminiOptimizer

@@ -487,8 +487,8 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 @triton.jit(do_not_specialize=["total"])
 def _adamw(
-    weights, gradients, means, squares, divisor, corrections, total, lr, of_gradient, of_its_square, eps, decay,
-    DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
+    weights, gradients, means, squares, half, divisor, corrections, total, lr, of_gradient, of_its_square, eps, decay,
+    HALVED: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = number < total
@@ -503,6 +503,8 @@ def _adamw(
     weight *= 1 - lr * decay
     weight -= lr / of_mean * mean / (tl.sqrt(square) / tl.sqrt(of_square) + eps)
     tl.store(weights + number, weight, there)
+    if HALVED:
+        tl.store(half + number, weight, there)
     tl.store(means + number, mean, there)
     tl.store(squares + number, square, there)
 
@@ -519,6 +521,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     divisor: Tensor | None = None,
+    half: Tensor | None = None,
 ) -> None:
     """Takes a step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one pass over its tensors.
 
@@ -528,10 +531,11 @@ def adamw(
         corrections: float32, 1 - beta ** step for each of the betas, with the step that is taken.
         lr, betas, eps, weight_decay: as of torch's AdamW.
         divisor: scalar, float32, by which the gradients are divided as they are read; None for none.
+        half: of the same size, any float dtype: gets the weights too; None for none.
     """
     block = 1024
     shares = (1 - beta for beta in betas)  # taken in double precision, as a beta is close to 1
     _adamw[(triton.cdiv(weights.numel(), block),)](
-        weights, gradients, means, squares, divisor, corrections, weights.numel(), lr, *shares, eps, weight_decay,
-        DIVIDED=divisor is not None, BLOCK=block,
+        weights, gradients, means, squares, half, divisor, corrections, weights.numel(), lr, *shares, eps,
+        weight_decay, HALVED=half is not None, DIVIDED=divisor is not None, BLOCK=block,
     )  # fmt: skip
