@@ -37,6 +37,7 @@ from dreambooth.engine.plugins import ShardAdamW, masters_in
 from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.libraries import grow_segments
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
 from dreambooth.model.recording import records
 from dreambooth.processes.environment import find_place
@@ -180,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = check_inputs(flags)
     run = agree(flags, inputs, join(inputs.place), strategy.precision)
     check_memory(run, strategy)
+    if strategy.spares_memory:
+        grow_segments()
 
     # The model; what is trained of it comes from the checkpoint, if there is one.
     model = prepare_model(run)

@@ -153,6 +153,7 @@ class Denoiser(torch.nn.Module):
             for parameter in self.unet.parameters():
                 if parameter.ndim == 4 and not parameter.requires_grad:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        torch.cuda.empty_cache()  # of what setting up took
         try:
             rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
             self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients)

@@ -5,6 +5,7 @@ Of everything else both lists of requirements are served by the same code.
 
 import functools
 import inspect
+import os
 from pathlib import Path
 
 import torch
@@ -40,3 +41,16 @@ def name_in_file(component: torch.nn.Module, name: str) -> str:
     """
     has_prefix = not isinstance(component, CLIPTextModel) or hasattr(component, "text_model")
     return name if has_prefix else f"text_model.{name}"
+
+
+def grow_segments() -> None:
+    """Has torch take GPU memory in segments that grow: in those of fixed sizes gaps remain, where nothing else fits.
+
+    It goes on from now; what the environment says of torch's allocator stays.
+    """
+    said = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    if said or not torch.cuda.is_available():
+        return
+    old = "_cuda_cudaCachingAllocator_set_allocator_settings"
+    set_allocator = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(torch._C, old)
+    set_allocator("expandable_segments:True")
