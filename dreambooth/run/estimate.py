@@ -257,8 +257,6 @@ def _of_low_level_zero(setup: Setup, counts: Counts) -> Iterator[Term]:
     yield Term(where, 4 * own, "of fp32 weights")
     yield Term(where, 8 * own, "of AdamW's moments")
     yield Term("card", 2 * w, "of gradients", IN_STEPS if setup.keeps_gradients else [UPDATE])
-    if where == "card":  # elsewhere there are those of a piece
-        yield Term("card", 4 * own, "of gradients in fp32", [UPDATE])
     if setup.records:
         yield Term("card", 2 * counts.convolutions, "of convolutions' weights with channels last")
         yield Term("card", 2 * w * setup.accumulates, "of gradients that graphs write")
