@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer, adapters=lora)
     recorded = records(flags.training, spares_memory=strategy.spares_memory)
     place = {"sharded": strategy.shards, "placement": strategy.placement, "offload_dir": strategy.offload_dir}
-    remember_cheaper_flags(flags.model, flags.training, flags.optimizer, **place)
+    remember_cheaper_flags(flags.model, flags.training, flags.optimizer, lora=lora, **place)
     inputs = check_inputs(flags)
     run = agree(flags, inputs, join(inputs.place), strategy.precision)
     check_memory(run, strategy)

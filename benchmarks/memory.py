@@ -9,11 +9,14 @@ before_imports(__name__)
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
 
 from benchmarks.random_model import SHAPES
+from dreambooth.command_line.flags import LoraFlags
+from dreambooth.command_line.limits import RANK_OF_ADAPTERS
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.configurations import build_pipeline, clip_tokenizer
 from dreambooth.model.folder import FAMILIES
@@ -35,11 +38,21 @@ def outline(shape: str, resolution: int | None = None) -> Outline:
     return Outline(family, components, resolution or SHAPES[shape]["vae"]["sample_size"])
 
 
+def _plain(images: int, card: int) -> Setup:
+    size = int(card * GIB * SEEN_OF_A_CARD)
+    return Setup(Strategy("torch_ddp", "cuda", "bf16"), torch.bfloat16, 1, examples=images, card=size)
+
+
 def rows(model: Outline, images: int, card: int) -> Iterator[tuple[Setup, Estimate]]:
     """Yields every strategy on one GPU of `card` GB in bf16, the faster first."""
-    size = int(card * GIB * SEEN_OF_A_CARD)
-    own = Setup(Strategy("torch_ddp", "cuda", "bf16"), torch.bfloat16, 1, examples=images, card=size)
-    for setup in strategies(own):
+    for setup in strategies(_plain(images, card)):
+        yield setup, estimate_of(model, setup)
+
+
+def rows_of_adapters(model: Outline, images: int, card: int) -> Iterator[tuple[Setup, Estimate]]:
+    """Yields the same for adapters, which are another result."""
+    for recomputes in (False, True):
+        setup = replace(_plain(images, card), recomputes=recomputes, lora=LoraFlags(lora_rank=RANK_OF_ADAPTERS))
         yield setup, estimate_of(model, setup)
 
 
@@ -49,7 +62,10 @@ def table_of_strategies(models: dict[str, Outline]) -> str:
         "| | " + " | ".join(f"{NAMES[shape]}: card | from | host" for shape in models) + " |",
         "|---|" + "---|" * 3 * len(models),
     ]
-    found = [list(rows(model, MODELS[shape], CARDS[-1])) for shape, model in models.items()]
+    found = [
+        [*rows(model, MODELS[shape], CARDS[-1]), *rows_of_adapters(model, MODELS[shape], CARDS[-1])]
+        for shape, model in models.items()
+    ]
     for of_models in zip(*found, strict=True):
         cells = [f"`{of_models[0][0].flags()}`"]
         for _, one in of_models:

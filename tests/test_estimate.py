@@ -14,7 +14,7 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, train
 
 from benchmarks import memory, random_model
 from dreambooth.command_line import limits
-from dreambooth.command_line.flags import ModelFlags, OptimizerFlags, TrainingFlags
+from dreambooth.command_line.flags import LoraFlags, ModelFlags, OptimizerFlags, TrainingFlags
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.configurations import build_pipeline
 from dreambooth.model.outline import outline_of
@@ -36,6 +36,7 @@ from dreambooth.run.memory import (
 
 CARD = 80 * GIB
 FP32, BF16 = torch.float32, torch.bfloat16
+WHOLE, RANK_16 = LoraFlags(), LoraFlags(lora_rank=16)
 # A model between the tests' tiny ones and real ones: 68 M weights.
 MIDDLE = {
     "text": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
@@ -216,14 +217,14 @@ def test_activations_are_counted_until_they_go():
 
 def test_activations_grow_with_images_and_shrink_by_what_spares_them(of_1_4):
     def held(**how) -> int:
-        return of_1_4.passes(False, BF16, **how).peak(0).activations
+        return of_1_4.passes(False, WHOLE, BF16, **how).peak(0).activations
 
     plain, discarding, recomputing = held(), held(discards=True), held(recomputes=True)
     # By a count on a CPU, at the same size: 13.9 GiB of 16 images are kept, and made again 3.8 + 1.0 of them.
     assert 16 * plain / GIB == pytest.approx(13.9, rel=0.03)
     assert 16 * (plain - discarding) / GIB == pytest.approx(4.8, abs=0.5)
     assert recomputing < plain / 3
-    assert of_1_4.passes(False, FP32).peak(0).activations == pytest.approx(2 * plain, rel=0.01)
+    assert of_1_4.passes(False, WHOLE, FP32).peak(0).activations == pytest.approx(2 * plain, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", random_model.SHAPES)
@@ -231,11 +232,11 @@ def test_activations_grow_with_images_and_shrink_by_what_spares_them(of_1_4):
 def test_any_model_is_traced_and_takes_less_than_the_quick_bound(shape, text_encoders):
     model = memory.outline(shape)
     for dtype in (FP32, BF16):
-        most = model.passes_at_most(text_encoders, dtype).peak(0).activations
+        most = model.passes_at_most(text_encoders, WHOLE, dtype).peak(0).activations
         for how in ({}, {"recomputes": True}, {"discards": True}):
-            passes = model.passes(text_encoders, dtype, **how)
+            passes = model.passes(text_encoders, WHOLE, dtype, **how)
             assert 0 < passes.peak(0).activations < most
-            assert passes.moments[-1].gradients == model.weights(text_encoders)[0]
+            assert passes.moments[-1].gradients == model.weights(text_encoders, WHOLE)[0]
 
 
 def test_the_outline_is_that_of_the_files(tiny_model, xl_model):
@@ -291,7 +292,7 @@ def test_host_memory_of_a_run_on_the_cpu(script, more, middle_model, photos, tmp
 def remember(strategy: Strategy | None, **training) -> None:
     place = {"sharded": strategy.shards, "placement": strategy.placement} if strategy else {}
     limits.remember_cheaper_flags(
-        ModelFlags(pretrained_model_name_or_path="x"), TrainingFlags(**training), OptimizerFlags(), **place
+        ModelFlags(pretrained_model_name_or_path="x"), TrainingFlags(**training), OptimizerFlags(), lora=False, **place
     )
 
 
@@ -319,6 +320,31 @@ def test_a_refusal_names_the_cheapest_that_fits(setup, gib, wanted, of_1_4):
     assert wanted in told and "\n" not in told, told
 
 
+def test_adapters_are_the_last_resort(of_xl):
+    """Where nothing trains the whole UNet: they are another result, which is said."""
+    setup = on_gpu(batch=1, card=12 * GIB)
+    told = refuse(setup, of_xl, Machine(card=12 * GIB, host=64 * GIB, gpus=1))
+    assert "use --lora_rank 16, which trains adapters alone, about 11.0 GiB" in told, told
+    assert told.endswith(", or train_dreambooth_colossalai.py, which can keep more in host memory")
+    whole = replace(setup, strategy=Strategy("torch_ddp", "cuda", "bf16", 0.0))
+    assert "--lora_rank" not in refuse(whole, of_xl, Machine(card=12 * GIB, host=64 * GIB, gpus=1))
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_adapters_leave_what_is_frozen_in_half_precision(text_encoders, of_1_4):
+    """Without gradients and optimizer state; the fewer, the smaller the rank, and activations as they are."""
+    setup = on_gpu("torch_ddp", batch=1, text_encoders=text_encoders, lora=RANK_16)
+    terms = {term.what: term.bytes for term in estimate_of(of_1_4, setup).card.terms}
+    trained = of_1_4.size(*of_1_4.trained(text_encoders))
+    weights, of_convolutions = of_1_4.weights(text_encoders, RANK_16)
+    assert terms["of frozen weights"] == 2 * trained and weights < trained / 100 and not of_convolutions
+    assert terms["of AdamW's moments"] == 8 * weights == 2 * terms["of fp32 weights"]
+    assert of_1_4.weights(text_encoders, LoraFlags(lora_rank=8))[0] == weights / 2
+    whole = replace(setup, lora=WHOLE)
+    assert estimate_of(of_1_4, setup).card.bytes < estimate_of(of_1_4, whole).card.bytes / 3
+    assert "gemini" not in " ".join(one.flags() for one in strategies(setup))
+
+
 def test_several_gpus_are_proposed_where_there_are_some(of_xl):
     setup = on_gpu("torch_ddp", batch=1, card=40 * GIB)
     told = refuse(setup, of_xl, Machine(card=40 * GIB, gpus=4))
@@ -342,6 +368,7 @@ def test_what_would_fit_is_looked_for_in_the_order_that_errors_of_memory_tell(of
         ModelFlags(pretrained_model_name_or_path="x", train_text_encoder=True),
         TrainingFlags(train_batch_size=16, cuda_graphs="on"),
         OptimizerFlags(),
+        lora=False,
         sharded=False,
         placement="cuda",
     )
@@ -355,7 +382,7 @@ def test_what_would_fit_is_looked_for_in_the_order_that_errors_of_memory_tell(of
         limits.NO_TEXT_ENCODER: "no --train_text_encoder",
     }
     told = limits.cheaper_flags()
-    assert told[:-1] == list(signs) and told[-1] == limits.LOWER_RESOLUTION
+    assert told == [*signs, limits.LOWER_RESOLUTION, limits.LORA]
     seen = [one.flags(setup) for one in lighter(setup, Machine(card=CARD, gpus=2))]
     first = [next(number for number, flags in enumerate(seen) if sign in flags) for sign in signs.values()]
     assert first == sorted(first) and len(set(first)) == len(first)

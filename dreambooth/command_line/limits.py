@@ -26,6 +26,8 @@ NO_GRAPHS, CHECKPOINTING = "no --cuda_graphs on", "--gradient_checkpointing"
 SMALLER_BATCH = "a smaller --train_batch_size with more --gradient_accumulation_steps"
 EIGHT_BIT, SPLIT, HOST = "--use_8bit_adam", "--plugin low_level_zero on several GPUs", "--placement cpu"
 NO_TEXT_ENCODER, LOWER_RESOLUTION = "no --train_text_encoder", "a lower --resolution"
+RANK_OF_ADAPTERS = 16
+LORA = f"--lora_rank {RANK_OF_ADAPTERS}, which trains small adapters instead"
 DISK = "--offload_dir on a fast disk"
 _cheaper: list[str] = []
 _cheaper_for_host: list[str] = []  # what spares host memory, and no GPU's
@@ -36,6 +38,7 @@ def remember_cheaper_flags(
     training: TrainingFlags,
     optimizer: OptimizerFlags,
     *,
+    lora: bool,
     sharded: bool = False,
     placement: str | None = None,
     offload_dir: str | None = None,
@@ -44,6 +47,7 @@ def remember_cheaper_flags(
 
     Args:
         model, training, optimizer: the flags.
+        lora: whether adapters alone are trained.
         sharded: whether the optimizer state is split or in host memory already.
         placement: where ColossalAI's plugin keeps weights; None in a script without its plugins.
         offload_dir: the folder on a disk for what is in host memory otherwise; None for none.
@@ -57,6 +61,7 @@ def remember_cheaper_flags(
         HOST: placement == "cuda",
         NO_TEXT_ENCODER: model.train_text_encoder,
         LOWER_RESOLUTION: True,
+        LORA: not lora,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]
     _cheaper_for_host[:] = [DISK] * (placement == "cpu" and offload_dir is None)

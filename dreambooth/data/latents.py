@@ -14,7 +14,7 @@ from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.threads import cores_of, in_threads
 
-MAX_ENCODED_AT_A_TIME, MAX_PIXELS_AT_A_TIME = 4, 2**20  # for an encoder in fp32 in a few GiB
+MAX_ENCODED_AT_A_TIME, MAX_PIXELS_AT_A_TIME = 4, 2**19  # for an encoder in fp32 in two GiB, or what one image takes
 SHOWN_FROM = 500  # crops
 # Of what `auto` keeps in each process: 16,384 crops at 512 pixels.
 CACHE_BYTES = 2**31
@@ -57,6 +57,7 @@ def cache_latents(
     batches = _batches(dataset, cached, schedule, first_step)
     if batches:
         with doing("caching latents", takes_less="--cache_latents off, or a lower --resolution"):
+            torch.cuda.empty_cache()  # of text encoders: the VAE's tensors are larger, and fit into nothing of theirs
             vae.to(ranks.device)
             size = _cache(batches, vae, ranks)
         seconds = time.monotonic() - started
@@ -68,6 +69,7 @@ def cache_latents(
         vae.to("cpu")
     else:
         vae.to(ranks.device, dtype)
+    torch.cuda.empty_cache()
     return len(cached) == len(images)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dreambooth.command_line.flags import LoraFlags
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.components import (
     check_resolution,
@@ -19,6 +20,7 @@ from dreambooth.model.components import (
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.family import Conditioning, Family, View
 from dreambooth.model.folder import family_of
+from dreambooth.model.lora import adapters_of, add_adapters
 from dreambooth.model.loss import example_inputs
 from dreambooth.model.pipeline import load_tokenizers
 from dreambooth.model.tracing import Moment, Passes, trace
@@ -48,41 +50,52 @@ class Outline:
         """Returns the number of weights of some components, frozen ones too."""
         return sum(weight.numel() for name in names for weight in self.components[name].parameters())
 
-    def denoiser(self, text_encoders: bool, dtype: torch.dtype = torch.float32) -> Denoiser:
-        """Returns what is trained, anew, on the meta device."""
+    def denoiser(self, text_encoders: bool, lora: LoraFlags, dtype: torch.dtype = torch.float32) -> Denoiser:
+        """Returns what is trained, with what is frozen beside its adapters; anew, on the meta device."""
         parts = {name: empty_copy(self.components[name]) for name in self.trained(text_encoders)}
+        adapters = None
+        if lora.lora_rank is not None:
+            adapters = adapters_of(lora, parts, base="", instance_prompt=None)
+            add_adapters(parts, adapters, seed=0)
         if text_encoders:
             self.family.freeze_unread(parts)
-        return Denoiser(self.family, **parts).train().to("meta", dtype)
+        return Denoiser(self.family, adapters=adapters, **parts).train().to("meta", dtype)
 
     @functools.cache  # noqa: B019 - one outline lives as long as a run
-    def weights(self, text_encoders: bool) -> tuple[int, int]:
+    def weights(self, text_encoders: bool, lora: LoraFlags) -> tuple[int, int]:
         """Returns the number of weights that are trained, and of those in convolutions over more than a pixel."""
-        shapes = [weight.shape for weight in self.denoiser(text_encoders).trained]
+        shapes = [weight.shape for weight in self.denoiser(text_encoders, lora).trained]
         of_convolutions = [shape.numel() for shape in shapes if len(shape) == 4 and shape[2:].numel() > 1]
         return sum(shape.numel() for shape in shapes), sum(of_convolutions)
 
     @functools.cache  # noqa: B019 - as above
     def chunks(self, text_encoders: bool) -> int:
         """Returns the number of elements of the equal chunks that Gemini lays flat parameters into, one in each."""
-        denoiser = self.denoiser(text_encoders)
+        denoiser = self.denoiser(text_encoders, LoraFlags())  # which leave it nothing to split
         denoiser.trained.flatten(1)
         lengths = [flat.numel() for flat in denoiser.trained.parameters()]
         return len(lengths) * max(lengths)
 
     @functools.cache  # noqa: B019 - as above
     def passes(
-        self, text_encoders: bool, dtype: torch.dtype, *, recomputes: bool = False, discards: bool = False
+        self,
+        text_encoders: bool,
+        lora: LoraFlags,
+        dtype: torch.dtype,
+        *,
+        recomputes: bool = False,
+        discards: bool = False,
     ) -> Passes:
         """Returns what a forward and a backward pass of one example hold, in a second or two.
 
         Args:
             text_encoders: whether they are trained.
+            lora: adapters, if they alone are.
             dtype: in which it is computed.
             recomputes: with --gradient_checkpointing.
             discards: with what `discard_activations` does.
         """
-        denoiser = self.denoiser(text_encoders, dtype)
+        denoiser = self.denoiser(text_encoders, lora, dtype)
         if recomputes:
             denoiser.enable_gradient_checkpointing()
         elif discards:
@@ -90,9 +103,9 @@ class Outline:
         inputs = example_inputs(1, self.latents, self._conditioning(text_encoders), dtype, torch.device("meta"))
         return trace(lambda: denoiser(*inputs), denoiser.parameters())
 
-    def passes_at_most(self, text_encoders: bool, dtype: torch.dtype) -> Passes:
+    def passes_at_most(self, text_encoders: bool, lora: LoraFlags, dtype: torch.dtype) -> Passes:
         """Returns more than any passes hold, at once: as if each layer were as wide as the latents and kept all."""
-        denoiser = self.denoiser(text_encoders)
+        denoiser = self.denoiser(text_encoders, lora)
         widths = sum(sum(weight.shape[:2]) for weight in denoiser.parameters())
         places = max(self.latents[1] * self.latents[2], self._tokens)
         return Passes((Moment(widths * places * dtype.itemsize, denoiser.trained.numel()),))

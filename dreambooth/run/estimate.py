@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dreambooth.command_line.flags import LoraFlags
 from dreambooth.data.latents import images_at_a_time
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.outline import Outline, times
@@ -47,6 +48,7 @@ class Setup:
         records: whether the run insists on CUDA graphs. Where it does not, it has them if there is the room.
         accumulates: whether a step has several batches.
         encodes: in which dtype the VAE encodes images in the steps; None where it has done it before.
+        lora: adapters, if they alone are trained.
     """
 
     strategy: Strategy | None
@@ -61,6 +63,7 @@ class Setup:
     records: bool = False
     accumulates: bool = False
     encodes: torch.dtype | None = None
+    lora: LoraFlags = LoraFlags()
 
     @property
     def shards(self) -> bool:
@@ -96,6 +99,8 @@ class Setup:
             if self.strategy.offload_dir:
                 words.append(f"--offload_dir {self.strategy.offload_dir}")
         words += ["--gradient_checkpointing"] * self.recomputes + ["--use_8bit_adam"] * self.use_8bit_adam
+        if self.lora.lora_rank is not None:
+            words.append(f"--lora_rank {self.lora.lora_rank}")
         if own is not None:
             if self.batch != own.batch:
                 words.append(f"--train_batch_size {self.batch} with more --gradient_accumulation_steps")
@@ -114,6 +119,7 @@ class Counts:
 
     Args:
         weights: that are trained.
+        frozen: those of the same components that are not, beside adapters.
         convolutions: those of them that are of convolutions over more than a pixel.
         chunks: elements of the chunks that Gemini lays them into.
         readers: weights of text encoders that are frozen.
@@ -124,6 +130,7 @@ class Counts:
     """
 
     weights: int
+    frozen: int
     convolutions: int
     chunks: int
     readers: int
@@ -225,6 +232,10 @@ def _before_steps(setup: Setup, counts: Counts) -> Iterator[Term]:
 
 def _of_weights(setup: Setup, counts: Counts) -> Iterator[Term]:
     """Yields what is there of weights, their gradients and AdamW's state."""
+    size = setup.dtype.itemsize
+    yield Term("card", size * counts.frozen, "of frozen weights")
+    if setup.card is not None:
+        yield Term("host", size * counts.frozen, "of frozen weights on their way to the GPU", [LOADING])
     if not setup.shards:
         yield from _of_whole_weights(setup, counts.weights)
     elif setup.strategy.plugin == "low_level_zero":
@@ -331,15 +342,17 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         at_most: whether passes are not looked at, but taken as more than they hold: it takes no time.
     """
     trained, examples = outline.trained(setup.text_encoders), setup.batch * setup.examples
-    weights, convolutions = outline.weights(setup.text_encoders)
+    what = setup.text_encoders, setup.lora
+    weights, convolutions = outline.weights(*what)
     if at_most:
-        passes = outline.passes_at_most(setup.text_encoders, setup.dtype)
+        passes = outline.passes_at_most(*what, setup.dtype)
     else:
         how = {"recomputes": setup.recomputes, "discards": setup.discards}
-        passes = outline.passes(setup.text_encoders, setup.dtype, **how)
+        passes = outline.passes(*what, setup.dtype, **how)
     is_gemini = setup.shards and setup.strategy.plugin == "gemini"
     return Counts(
         weights=weights,
+        frozen=outline.size(*trained) if setup.lora.lora_rank is not None else 0,
         convolutions=convolutions,
         chunks=outline.chunks(setup.text_encoders) if is_gemini else 0,
         readers=outline.size(*(name for name in outline.family.text_encoders if name not in trained)),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.command_line.console import UserError, counted, first_line, say, warn
+from dreambooth.command_line.flags import LoraFlags
 from dreambooth.command_line.limits import (
     CHECKPOINTING,
     DISK,
@@ -17,6 +18,7 @@ from dreambooth.command_line.limits import (
     HOST,
     NO_GRAPHS,
     NO_TEXT_ENCODER,
+    RANK_OF_ADAPTERS,
     SMALLER_BATCH,
     SPLIT,
     cheaper_flags,
@@ -138,10 +140,6 @@ def check_memory(run: Run, strategy: Strategy | None = None) -> None:
     Raises:
         UserError: if the run takes clearly more memory than there is; naming what would fit.
     """
-    if run.flags.lora.lora_rank is not None:  # which takes less than any estimate here says
-        if run.flags.training.dry_run:
-            say("memory is not estimated with --lora_rank: frozen weights in half precision, and activations")
-        return
     machine = this_machine(run.ranks.device)
     if run.ranks.device.type == "cuda" and machine.card is None:
         return  # there is nothing to compare with
@@ -189,6 +187,7 @@ def setup_of(run: Run, strategy: Strategy | None, outline: Outline, machine: Mac
         records=flags.training.cuda_graphs == "on",
         accumulates=flags.training.gradient_accumulation_steps > 1,
         encodes=dtype_of_vae(outline.family, outline.components["vae"], dtype) if encodes else None,
+        lora=flags.lora,
     )
 
 
@@ -210,7 +209,8 @@ def strategies(own: Setup) -> Iterator[Setup]:
         for way in ways:
             for plugin in ("torch_ddp", "low_level_zero", "gemini"):
                 quantizes_shards = way.use_8bit_adam and plugin != "torch_ddp"
-                if placement in PLACEMENTS[plugin] and not quantizes_shards:
+                splits_adapters = has_adapters(own) and plugin == "gemini"
+                if placement in PLACEMENTS[plugin] and not (quantizes_shards or splits_adapters):
                     yield _with_strategy(way, plugin, placement)
 
 
@@ -228,6 +228,17 @@ def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
 def _on_disk(setup: Setup) -> Setup:
     """Returns a setup that has in a folder on a disk what it would have in host memory."""
     return replace(setup, strategy=replace(setup.strategy, offload_dir=setup.strategy.offload_dir or "FOLDER"))
+
+
+def has_adapters(setup: Setup) -> bool:
+    """Whether adapters alone are trained."""
+    return setup.lora.lora_rank is not None
+
+
+def _with_adapters(setup: Setup) -> Setup:
+    """Returns a setup that trains adapters alone, which need nothing of what spares memory of whole weights."""
+    strategy = setup.strategy and _with_strategy(setup, "torch_ddp", "cuda").strategy
+    return replace(setup, strategy=strategy, lora=LoraFlags(lora_rank=RANK_OF_ADAPTERS))
 
 
 def lighter(own: Setup, machine: Machine, *, of_host: bool = False) -> Iterator[Setup]:
@@ -266,7 +277,8 @@ def lighter(own: Setup, machine: Machine, *, of_host: bool = False) -> Iterator[
             setup = own
             for change in changes:
                 setup = change(setup)
-            yield setup
+            if not (has_adapters(setup) and setup.strategy and setup.strategy.plugin == "gemini"):
+                yield setup
 
 
 def refusal(setup: Setup, outline: Outline, machine: Machine) -> str:
@@ -276,16 +288,21 @@ def refusal(setup: Setup, outline: Outline, machine: Machine) -> str:
     nearest, nearest_found = setup, found
     others = strategies(setup) if setup.card is not None else ()
     of_host = "host memory" in machine.verdict(found)
-    for other in itertools.chain(lighter(setup, machine, of_host=of_host), others):
+    small = _with_adapters(setup)  # another result, and so the last resort
+    adapters = () if has_adapters(setup) else (small, *lighter(small, machine))
+    keeps_more = setup.strategy is None and setup.card is not None
+    script = ", or train_dreambooth_colossalai.py, which can keep more in host memory" * keeps_more
+    for other in itertools.chain(lighter(setup, machine, of_host=of_host), others, adapters):
         that = estimate_of(outline, other)
         if machine.verdict(that) == FITS:
+            if other in adapters:
+                return f"{told}: use {other.flags(setup)}, which trains adapters alone, about {needs(that)}{script}"
             return f"{told}: use {other.flags(setup)}, which takes about {needs(that)}"
         if machine.share(that) < machine.share(nearest_found):
             nearest, nearest_found = other, that
-    script = ", or train_dreambooth_colossalai.py, which can keep more in host memory"
     return (
-        f"{told}: use a lower --resolution{script * (setup.strategy is None and setup.card is not None)}; beside that "
-        f"nothing fits, and {nearest.flags(setup)} comes nearest with {needs(nearest_found)}"
+        f"{told}: use a lower --resolution{script}; beside that nothing fits, and {nearest.flags(setup)} comes "
+        f"nearest with {needs(nearest_found)}"
     )
 
 
@@ -310,10 +327,14 @@ def _is_free(found: Estimate, machine: Machine) -> bool:
 
 def _disk(run: Run, outline: Outline, setup: Setup) -> int:
     """Returns the bytes that a run writes."""
-    trained, form = outline.trained(setup.text_encoders), Form.of(run.flags.output, run.flags.lora)
-    sizes = Sizes.of(
-        outline.components, trained, use_8bit_adam=setup.use_8bit_adam, of_pipeline=form.bytes_of_a_weight
-    )
+    flags, trained = run.flags, outline.trained(setup.text_encoders)
+    if has_adapters(setup):
+        weights, _ = outline.weights(setup.text_encoders, setup.lora)
+        sizes = Sizes.of_adapters(weights, files=1 + flags.lora.save_kohya_lora)
+    else:
+        form = Form.of(flags.output, flags.lora)
+        how = {"use_8bit_adam": setup.use_8bit_adam, "of_pipeline": form.bytes_of_a_weight}
+        sizes = Sizes.of(outline.components, trained, **how)
     return room_of(run.flags.output, run.schedule, sizes, first_step=run.first_step).needed
 
 
