@@ -219,10 +219,13 @@ def test_activations_grow_with_images_and_shrink_by_what_spares_them(of_1_4):
 @pytest.mark.parametrize("shape", random_model.SHAPES)
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_any_model_is_traced_and_takes_less_than_the_quick_bound(shape, text_encoders):
+    """Large ones, which take long, in half precision only, where they come closer to the bound."""
     model = memory.outline(shape)
-    for dtype in (FP32, BF16):
+    is_large = model.size("unet") > 10**8
+    ways = [{}, {"recomputes": True}, {"discards": True}]
+    for dtype in (BF16,) if is_large else (FP32, BF16):
         most = model.passes_at_most(text_encoders, dtype).peak(0).activations
-        for how in ({}, {"recomputes": True}, {"discards": True}):
+        for how in ways[: 1 if is_large and not text_encoders else None]:
             passes = model.passes(text_encoders, dtype, **how)
             assert 0 < passes.peak(0).activations < most
             assert passes.moments[-1].gradients == model.weights(text_encoders)[0]
