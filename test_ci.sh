@@ -24,6 +24,8 @@ echo "== style"
 "$python" -m ruff format --check .
 
 echo "== tests"
+# Their processes, which start at the same time, then find bytecode, and do not each make it.
+"$python" -c "import datasets, inference, train_dreambooth, train_dreambooth_colossalai"
 "$python" -m pytest -n 3 --dist worksteal
 
 echo "== smoke runs"
