@@ -263,7 +263,6 @@ def freeze() -> None:
     """Keeps the collector of a fork from going through all that was imported, which would copy the pages of it."""
     gc.collect()
     gc.freeze()
-    gc.unfreeze = lambda: None  # a trainer does it when it has trained
 
 
 def main() -> None:
