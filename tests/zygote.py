@@ -239,6 +239,26 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
+def warm_up() -> None:
+    """Does what most runs do once: libraries import parts of themselves and make tables when they are first used.
+
+    Without gradients, as autograd cannot be used in a fork of a process that has used it.
+    """
+    import colossalai.logging
+    import peft.tuners.lora.bnb  # noqa: F401
+    import PIL.Image
+    from diffusers import DDPMScheduler
+
+    import dreambooth.model.single_file  # noqa: F401
+    from dreambooth.model.pipeline import load_model
+
+    PIL.Image.preinit()
+    colossalai.logging.get_dist_logger()
+    DDPMScheduler().compatibles  # noqa: B018
+    with torch.random.fork_rng():
+        load_model(Path("assets/tiny-stable-diffusion"), resolution=128)
+
+
 def freeze() -> None:
     """Keeps the collector of a fork from going through all that was imported, which would copy the pages of it."""
     gc.collect()
@@ -260,6 +280,7 @@ def main() -> None:
     import train_dreambooth  # noqa: F401
     import train_dreambooth_colossalai  # noqa: F401
 
+    warm_up()
     freeze()
     serve(listen(folder / "socket"))
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -309,6 +310,9 @@ def take_over(optimizer: OptimizerWrapper, memory: Memory) -> None:
         offloaded = optimizer._masters if optimizer._cpu_offload else []
     else:
         optimizer.__class__ = WritingGeminiOptimizer
+        # Gemini's own logger looks for the source of every function on the stack, at each backward pass, for a line
+        # that is not shown.
+        optimizer.module._logger = logging.getLogger("colossalai")
         optimizer.optim.host = HostAdamW(memory)
         offloaded = []
         for chunk in {chunk.paired_chunk for chunk in optimizer.chunk16_set}:

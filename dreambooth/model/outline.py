@@ -62,9 +62,14 @@ class Outline:
         return Denoiser(self.family, adapters=adapters, **parts).train().to("meta", dtype)
 
     @functools.cache  # noqa: B019 - one outline lives as long as a run
+    def _shapes(self, text_encoders: bool, lora: LoraFlags) -> tuple[list[torch.Size], list[torch.Size]]:
+        """Returns those of the weights that are trained, and of all weights."""
+        denoiser = self.denoiser(text_encoders, lora)
+        return [weight.shape for weight in denoiser.trained], [weight.shape for weight in denoiser.parameters()]
+
     def weights(self, text_encoders: bool, lora: LoraFlags) -> tuple[int, int]:
         """Returns the number of weights that are trained, and of those in convolutions over more than a pixel."""
-        shapes = [weight.shape for weight in self.denoiser(text_encoders, lora).trained]
+        shapes, _ = self._shapes(text_encoders, lora)
         of_convolutions = [shape.numel() for shape in shapes if len(shape) == 4 and shape[2:].numel() > 1]
         return sum(shape.numel() for shape in shapes), sum(of_convolutions)
 
@@ -105,10 +110,10 @@ class Outline:
 
     def passes_at_most(self, text_encoders: bool, lora: LoraFlags, dtype: torch.dtype) -> Passes:
         """Returns more than any passes hold, at once: as if each layer were as wide as the latents and kept all."""
-        denoiser = self.denoiser(text_encoders, lora)
-        widths = sum(sum(weight.shape[:2]) for weight in denoiser.parameters())
+        trained, every = self._shapes(text_encoders, lora)
+        widths = sum(sum(shape[:2]) for shape in every)
         places = max(self.latents[1] * self.latents[2], self._tokens)
-        return Passes((Moment(widths * places * dtype.itemsize, denoiser.trained.numel()),))
+        return Passes((Moment(widths * places * dtype.itemsize, sum(shape.numel() for shape in trained)),))
 
     @functools.cache  # noqa: B019 - as above
     def encoding(self, images: int, dtype: torch.dtype) -> int:
