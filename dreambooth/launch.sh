@@ -25,6 +25,10 @@ count_gpus() {
   fi
 }
 
+adapters=""  # whether they alone are trained
+for argument in "$@"; do
+  case $argument in --lora_rank | --lora_rank=* | --rank | --rank=*) adapters=yes ;; esac
+done
 if [ -z "${NPROC:-}" ]; then
   gpus=$(count_gpus)
 elif [[ ! $NPROC =~ ^[1-9][0-9]*$ ]]; then
@@ -35,13 +39,18 @@ if [ -z "${MODEL_NAME:-}" ]; then
   # One process per GPU; without GPUs two, which generate class images faster than one. A step is 4 samples in all.
   NPROC=${NPROC:-$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))}
   training=(--resolution 128 --train_batch_size $((NPROC < 4 ? 4 / NPROC : 1)) --num_class_images 48
-    --learning_rate 4e-4 --lr_scheduler cosine --max_train_steps 350 --seed 0)
+    --lr_scheduler cosine --seed 0)
+  if [ -n "$adapters" ]; then
+    training+=(--lora_target_modules all --learning_rate 7e-3 --max_train_steps 150)
+  else
+    training+=(--learning_rate 4e-4 --max_train_steps 350)
+  fi
   sampling=(--num_inference_steps 25 --guidance_scale 4)
 else
   # One process per GPU, each with a sample at a time, for the memory that a GPU has. So N GPUs see N times the samples
   # in as many steps: the gradients are less noisy, but the rate and the number of steps stay, and so does the time.
   NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-  training=(--train_batch_size 1 --learning_rate 5e-6 --max_train_steps 400)
+  training=(--train_batch_size 1 --max_train_steps 400)  # at the trainers' own rates, of adapters another
   sampling=()
 fi
 INSTANCE_DIR=${INSTANCE_DIR:-$project/assets/instance_images}  # 3 to 6 images of the subject
@@ -76,7 +85,7 @@ declare -A SETTINGS=(
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local script=$1 argument previous="" launcher=(python) before=() trained=$OUTPUT_DIR adapters=""
+  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR")
   shift
   for argument in "$@"; do
     if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
@@ -114,10 +123,10 @@ train_and_compare() {
     "${training[@]}" \
     "$@"
   if [ -n "$COMPARISON" ]; then
-    if [ -f "$OUTPUT_DIR/pytorch_lora_weights.safetensors" ] && [ ! -f "$OUTPUT_DIR/model_index.json" ]; then
-      trained=$MODEL_NAME adapters=$OUTPUT_DIR
+    if [ -n "$adapters" ]; then
+      trained=("$MODEL_NAME" --lora "$OUTPUT_DIR")
     fi
-    python "$project/inference.py" "$trained" ${adapters:+--lora "$adapters"} \
+    python "$project/inference.py" "${trained[@]}" \
       --compare_with "$MODEL_NAME" \
       "${before[@]}" \
       --instance_data_dir "$INSTANCE_DIR" \

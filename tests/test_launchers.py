@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 from harness import ROOT, connect, run, scalars
 from PIL import Image
 
+from dreambooth.model.lora import WEIGHTS
+
 SETTINGS = {
     "--pretrained_model_name_or_path": "MODEL_NAME",
     "--instance_data_dir": "INSTANCE_DIR",
@@ -111,6 +113,28 @@ def test_with_nothing_set_the_small_model_is_trained_and_compared(commands_in_fo
     assert comparison.width == 4 * (128 + 8) + 8 and comparison.height > 8 * 128, "six prompts and the instance images"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a folder with spaces")
     assert pipeline.unet.config.sample_size * 8 == Image.open(tmp_path / "class_images" / "00000.png").width == 128
+
+
+@pytest.mark.parametrize("rank", [["--lora_rank", "2"], ["--rank=2"]])
+def test_adapters_have_settings_of_their_own(rank, tmp_path):
+    """Weights that begin at zero need another learning rate; a further flag wins, as always."""
+    model, folder = str(ROOT / "assets/tiny-stable-diffusion"), "dreambooth-model"
+    training, comparison = commands(tmp_path, {"NPROC": "1"})
+    assert value(training, "--learning_rate") == "4e-4" and comparison[3:6] == [folder, "--compare_with", model]
+    training, comparison = commands(tmp_path, {"NPROC": "1"}, *rank, "--learning_rate", "3e-4")
+    assert value(training, "--learning_rate") == "7e-3" and training[-2:] == ["--learning_rate", "3e-4"]
+    assert comparison[3:6] == [model, "--lora", folder]
+    for flags in ([], rank):  # those of the trainers, for real models
+        assert "--learning_rate" not in commands(tmp_path, {"MODEL_NAME": "some/model"}, *flags)[0]
+
+
+def test_adapters_are_trained_and_compared(tiny_model, photos, commands_in_forks, tmp_path):
+    settings = {"MODEL_NAME": str(tiny_model), "INSTANCE_DIR": str(photos), "NPROC": "1"}
+    more = ["--lora_rank", "2", "--resolution", "32", "--num_class_images", "2", "--max_train_steps", "2"]
+    done = launch("dreambooth.sh", tmp_path, settings, *more, commands=commands_in_forks)
+    files = {path.name for path in (tmp_path / "a folder with spaces").iterdir()}
+    assert WEIGHTS in files and "model_index.json" not in files
+    assert "comparison.png: 24 images" in done.stdout and (tmp_path / "comparison.png").is_file()
 
 
 @pytest.mark.parametrize("flag", SETTINGS)

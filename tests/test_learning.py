@@ -14,6 +14,7 @@ from harness import COLOSSALAI, ROOT, train
 
 from benchmarks.runs import STRATEGIES, strategy_flags
 from dreambooth.data.images import find_images, load_image
+from dreambooth.model.lora import WEIGHTS
 
 MODEL = ROOT / "assets" / "tiny-stable-diffusion"
 INSTANCE_IMAGES = ROOT / "assets" / "instance_images"
@@ -35,13 +36,22 @@ FLAGS = {
     "seed": 0,
 }
 PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 24}
+ADAPTERS = {"lora_rank": 16, "lora_target_modules": "all", "learning_rate": 7e-3, "lr_scheduler": "cosine"}
 
 
 def similarities(model, prompt: str) -> torch.Tensor:
-    """Returns the similarity to the instance images of an image for each place and seed."""
+    """Returns the similarity to the instance images of an image for each place and seed.
+
+    Args:
+        model: a folder, of a model or of adapters for MODEL.
+        prompt: without a place.
+    """
     from similarity import similarity  # whose packages are not needed to collect the tests
 
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    has_adapters = (model / WEIGHTS).exists()
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL if has_adapters else model, torch_dtype=torch.float32)
+    if has_adapters:
+        pipeline.load_lora_weights(model)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     prompts = [f"{prompt} {place}" for place in PLACES]
@@ -64,20 +74,30 @@ def before(once):
 
 
 @pytest.fixture(scope="module")
-def changes(before, tmp_path_factory):
-    """How much each image's similarity changes in two trainings on the CPU, by (training, prompt)."""
-    folder = tmp_path_factory.mktemp("learning")
-    trainings = {
-        "with prior": PRIOR | {"class_data_dir": folder / "class_images", "max_train_steps": 180},
-        "without prior": {"max_train_steps": 70},
-    }
-    changes = {}
-    for name, more in trainings.items():
-        output = {"train_batch_size": 4, "output_dir": folder / name}
-        train(COLOSSALAI, FLAGS | more | output, timeout=900)
-        for prompt in (SUBJECT, CLASS):
-            changes[name, prompt] = similarities(folder / name, prompt) - before[prompt]
-            print(f"{name}, {prompt}: {describe(changes[name, prompt])}")
+def class_images_of_dogs(once):
+    """The class images of all trainings on the CPU."""
+
+    def make(folder):
+        more = {"max_train_steps": 1, "train_batch_size": 1}
+        train(COLOSSALAI, FLAGS | PRIOR | more | {"class_data_dir": folder, "output_dir": f"{folder} made"})
+
+    return once("class images of dogs", make)
+
+
+@pytest.fixture
+def changes_by(class_images_of_dogs, before, tmp_path):
+    """Returns a function that trains on the CPU: how much each image's similarity changes then, by prompt."""
+
+    def changes(name: str, **more) -> dict[str, torch.Tensor]:
+        flags = FLAGS | {"train_batch_size": 4, "output_dir": tmp_path / name} | more
+        if "with_prior_preservation" in flags:
+            flags["class_data_dir"] = class_images_of_dogs
+        train(COLOSSALAI, flags, timeout=900)
+        found = {prompt: similarities(tmp_path / name, prompt) - before[prompt] for prompt in (SUBJECT, CLASS)}
+        for prompt, change in found.items():
+            print(f"{name}, {prompt}: {describe(change)}")
+        return found
+
     return changes
 
 
@@ -92,14 +112,24 @@ def rises(change: torch.Tensor) -> bool:
     return bool(change.mean() > MARGIN and (change > 0).float().mean() >= 0.75)
 
 
-def test_the_subject_is_learned_and_the_class_is_kept(changes):
-    """One test of two trainings, of which several processes would each make their own."""
-    assert rises(changes["with prior", SUBJECT]), describe(changes["with prior", SUBJECT])
+def learned(changes: dict[str, torch.Tensor]) -> None:
+    """Asserts that a training with prior preservation has taught the subject, and kept other dogs."""
+    assert rises(changes[SUBJECT]), describe(changes[SUBJECT])
     # The same prompt without the identifier still shows other dogs.
-    assert changes["with prior", CLASS].mean() < MARGIN / 2, describe(changes["with prior", CLASS])
-    # Without the prior term the class becomes the subject, which is what the term is for.
-    for prompt in (SUBJECT, CLASS):
-        assert rises(changes["without prior", prompt]), describe(changes["without prior", prompt])
+    assert changes[CLASS].mean() < MARGIN / 2, describe(changes[CLASS])
+
+
+def test_the_subject_is_learned_and_the_class_is_kept(changes_by):
+    learned(changes_by("with prior", **PRIOR, max_train_steps=180))
+
+
+def test_without_the_prior_term_the_class_becomes_the_subject(changes_by):
+    for change in changes_by("without prior", max_train_steps=70).values():
+        assert rises(change), describe(change)
+
+
+def test_adapters_learn_the_subject_too(changes_by):
+    learned(changes_by("adapters", **PRIOR | ADAPTERS, max_train_steps=80))
 
 
 NPROC = min(torch.cuda.device_count(), 2) or 1
