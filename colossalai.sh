@@ -3,6 +3,7 @@
 # in assets/; other settings come from the environment, and further arguments go to the trainer:
 #
 #   bash colossalai.sh
+#   bash colossalai.sh --lora_rank 16
 #   MODEL_NAME=CompVis/stable-diffusion-v1-4 INSTANCE_DIR=photos bash colossalai.sh --max_train_steps 800
 #
 # PLUGIN and PLACEMENT choose the strategy; the other settings are in dreambooth/launch.sh.

@@ -4,6 +4,7 @@
 # trainer:
 #
 #   bash dreambooth.sh
+#   bash dreambooth.sh --lora_rank 16
 #   MODEL_NAME=CompVis/stable-diffusion-v1-4 INSTANCE_DIR=photos bash dreambooth.sh --max_train_steps 800
 #
 # The settings are in dreambooth/launch.sh.
