@@ -59,10 +59,10 @@ def test_flags_of_the_launchers_are_parsed(options):
         return set(re.findall(r"(?<=[\s(])--[a-z]\w*", text))
 
     text = (ROOT / "dreambooth" / "launch.sh").read_text()
-    sampling = re.compile(r"^ *sampling=.*$", re.MULTILINE)
-    training, inference = sampling.sub("", text).split('python "$project/inference.py"')
-    used = flags(inference + "".join(sampling.findall(text)))
-    assert {"--compare_with", "--num_inference_steps"} <= used <= options["inference.py"]
+    of_inference = re.compile(r"^ *(?:sampling|trained)=.*$", re.MULTILINE)
+    training, inference = of_inference.sub("", text).split('python "$project/inference.py"')
+    used = flags(inference + "".join(of_inference.findall(text)))
+    assert {"--compare_with", "--num_inference_steps", "--lora"} <= used <= options["inference.py"]
     trainers = options[SCRIPTS[0]] & options[SCRIPTS[1]]
     used = flags(training) - {"--list", "--standalone", "--nproc_per_node"}
     assert {"--instance_data_dir", "--resolution"} <= used <= trainers

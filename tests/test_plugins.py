@@ -49,7 +49,7 @@ def test_gradients_are_clipped_as_torch_does(monkeypatch, max_norm, loss_scale):
     draw = torch.Generator().manual_seed(0)
     gradients = [torch.randn(size, generator=draw) for size in (1000, 300)]
     optimizer = object.__new__(AheadZeroOptimizer)
-    optimizer._clip_grad_norm = max_norm
+    optimizer._clip_grad_norm, optimizer.grad_handles = max_norm, []
     optimizer.mixed_precision_mixin = BF16MixedPrecisionMixin()
     monkeypatch.setattr(optimizer.mixed_precision_mixin, "get_grad_div_scale", lambda: loss_scale)  # as that of fp16
     half = [(gradient * loss_scale).half() for gradient in gradients]
