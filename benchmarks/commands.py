@@ -114,25 +114,31 @@ class Command:
 
 
 CUDA = ("--placement=cuda",)
-LORA, RANK = (*CUDA, "--lora_rank=16"), ("--rank=16",)
-LITTLE_MEMORY = ("--use_8bit_adam", "--gradient_checkpointing")
+CHECKPOINTING = "--gradient_checkpointing"
+LITTLE_MEMORY = ("--use_8bit_adam", CHECKPOINTING)
+_LORA = Command(
+    "colossalai-lora",
+    "python",
+    COLOSSALAI,
+    own=(*CUDA, "--lora_rank=16"),
+    peer_own=("--rank=16",),
+    peer_script="train_dreambooth_lora.py",
+)
 COMMANDS = (
     Command("colossalai", "python", COLOSSALAI, own=CUDA),
     Command("colossalai-800", "python", COLOSSALAI, steps=800, own=CUDA),
     Command("colossalai-batch-4", "python", COLOSSALAI, batch=4, own=CUDA),
     Command("colossalai-batch-16", "python", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
     Command("colossalai-little-memory", "python", COLOSSALAI, steps=100, switches=LITTLE_MEMORY, own=CUDA),
-    Command("colossalai-lora", "python", COLOSSALAI, own=LORA, peer_own=RANK, peer_script="train_dreambooth_lora.py"),
+    _LORA,
     Command("traditional", "python", TRADITIONAL),
     Command("traditional-800", "python", TRADITIONAL, steps=800),
 )
 # Diffusers trains no whole UNet of Stable Diffusion XL.
-_XL_LORA = Command(
-    "colossalai-lora", "python", COLOSSALAI, own=LORA, peer_own=RANK, peer_script="train_dreambooth_lora_sdxl.py"
-)
+_LORA_OF_XL = replace(_LORA, steps=100, peer_script="train_dreambooth_lora_sdxl.py")
 COMMANDS_OF_XL = (
-    replace(_XL_LORA, steps=100),
-    replace(_XL_LORA, name="colossalai-lora-checkpointing", steps=100, switches=LITTLE_MEMORY[1:]),
+    _LORA_OF_XL,
+    replace(_LORA_OF_XL, name="colossalai-lora-checkpointing", switches=(CHECKPOINTING,)),
 )
 COLUMNS = (
     "command",
@@ -403,10 +409,10 @@ def turns(groups: list[list[Command]], count: int) -> Iterator[tuple[Command, in
             yield command, turn
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
+def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Returns what was typed, and the parser, for what is wrong with it only later."""
     names = list(dict.fromkeys(command.name for command in (*COMMANDS, *COMMANDS_OF_XL)))
-    parser = build_parser(__doc__, steps=None if on_gpu else 6, learning_rate=5e-6, limit=1200)
+    parser = build_parser(__doc__, steps=None if torch.cuda.is_available() else 6, learning_rate=5e-6, limit=1200)
     parser.add_argument(
         "--peer",
         type=Path,
@@ -424,12 +430,22 @@ def main() -> None:
     for name, least in (("turns", 1), ("steps", 4)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} {value} is less than {least}")
+    return args, parser
+
+
+def commands_for(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Command]:
+    """Returns the commands that suit the model."""
     is_xl = family_of(Path(args.model)) is STABLE_DIFFUSION_XL if args.model else args.shape.endswith("xl")
     commands = [replace(one, steps=args.steps or one.steps) for one in (COMMANDS_OF_XL if is_xl else COMMANDS)]
     if not any(one.name in args.only for one in commands):
         parser.error(f"--only: for this model there is {', '.join(one.name for one in commands)}")
+    return commands
 
-    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+
+def main() -> None:
+    args, parser = parsed()
+    commands = commands_for(args, parser)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     libraries = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     facts = {
         "title": f"{device}, {libraries}, {args.resolution} px",

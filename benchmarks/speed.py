@@ -210,7 +210,8 @@ def draw(rows: list[dict], title: str, path: Path, *, on_gpus: bool) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def parsed() -> tuple[argparse.Namespace, list[Strategy], argparse.ArgumentParser]:
+    """Returns what was typed, the strategies that it names, and the parser, for what is wrong with it only later."""
     found = torch.cuda.device_count()
     batches = [8, 16] if found else [2]
     parser = build_parser(__doc__, steps=30)
@@ -246,8 +247,12 @@ def main() -> None:
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
     if args.steps < args.warm_up + 2:
         parser.error(f"--steps {args.steps} leaves less than two steps after --warm_up {args.warm_up}")
+    return args, strategies, parser
 
-    device = torch.cuda.get_device_name() if found else platform.processor() or platform.machine()
+
+def main() -> None:
+    args, strategies, parser = parsed()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     facts = {
         "title": f"{device}, torch {torch.__version__}, {args.resolution} px",
         "settings": {name: getattr(args, name) for name in ("steps", "warm_up", "learning_rate")}

@@ -141,15 +141,16 @@ def test_commands(peer, tmp_path, monkeypatch, capsys):
         assert told in refusal(commands, [*command, *changed], monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("planned", [commands.COMMANDS, commands.COMMANDS_OF_XL])
-def test_work_is_compared_with_the_same_work(planned):
+@pytest.mark.parametrize(
+    ("planned", "of_adapters"),
+    [(commands.COMMANDS, "train_dreambooth_lora.py"), (commands.COMMANDS_OF_XL, "train_dreambooth_lora_sdxl.py")],
+)
+def test_work_is_compared_with_the_same_work(planned, of_adapters):
     groups = commands.plan(list(planned), Path("/somewhere/train_dreambooth.py"))
     assert sorted(one.name for group in groups for one in group[:-1]) == sorted(one.name for one in planned)
     for *ours, peers in groups:
         is_lora = any("--lora_rank=16" in one.own for one in ours)
-        assert peers.script.startswith(
-            "/somewhere/train_dreambooth_lora" if is_lora else "/somewhere/train_dreambooth.py"
-        )
+        assert peers.script == f"/somewhere/{of_adapters if is_lora else 'train_dreambooth.py'}"
         assert peers.is_peer and peers.own == (("--rank=16",) if is_lora else ())
         assert all(one.work == peers.work and not one.is_peer for one in ours)
         assert peers.class_images % peers.batch == 0 and 8 <= peers.class_images <= 200

@@ -330,6 +330,11 @@ def test_a_run_goes_on_with_the_adapters_that_it_began_with(trained, lora, tmp_p
         assert f"{next(iter(changed))} was" in done.error_lines[0]
 
 
+def test_layers_that_get_no_adapters_are_told_in_one_line(lora):
+    done = train(COLOSSALAI, lora | {"lora_target_modules": "to_x"}, check=False)
+    assert done.returncode == 2 and done.stderr.count("--lora_target_modules to_x") == 1, done.stderr
+
+
 @pytest.mark.parametrize("targets", ["to_x", "to_q,norm1", ",", "to_q,conv_in,x"])
 def test_layers_that_get_no_adapters_are_refused(targets, tiny_model):
     with pytest.raises(UserError, match=f"--lora_target_modules {targets}: the UNet has no linear layer and no"):

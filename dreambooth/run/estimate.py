@@ -70,6 +70,16 @@ class Setup:
         return self.strategy is not None and self.strategy.shards
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters alone are trained."""
+        return self.lora.lora_rank is not None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the trainer refuses it: Gemini would split nothing beside adapters."""
+        return self.has_adapters and self.shards and self.strategy.plugin == "gemini"
+
+    @property
     def discards(self) -> bool:
         """Whether activations are made again, as `discard_activations` has it."""
         return self.strategy is not None and self.strategy.spares_memory and not (self.recomputes or self.records)
@@ -99,7 +109,7 @@ class Setup:
             if self.strategy.offload_dir:
                 words.append(f"--offload_dir {self.strategy.offload_dir}")
         words += ["--gradient_checkpointing"] * self.recomputes + ["--use_8bit_adam"] * self.use_8bit_adam
-        if self.lora.lora_rank is not None:
+        if self.has_adapters:
             words.append(f"--lora_rank {self.lora.lora_rank}")
         if own is not None:
             if self.batch != own.batch:
@@ -352,7 +362,7 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
     is_gemini = setup.shards and setup.strategy.plugin == "gemini"
     return Counts(
         weights=weights,
-        frozen=outline.size(*trained) if setup.lora.lora_rank is not None else 0,
+        frozen=outline.size(*trained) if setup.has_adapters else 0,
         convolutions=convolutions,
         chunks=outline.chunks(setup.text_encoders) if is_gemini else 0,
         readers=outline.size(*(name for name in outline.family.text_encoders if name not in trained)),

@@ -160,6 +160,8 @@ def _check(run: Run, strategy: Strategy | None, machine: Machine) -> None:
         found = estimate_of(outline, setup)
         verdict = machine.verdict(found)
         refused = refusal(setup, outline, machine) if verdict not in (FITS, PERHAPS) else None
+    except UserError:  # such as of layers that cannot have adapters
+        raise
     except Exception as error:  # what a library's release cannot do without memory is no reason not to train
         return warn(f"memory is not estimated: {first_line(error)}")
     if refused:
@@ -209,9 +211,9 @@ def strategies(own: Setup) -> Iterator[Setup]:
         for way in ways:
             for plugin in ("torch_ddp", "low_level_zero", "gemini"):
                 quantizes_shards = way.use_8bit_adam and plugin != "torch_ddp"
-                splits_adapters = has_adapters(own) and plugin == "gemini"
-                if placement in PLACEMENTS[plugin] and not (quantizes_shards or splits_adapters):
-                    yield _with_strategy(way, plugin, placement)
+                setup = _with_strategy(way, plugin, placement)
+                if placement in PLACEMENTS[plugin] and not (quantizes_shards or setup.is_refused):
+                    yield setup
 
 
 def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
@@ -228,11 +230,6 @@ def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
 def _on_disk(setup: Setup) -> Setup:
     """Returns a setup that has in a folder on a disk what it would have in host memory."""
     return replace(setup, strategy=replace(setup.strategy, offload_dir=setup.strategy.offload_dir or "FOLDER"))
-
-
-def has_adapters(setup: Setup) -> bool:
-    """Whether adapters alone are trained."""
-    return setup.lora.lora_rank is not None
 
 
 def _with_adapters(setup: Setup) -> Setup:
@@ -277,7 +274,7 @@ def lighter(own: Setup, machine: Machine, *, of_host: bool = False) -> Iterator[
             setup = own
             for change in changes:
                 setup = change(setup)
-            if not (has_adapters(setup) and setup.strategy and setup.strategy.plugin == "gemini"):
+            if not setup.is_refused:
                 yield setup
 
 
@@ -289,7 +286,7 @@ def refusal(setup: Setup, outline: Outline, machine: Machine) -> str:
     others = strategies(setup) if setup.card is not None else ()
     of_host = "host memory" in machine.verdict(found)
     small = _with_adapters(setup)  # another result, and so the last resort
-    adapters = () if has_adapters(setup) else (small, *lighter(small, machine))
+    adapters = () if setup.has_adapters else (small, *lighter(small, machine))
     keeps_more = setup.strategy is None and setup.card is not None
     script = ", or train_dreambooth_colossalai.py, which can keep more in host memory" * keeps_more
     for other in itertools.chain(lighter(setup, machine, of_host=of_host), others, adapters):
@@ -327,14 +324,14 @@ def _is_free(found: Estimate, machine: Machine) -> bool:
 
 def _disk(run: Run, outline: Outline, setup: Setup) -> int:
     """Returns the bytes that a run writes."""
-    flags, trained = run.flags, outline.trained(setup.text_encoders)
-    if has_adapters(setup):
+    flags = run.flags
+    if setup.has_adapters:
         weights, _ = outline.weights(setup.text_encoders, setup.lora)
         sizes = Sizes.of_adapters(weights, files=1 + flags.lora.save_kohya_lora)
     else:
         form = Form.of(flags.output, flags.lora)
         how = {"use_8bit_adam": setup.use_8bit_adam, "of_pipeline": form.bytes_of_a_weight}
-        sizes = Sizes.of(outline.components, trained, **how)
+        sizes = Sizes.of(outline.components, outline.trained(setup.text_encoders), **how)
     return room_of(run.flags.output, run.schedule, sizes, first_step=run.first_step).needed
 
 
