@@ -75,28 +75,34 @@ def finish(returncode: int, stdout: str, stderr: str, started: float, check: boo
 
 @contextlib.contextmanager
 def zygote_for_all() -> Iterator[None]:
-    """Within it this process and those that it starts share a zygote (zygote.py), which ends with it."""
+    """Within it this process and those that it starts share zygotes (zygote.py), which end with it."""
     with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
         os.environ["ZYGOTE"] = folder
         os.mkfifo(Path(folder, "alive"))
-        alive = os.open(Path(folder, "alive"), os.O_RDWR)  # the zygote reads from it
+        alive = os.open(Path(folder, "alive"), os.O_RDWR)  # the zygotes read from it
         yield
         os.close(alive)
 
 
-def connect(name: str) -> socket.socket:
-    """Returns a connection to the zygote's socket of that name; it is started when it is first wanted, on the CPU."""
-    folder = Path(os.environ["ZYGOTE"])
-    env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0.1"}
+def connect(name: str, *, on_gpu: bool = False) -> socket.socket:
+    """Returns a connection to a zygote's socket of that name; it is started when it is first wanted.
+
+    One zygote sees no GPU. The other sees all, and asks the driver which there are: by CUDA no fork could ask again.
+    """
+    alive = Path(os.environ["ZYGOTE"], "alive")
+    folder = alive.with_name("gpu" if on_gpu else "cpu")
+    folder.mkdir(exist_ok=True)
+    env = {"PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "0.1"}
+    env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
     with FileLock(folder / "lock"):
         if not (folder / "log").exists():
-            with (folder / "alive").open() as alive, (folder / "log").open("w") as log:
+            with alive.open() as stdin, (folder / "log").open("w") as log:
                 subprocess.Popen(
                     [sys.executable, "tests/zygote.py", folder],
                     cwd=ROOT,
                     env=os.environ | env,
-                    stdin=alive,
+                    stdin=stdin,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for pytest
@@ -126,6 +132,7 @@ class Running:
             variables of huggingface_hub in `env`, which it reads when it is imported.
         before: lines of Python that each process, or torchrun, executes first.
         cwd: the working directory.
+        on_gpu: whether it sees the GPUs of this machine.
     """
 
     unfinished: list["Running"] = []
@@ -141,6 +148,7 @@ class Running:
         anew: bool = False,
         before: str = "",
         cwd: Path = ROOT,
+        on_gpu: bool = False,
     ):
         self.started = time.monotonic()
         self.folder = tempfile.TemporaryDirectory()
@@ -152,7 +160,7 @@ class Running:
         order = {"program": program, "nproc": nproc, "env": env or {}, "cwd": str(cwd), "before": before}
         order |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
         anew = anew or any(name.startswith("HF_") for name in order["env"])
-        with connect("anew" if anew else "socket") as connection:
+        with connect("anew" if anew else "socket", on_gpu=on_gpu) as connection:
             connection.sendall(f"{json.dumps(order)}\n".encode())
             self.answers = connection.makefile()
         self.pids = json.loads(self.answers.readline())
@@ -181,15 +189,10 @@ class Running:
             return finish(returncode, self.stdout.read_text(), self.stderr.read_text(), self.started, check)
 
 
-def train(script: str | Path, flags: dict, *, nproc: int = 1, on_gpu: bool = False, **options) -> Run:
-    """Runs a trainer to its end, on the CPU in a fork of the zygote (see Running), or on GPUs by a command."""
+def train(script: str | Path, flags: dict, *, nproc: int = 1, **options) -> Run:
+    """Runs a trainer to its end in a fork of the zygote (see Running), on the CPU unless `on_gpu`."""
     ending = {name: options.pop(name) for name in ("check", "timeout") if name in options}
-    if not on_gpu:
-        return Running(script, command_line(flags), nproc, **options).wait(**ending)
-    launcher = [sys.executable]
-    if nproc > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc]
-    return run([*launcher, script, *command_line(flags)], **options, **ending)
+    return Running(script, command_line(flags), nproc, **options).wait(**ending)
 
 
 def start_torchrun(

@@ -9,6 +9,8 @@ always does, but the processes that it starts are forks too.
 
 Runs that connect to FOLDER/anew instead are forks of a process that has not imported the project, nor huggingface_hub,
 which reads variables of the environment when it is imported, nor what imports that.
+
+Where it sees GPUs, it begins nothing on them, since a fork could not go on with that: each process does, as ever.
 """
 
 import atexit
@@ -26,11 +28,12 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 # All that takes long and does not import huggingface_hub.
-import bitsandbytes  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import pandas  # noqa: F401
 import pyarrow  # noqa: F401
@@ -239,6 +242,21 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
+@contextlib.contextmanager
+def nothing_begun_on_gpus() -> Iterator[None]:
+    """Within it, what libraries ask of the GPU when they are imported is answered without beginning anything on it."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    capability = tuple(int(number) for number in first.split("."))
+    answers = {"current_device": lambda: 0, "get_device_capability": lambda device=None: capability}
+    with mock.patch.multiple("torch.cuda", **answers):
+        yield
+    assert not torch.cuda.is_initialized()
+
+
 def warm_up() -> None:
     """Does what most runs do once: libraries import parts of themselves and make tables when they are first used.
 
@@ -255,7 +273,7 @@ def warm_up() -> None:
     PIL.Image.preinit()
     colossalai.logging.get_dist_logger()
     DDPMScheduler().compatibles  # noqa: B018
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         load_model(Path("assets/tiny-stable-diffusion"), resolution=128)
 
 
@@ -269,18 +287,21 @@ def main() -> None:
     folder = Path(sys.argv[1])
     assert "huggingface_hub" not in sys.modules
     anew = listen(folder / "anew")
+    with nothing_begun_on_gpus():
+        import bitsandbytes  # noqa: F401
     freeze()
     if os.fork():
         serve(anew)
         return
     anew.close()
-    import datasets  # noqa: F401
+    with nothing_begun_on_gpus():
+        import datasets  # noqa: F401
 
-    import inference  # noqa: F401
-    import train_dreambooth  # noqa: F401
-    import train_dreambooth_colossalai  # noqa: F401
+        import inference  # noqa: F401
+        import train_dreambooth  # noqa: F401
+        import train_dreambooth_colossalai  # noqa: F401
 
-    warm_up()
+        warm_up()
     freeze()
     serve(listen(folder / "socket"))
 
