@@ -258,7 +258,7 @@ def as_if(flags, tmp_path):
 def test_steps_whose_gradients_overflow_are_skipped(plugin, as_if, tiny_model, tmp_path):
     lines = "sharding_on_cpu.trainer.INITIAL_LOSS_SCALE = 2.0**32"
     done = as_if(lines, (plugin, "cuda", "fp16"), steps=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "lr_scheduler" not in done.stderr, done.stderr
     assert np.isnan(scalars(tmp_path / "out", "grad_norm")).all()
     assert torch.equal(weights(tmp_path / "out"), weights(tiny_model))
     state = run_state(tmp_path / "out", 2)

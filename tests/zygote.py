@@ -287,7 +287,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     assert "huggingface_hub" not in sys.modules
     anew = listen(folder / "anew")
-    with nothing_begun_on_gpus():
+    with nothing_begun_on_gpus(), contextlib.suppress(ImportError):  # those that need it say so
         import bitsandbytes  # noqa: F401
     freeze()
     if os.fork():

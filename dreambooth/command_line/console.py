@@ -247,6 +247,8 @@ def before_imports(module: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(colossalai|torch|transformers|diffusers)\b")
+    # torch looks for the steps of the optimizer that the scheduler knows, and plugins take them without it.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
     # Of EXIF data that is passed over, and of photos above 89 megapixels.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     for library in ("accelerate", "bitsandbytes", "torch.distributed"):

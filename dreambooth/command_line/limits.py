@@ -19,6 +19,10 @@ OUT_OF_SHARED_MEMORY = re.compile(
     r"|unable to (open|write to|mmap|resize|allocate).*(shared memory|/torch_|shm)"
 )
 ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+# As torch's allocator found it. By the time an error is told, what the run computed with is gone.
+FOUND = re.compile(
+    r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free.*allocated memory ([\d.]+ \w+) is alloc", re.DOTALL
+)
 
 
 # What makes a run take less memory, in the order of its cost: in it an error tells them, and what fits is looked for.
@@ -92,12 +96,15 @@ def explain(error: Exception) -> str | None:
 def _on_gpu(text: str) -> str:
     asked = ASKED_FOR.search(text)
     more = f", and {asked[1]} more were asked for" if asked else ""
-    try:
-        free, total = (size / GIB for size in torch.cuda.mem_get_info())
-    except RuntimeError:  # there was not even room for CUDA itself
-        return "no room for CUDA; does another process use the GPU?"
-    held = torch.cuda.memory_allocated() / GIB
-    return f"of {total:.1f} GiB this process held {held:.1f} GiB in tensors, {free:.1f} GiB were free{more}"
+    if found := FOUND.search(text):
+        total, free, held = found.groups()
+    else:  # a library's words
+        try:
+            free, total = (f"{size / GIB:.2f} GiB" for size in torch.cuda.mem_get_info())
+        except RuntimeError:  # there was not even room for CUDA itself
+            return "no room for CUDA; does another process use the GPU?"
+        held = f"{torch.cuda.memory_allocated() / GIB:.2f} GiB"
+    return f"of {total} this process held {held} in tensors, {free} were free{more}"
 
 
 def _what_helps(error: Exception, *, of_host: bool = False) -> str:
