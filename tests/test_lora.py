@@ -157,21 +157,58 @@ def test_what_a_run_leaves(trained, tiny_model):
     assert {*json.loads((folder / "dreambooth.json").read_text())["files"]} == {WEIGHTS, KOHYA_WEIGHTS}
 
 
-def test_a_run_replaces_only_what_the_tool_wrote(lora, tmp_path):
-    """A LoRA takes the place of a pipeline, and a pipeline that of a LoRA; a file of somebody else's stays."""
-    output_dir, short = lora["output_dir"], {"max_train_steps": 1, "save_minutes": 0}
+def test_adapters_and_a_pipeline_do_not_replace_each_other(lora, tmp_path):
+    """A run into the other's folder is refused before anything loads, and a dry run of it too; nothing is touched."""
+    short = {"max_train_steps": 1, "save_minutes": 0}
     whole = {name: value for name, value in lora.items() if not name.startswith("lora_")} | short
+    lora |= short | {"output_dir": tmp_path / "lora"}
+    file = {"save_single_file": True}
+    train(TRADITIONAL, whole | file)
+    train(TRADITIONAL, lora | {"save_kohya_lora": True})
+    nothing = {"pretrained_model_name_or_path": tmp_path}  # a folder without a model
+    pipeline, adapters = whole["output_dir"], lora["output_dir"]
+    for changed, folder, told in (
+        (lora, pipeline, "a pipeline of step 1, written .*, and adapters, which this run leaves, do not replace it"),
+        (lora | {"dry_run": True}, pipeline, "a pipeline of step 1, written .*, and adapters"),
+        (whole, adapters, "a LoRA of step 1, written .*, and a run without --lora_rank leaves none"),
+        (whole, pipeline, "out.safetensors of step 1, .*: add --save_single_file, which writes it anew"),
+        (lora, adapters, f"{KOHYA_WEIGHTS} of step 1, .*: add --save_kohya_lora, which writes it anew"),
+    ):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        done = train(TRADITIONAL, changed | nothing | {"output_dir": folder}, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1
+        assert re.search(f"--output_dir {folder} has {told}", done.error_lines[0]), done.error_lines
+        assert "choose another --output_dir" in done.error_lines[0]
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    for changed in (whole | file, lora | {"save_kohya_lora": True}):
+        assert "of step 1, written 2" in train(TRADITIONAL, changed).stdout
+    (pipeline / "out.safetensors").rename(tmp_path / "moved.safetensors")
     train(TRADITIONAL, whole)
-    (output_dir / "unet" / "notes.txt").touch()
-    done = train(TRADITIONAL, lora | short | {"save_dtype": "fp16"})
-    assert "has a pipeline of step 1" in done.stdout
-    assert {tensor.dtype for tensor in load_file(output_dir / WEIGHTS).values()} == {torch.float16}
-    files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
-    assert {file for file in files if not file.startswith("logs/")} == {WEIGHTS, "dreambooth.json", "unet/notes.txt"}
-    (output_dir / "unet" / "notes.txt").unlink()
-    done = train(TRADITIONAL, whole)
-    assert "has a LoRA of step 1" in done.stdout and (output_dir / "model_index.json").exists()
-    assert not (output_dir / WEIGHTS).exists()
+    assert not (pipeline / "out.safetensors").exists()
+
+
+def test_nor_do_their_checkpoints(lora, tmp_path):
+    short = {"max_train_steps": 3, "output_dir": tmp_path / "new"}
+    for adapters, checkpoint in ((True, {"unet/config.json": "{}"}), (False, {WEIGHTS: ""})):
+        folder = tmp_path / f"{adapters}" / "checkpoint-2"
+        for name, text in (checkpoint | {"state.json": '{"written_at": 1.0}'}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        changed = lora | short if adapters else {k: v for k, v in (lora | short).items() if "lora_" not in k}
+        done = train(TRADITIONAL, changed | {"output_dir": folder.parent}, check=False)
+        kind = "without" if adapters else "with"
+        assert done.returncode == 2 and f"has checkpoint-2 of a run {kind} --lora_rank" in done.error_lines[0]
+        assert {path.name for path in folder.parent.iterdir()} == {"checkpoint-2"}
+
+
+def test_a_run_replaces_only_what_the_tool_wrote(lora, tmp_path):
+    """Its own adapters of before; a file of somebody else's stays."""
+    lora |= {"max_train_steps": 1, "save_minutes": 0}
+    train(TRADITIONAL, lora)
+    (lora["output_dir"] / "notes.txt").touch()
+    done = train(TRADITIONAL, lora | {"save_dtype": "fp16"})
+    assert "has a LoRA of step 1" in done.stdout and (lora["output_dir"] / "notes.txt").exists()
+    assert {tensor.dtype for tensor in load_file(lora["output_dir"] / WEIGHTS).values()} == {torch.float16}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / WEIGHTS).write_text("mine")
     done = train(TRADITIONAL, lora | {"output_dir": tmp_path / "other"}, check=False)
@@ -318,6 +355,16 @@ def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_mod
     assert error.value.status == 2 and "\n" not in str(error.value)
 
 
+def test_inference_finds_adapters_where_runs_leave_them(trained, tmp_path, monkeypatch):
+    """And says how they are used, where no pipeline is beside them."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no folder dreambooth-model: train a model first"):
+        draw(tmp_path)
+    Path("dreambooth-lora").symlink_to(trained("tiny_model"))
+    with pytest.raises(UserError, match="dreambooth-lora has a LoRA, .*: MODEL --lora dreambooth-lora"):
+        draw(tmp_path)
+
+
 # Refusals and flags -------------------------------------------------------------------------------------------------
 
 
@@ -358,17 +405,18 @@ def test_what_does_not_go_together(monkeypatch, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, rate",
+    "words, rate, folder",
     [
-        ([], 5e-6),
-        (["--lora_rank", "4"], 1e-4),
-        (["--rank=4", "--learning_rate=5e-6"], 5e-6),
-        (["--learning_rate=1"], 1),
+        ([], 5e-6, "dreambooth-model"),
+        (["--lora_rank", "4"], 1e-4, "dreambooth-lora"),
+        (["--rank=4", "--learning_rate=5e-6"], 5e-6, "dreambooth-lora"),
+        (["--learning_rate=1", "--output_dir=x"], 1, "x"),
+        (["--rank=4", "--output_dir=dreambooth-model"], 1e-4, "dreambooth-model"),
     ],
 )
-def test_the_learning_rate_follows_what_is_trained(words, rate):
+def test_defaults_follow_what_is_trained(words, rate, folder):
     flags = read(Flags, ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", *words])
-    assert flags.optimizer.learning_rate == rate
+    assert flags.optimizer.learning_rate == rate and flags.output.output_dir == folder
 
 
 # The module that is trained -----------------------------------------------------------------------------------------

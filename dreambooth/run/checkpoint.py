@@ -160,6 +160,26 @@ def not_ours(folder: Path) -> str | None:
     return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
 
 
+def check_kind(flags: OutputFlags, *, adapters: bool) -> None:
+    """Finds checkpoints of the other kind of run, which this one would write over or remove; on rank 0.
+
+    Args:
+        flags: name the folder. Where they name a checkpoint to go on from, its settings tell more.
+        adapters: whether the run trains adapters alone.
+
+    Raises:
+        UserError: naming one.
+    """
+    if not is_rank_0() or flags.resume_from_checkpoint:
+        return
+    output_dir = Path(flags.output_dir)
+    if other := next((path for path in list_checkpoints(output_dir) if (path / LORA).exists() != adapters), None):
+        raise UserError(
+            f"--output_dir {output_dir} has {other.name} of a run with{'out' * adapters} --lora_rank, which this one "
+            "does not replace: choose another --output_dir"
+        )
+
+
 def check_names(output_dir: Path, first_step: int, steps: int) -> None:
     """Finds what stands where a run may write a checkpoint, after `first_step` and up to its last.
 
