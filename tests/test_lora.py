@@ -335,22 +335,35 @@ def test_inference_draws_with_adapters(trained, tiny_model, tmp_path, capsys):
     assert "--lora_scale: no effect without --lora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("which", ["nothing", "empty", "torn", "another", "other family", "no base", "no model"])
+@pytest.mark.parametrize(
+    "which",
+    ["nothing", "empty", "torn", "another", "pickle", "old pickle", "text", "other family", "no base", "no model"],
+)
 def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_model, xl_model, tmp_path):
     folder = trained("tiny_model")
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").write_bytes((folder / WEIGHTS).read_bytes()[:3000])
     save_file({"a": torch.zeros(1)}, tmp_path / "another")
+    (tmp_path / "text").write_text("Entry not found")
+    for name, is_zip in (("pickle", True), ("old pickle", False)):
+        torch.save({"a": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+    converts = "is a pickle, which .*: python -m dreambooth.model.unpickle"
     words, expected = {
         "nothing": ([tiny_model, "--lora", tmp_path / "x"], "--lora {}/x is neither a folder nor a file"),
         "empty": ([tiny_model, "--lora", tmp_path / "empty"], f"--lora {{}}/empty has no {WEIGHTS}: name what"),
         "torn": ([tiny_model, "--lora", tmp_path / "torn"], "cannot load the LoRA of {}/torn: "),
         "another": ([tiny_model, "--lora", tmp_path / "another"], "--lora {}/another has no LoRA in it"),
+        "pickle": ([tiny_model, "--lora", tmp_path / "pickle"], f"--lora {{}}/pickle {converts} {{}}/pickle makes"),
+        "old pickle": (
+            [tiny_model, "--lora", tmp_path / "old pickle"],
+            f"/old pickle {converts} '{{}}/old pickle' makes",
+        ),
+        "text": ([tiny_model, "--lora", tmp_path / "text"], "--lora {}/text is a text: name a .safetensors file"),
         "other family": ([xl_model, "--lora", folder], f"the LoRA of {folder} does not fit this model: it"),
         "no base": (["--lora", folder], f"--lora {folder} does not tell the model"),
         "no model": ([folder], f"{folder} has a LoRA, which goes with the model .*: MODEL --lora {folder}"),
     }[which]
-    with pytest.raises(UserError, match=expected.format(tmp_path)) as error:
+    with pytest.raises(UserError, match=expected.format(tmp_path, tmp_path)) as error:
         draw(tmp_path, *words)
     assert error.value.status == 2 and "\n" not in str(error.value)
 
@@ -371,10 +384,32 @@ def test_inference_finds_adapters_where_runs_leave_them(trained, tmp_path, monke
 def test_a_run_goes_on_with_the_adapters_that_it_began_with(trained, lora, tmp_path):
     base = {"train_text_encoder": True, "resume_from_checkpoint": trained("tiny_model") / "checkpoint-4"}
     lora |= base | {"resume_anyway": True, "max_train_steps": 5}
-    for changed in ({"lora_rank": 8}, {"lora_rank": None, "lora_alpha": None}, {"lora_target_modules": "to_q"}):
+    for changed in ({"lora_rank": 8}, {"lora_target_modules": "to_q"}):
         done = train(TRADITIONAL, lora | changed, check=False)
         assert done.returncode == 2 and "a run trains the same parts to its end" in done.error_lines[0], changed
         assert f"{next(iter(changed))} was" in done.error_lines[0]
+
+
+def test_the_other_kind_of_run_is_told_alone(trained, flags, tmp_path):
+    """Not the learning rate, whose default follows from it and which nobody gave; also for the newest of a folder."""
+    del flags["learning_rate"]
+    whole = flags | {"max_train_steps": 2, "save_steps": 1, "output_dir": tmp_path / "whole"}
+    train(TRADITIONAL, whole)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    of_adapters = trained("tiny_model") / "checkpoint-4"
+    for changed, told in (
+        (
+            whole | {"lora_rank": 8, "resume_from_checkpoint": "latest", "output_dir": tmp_path / "stopped"},
+            "checkpoint-2: its run was without --lora_rank: leave it out; a",
+        ),
+        (
+            flags | {"train_text_encoder": True, "max_train_steps": 5, "resume_from_checkpoint": of_adapters},
+            "checkpoint-4: its run was with --lora_rank 4: give it here too; a",
+        ),
+    ):
+        done = train(TRADITIONAL, changed, check=False)
+        assert done.returncode == 2 and told in done.error_lines[0], done.stderr
+        assert "learning_rate" not in done.error_lines[0] and "None" not in done.error_lines[0]
 
 
 def test_layers_that_get_no_adapters_are_told_in_one_line(lora):

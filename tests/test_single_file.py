@@ -208,9 +208,57 @@ def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path
         unpickle()
     Path("evil.ckpt").write_bytes(pickle.dumps({"state_dict": Runs()}))
     monkeypatch.setattr("sys.argv", ["unpickle", "evil.ckpt"])
-    with pytest.raises(UserError, match="cannot be read as weights alone"):
+    with pytest.raises(UserError, match="evil.ckpt holds other things than weights, such as code that would run"):
         unpickle()
     assert not Path("it-ran").exists()
+
+
+def test_what_is_turned_into_a_file_and_what_is_told_of_the_rest(tmp_path, monkeypatch, capsys):
+    """PyTorch's older format is a pickle, that of today a zip."""
+    monkeypatch.chdir(tmp_path)
+    weights = {"state_dict": {"weight": torch.arange(100.0)}, "global_step": 3}
+    torch.save(weights, "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save(weights, "new.ckpt")
+    Path("torn.ckpt").write_bytes(Path("new.ckpt").read_bytes()[:-100])
+    Path("torn_old.ckpt").write_bytes(Path("old.ckpt").read_bytes()[:-100])
+    Path("text.ckpt").write_text("Entry not found\n")
+    Path("picture.ckpt").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Path("empty.ckpt").touch()
+    Path("folder.ckpt").mkdir()
+    save_file({"weight": torch.zeros(1)}, "named.ckpt")
+    torch.save({"global_step": 3}, "none.ckpt")
+    for name, told in (
+        ("old", None),
+        ("torn", "torn.ckpt cannot be read, it may be torn: "),
+        ("torn_old", "torn_old.ckpt cannot be read, it may be torn: "),
+        ("text", "text.ckpt is a text, and no file of weights in PyTorch's format$"),
+        ("picture", "picture.ckpt is a file of another kind, and no file of weights"),
+        ("empty", "empty.ckpt is an empty file, and no file of weights"),
+        ("named", "named.ckpt is a safetensors file, and no file of weights in PyTorch's format"),
+        ("missing", "missing.ckpt is not there: name a file of weights"),
+        ("folder", "folder.ckpt is a folder: name a file of weights"),
+        ("none", "none.ckpt has no weights"),
+    ):
+        monkeypatch.setattr("sys.argv", ["unpickle", f"{name}.ckpt"])
+        if told is None:
+            unpickle()
+            assert torch.equal(load_file(f"{name}.safetensors")["weight"], torch.arange(100.0))
+            continue
+        with pytest.raises(UserError, match=told) as error:
+            unpickle()
+        assert "mmap" not in str(error.value)
+        assert not Path(f"{name}.safetensors").exists()
+
+
+def test_what_is_no_safetensors_file_says_what_it_is(tmp_path):
+    torch.save({}, tmp_path / "pickle.safetensors")
+    (tmp_path / "text.safetensors").write_text("Entry not found\n")
+    for name, told in (
+        ("pickle", "MODEL .*pickle.safetensors is a pickle, which may run code when it is read: python -m dreambooth"),
+        ("text", "MODEL .*text.safetensors is a text: name a .safetensors file of a model$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            single_file.unpack(str(tmp_path / f"{name}.safetensors"), "MODEL", None)
 
 
 def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):

@@ -6,7 +6,6 @@ One that is read is unpacked, once, to a folder in diffusers' layout in a cache;
 import fcntl
 import hashlib
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line, say
-from dreambooth.command_line.paths import PICKLES
-from dreambooth.model.components import loading, stem_of, without_weights
+from dreambooth.model.components import check_safetensors, loading, stem_of, without_weights
 from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
 from dreambooth.model.family import Family
 from dreambooth.model.folder import INDEX, family_of
@@ -64,11 +62,7 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     Raises:
         UserError: if the file is of another kind, or there is no room.
     """
-    if name.lower().endswith(PICKLES):
-        raise UserError(
-            f"{flag} {name} is a pickle, which may run code when it is read: "
-            f"python -m dreambooth.model.unpickle {shlex.quote(name)} makes a .safetensors file of it that cannot"
-        )
+    check_safetensors(name, "model", flag)
     with loading("model", name):
         with safe_open(name, framework="pt") as file:
             shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
