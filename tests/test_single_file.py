@@ -162,7 +162,7 @@ def test_what_is_no_such_file(tmp_path, monkeypatch):
     assert not any(path.is_dir() for path in single_file.cache_folder().iterdir())
 
 
-def test_a_file_that_does_not_tell_its_shape_says_so_when_written_and_read(flags, env, tmp_path):
+def test_a_file_that_does_not_tell_its_shape_says_so_when_written_and_read(model_of, flags, env, tmp_path):
     """That of the small model, whose latents have eight channels: it is no model that edits images."""
     model, output = ROOT / "assets/tiny-stable-diffusion", tmp_path / "output"
     given = {"pretrained_model_name_or_path": model, "output_dir": output, "save_single_file": True}
@@ -175,6 +175,8 @@ def test_a_file_that_does_not_tell_its_shape_says_so_when_written_and_read(flags
     told = f"another shape, which files do not tell: .* with --single_file_config, as {output} does"
     assert re.search(told, refused.error_lines[0])
     Running("inference.py", [*words, "--single_file_config", output], env=env).wait()
+    refused = Running("inference.py", [*words, "--single_file_config", model_of("tiny")], env=env).wait(check=False)
+    assert refused.error_lines[0].endswith(f"of another shape than --single_file_config {model_of('tiny')}")
 
 
 def test_a_file_that_tells_all_says_nothing(model_of, tmp_path, monkeypatch, capsys):

@@ -110,22 +110,25 @@ def _described(
         title += f" that predicts {'v' if prediction_type == 'v_prediction' else 'epsilon'}"
 
     def write(folder: Path, dtype: torch.dtype) -> None:
-        source = configuration
-        if configuration is None:
-            if not _is_of_kind(shapes, kind):
-                beside = Path(name).parent
-                where = f", as {beside} does" if (beside / INDEX).is_file() else ""
-                raise UserError(
-                    f"{flag} {name} has the keys of a {title} and another shape, which files do not tell: "
-                    f"name a folder that has its configurations with --single_file_config{where}"
-                )
-            source = folder.with_name(f"{folder.name}.configuration")
-            write_configuration(source, shape, prediction_type, ends_in_noise=ENDS_IN_NOISE in shapes)
+        if configuration is not None:
+            family_of(Path(configuration))  # says what is wrong with the folder
+            if not _fits(shapes, without_weights(UNet2DConditionModel, Path(configuration, "unet"))):
+                raise UserError(f"{flag} {name} is of another shape than --single_file_config {configuration}")
+            write_pipeline(_load(name, Path(configuration), dtype), folder)
+            return
+        if not _is_of_kind(shapes, kind):
+            beside = Path(name).parent
+            where = f", as {beside} does" if (beside / INDEX).is_file() else ""
+            raise UserError(
+                f"{flag} {name} has the keys of a {title} and another shape, which files do not tell: "
+                f"name a folder that has its configurations with --single_file_config{where}"
+            )
+        source = folder.with_name(f"{folder.name}.configuration")
         try:
-            write_pipeline(_load(name, Path(source), dtype), folder)
+            write_configuration(source, shape, prediction_type, ends_in_noise=ENDS_IN_NOISE in shapes)
+            write_pipeline(_load(name, source, dtype), folder)
         finally:
-            if configuration is None:
-                shutil.rmtree(source, ignore_errors=True)
+            shutil.rmtree(source, ignore_errors=True)
 
     return ("a model" if configuration else title), write
 
@@ -143,9 +146,13 @@ def _kind_of(shapes: Mapping[str, Tensor]) -> str:
 
 
 def _is_of_kind(shapes: Mapping[str, Tensor], kind: str) -> bool:
-    """Whether a model's UNet has all weights of those that everybody starts from, each with as many numbers."""
+    """Whether a model's UNet is of the shape of those that everybody starts from."""
     with init_empty_weights():
-        unet = UNet2DConditionModel(**KINDS[kind][1]["unet"])
+        return _fits(shapes, UNet2DConditionModel(**KINDS[kind][1]["unet"]))
+
+
+def _fits(shapes: Mapping[str, Tensor], unet: UNet2DConditionModel) -> bool:
+    """Whether a model has all weights of a UNet, each with as many numbers."""
     wanted = of_unet(unet.state_dict(), unet.config.layers_per_block)
     return all(name in shapes and shapes[name].numel() == one.numel() for name, one in wanted)
 
