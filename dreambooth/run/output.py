@@ -271,8 +271,10 @@ def _check_left(output_dir: Path, more: Collection[str]) -> None:
     Raises:
         UserError: naming it.
     """
-    own = {*more} if WEIGHTS in more else {INDEX, *PIPELINE, *more}
-    parts = {PurePosixPath(name).parts[0] for name in pipeline_files(output_dir) if (output_dir / name).exists()}
+    names = [PurePosixPath(name) for name in pipeline_files(output_dir) if (output_dir / name).exists()]
+    parts = {name.parts[0] for name in names}
+    of_pipeline = {INDEX} | {name.parts[0] for name in names if len(name.parts) > 1}  # which go and come as a whole
+    own = {*more} if WEIGHTS in more else {*more, *of_pipeline}
     left = sorted(parts - own, key=lambda part: (part not in LAST, part))
     if not left:
         return
