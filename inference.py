@@ -9,7 +9,7 @@ with adapters that a run with --lora_rank has left:
 
     python inference.py --compare_with CompVis/stable-diffusion-v1-4 --instance_data_dir photos \\
         --prompt "a photo of sks dog on the beach" "a photo of dog" --output comparison.png
-    python inference.py CompVis/stable-diffusion-v1-4 --lora dreambooth-model --prompt "a photo of sks dog"
+    python inference.py CompVis/stable-diffusion-v1-4 --lora dreambooth-lora --prompt "a photo of sks dog"
 """
 
 from dreambooth.command_line.console import UserError, before_imports, run_program
@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps
 
 from dreambooth.command_line.console import RunError, counted, progress, say, warn
-from dreambooth.command_line.flags import MAX_SEED, OUTPUT_DIR
+from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
 from dreambooth.data.images import find_images, load_image, pictures_of
@@ -261,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
     check_image_file(output, "--output")
-    lora, name = find_lora(args.lora, args.lora_scale), args.model or OUTPUT_DIR
+    written = next((folder for folder in (OUTPUT_DIR, LORA_OUTPUT_DIR) if Path(folder).is_dir()), OUTPUT_DIR)
+    lora, name = find_lora(args.lora, args.lora_scale), args.model or written
     if lora and not args.model:
         if not lora.base:
             raise UserError(f"--lora {args.lora} does not tell the model that it was trained with: name it")

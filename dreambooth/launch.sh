@@ -56,6 +56,7 @@ fi
 INSTANCE_DIR=${INSTANCE_DIR:-$project/assets/instance_images}  # 3 to 6 images of the subject
 INSTANCE_PROMPT=${INSTANCE_PROMPT:-a sks dog}
 CLASS_PROMPT=${CLASS_PROMPT:-a dog}
+OUTPUT_DIR=${OUTPUT_DIR:-${adapters:+dreambooth-lora}}  # they do not replace a whole model
 OUTPUT_DIR=${OUTPUT_DIR:-dreambooth-model}
 COMPARISON=${COMPARISON-comparison.png}  # images before and after the training; empty for none
 

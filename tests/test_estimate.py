@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, train
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, train
 
 from benchmarks import memory, random_model
 from dreambooth.command_line import limits
@@ -293,6 +293,18 @@ def test_host_memory_of_a_run_on_the_cpu(script, more, middle_model, photos, tmp
     strategy = Strategy("torch_ddp", "cuda", precision) if script == COLOSSALAI else None
     setup = Setup(strategy, DTYPES[precision], 2, recomputes="gradient_checkpointing" in more)
     assert estimate_of(outline_of(middle_model, 256), setup).host.bytes == pytest.approx(held, rel=0.1)
+
+
+def test_a_dry_run_says_what_its_two_figures_of_the_host_count(photos, tiny_model, tmp_path):
+    """On the CPU: less the libraries' files, what was held is what was estimated, to what malloc keeps."""
+    flags = {"pretrained_model_name_or_path": tiny_model, "instance_data_dir": photos, "instance_prompt": "a dog"}
+    flags |= {"resolution": 32, "max_train_steps": 2, "output_dir": tmp_path / "out", "dry_run": True}
+    done = run([sys.executable, TRADITIONAL, *command_line(flags)], env={"CUDA_VISIBLE_DEVICES": ""})
+    estimated = float(re.search(r"host, this run: (\S+) GiB", done.stdout)[1])
+    held, files = map(
+        float, re.search(r"memory: (\S+) GiB of host .*, (\S+) GiB of it mapped files", done.stdout).groups()
+    )
+    assert files > 0 and held - files == pytest.approx(estimated, abs=0.2)
 
 
 def remember(strategy: Strategy | None, **training) -> None:

@@ -117,13 +117,18 @@ def test_with_nothing_set_the_small_model_is_trained_and_compared(commands_in_fo
 
 @pytest.mark.parametrize("rank", [["--lora_rank", "2"], ["--rank=2"]])
 def test_adapters_have_settings_of_their_own(rank, tmp_path):
-    """Weights that begin at zero need another learning rate; a further flag wins, as always."""
+    """Weights that begin at zero need another learning rate, and adapters a folder; a further flag wins, as always."""
     model, folder = str(ROOT / "assets/tiny-stable-diffusion"), "dreambooth-model"
     training, comparison = commands(tmp_path, {"NPROC": "1"})
     assert value(training, "--learning_rate") == "4e-4" and comparison[3:6] == [folder, "--compare_with", model]
     training, comparison = commands(tmp_path, {"NPROC": "1"}, *rank, "--learning_rate", "3e-4")
     assert value(training, "--learning_rate") == "7e-3" and training[-2:] == ["--learning_rate", "3e-4"]
-    assert comparison[3:6] == [model, "--lora", folder]
+    assert value(training, "--output_dir") == "dreambooth-lora" and comparison[3:6] == [
+        model,
+        "--lora",
+        "dreambooth-lora",
+    ]
+    assert value(commands(tmp_path, {"NPROC": "1", "OUTPUT_DIR": "mine"}, *rank)[0], "--output_dir") == "mine"
     for flags in ([], rank):  # those of the trainers, for real models
         assert "--learning_rate" not in commands(tmp_path, {"MODEL_NAME": "some/model"}, *flags)[0]
 

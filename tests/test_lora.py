@@ -157,21 +157,58 @@ def test_what_a_run_leaves(trained, tiny_model):
     assert {*json.loads((folder / "dreambooth.json").read_text())["files"]} == {WEIGHTS, KOHYA_WEIGHTS}
 
 
-def test_a_run_replaces_only_what_the_tool_wrote(lora, tmp_path):
-    """A LoRA takes the place of a pipeline, and a pipeline that of a LoRA; a file of somebody else's stays."""
-    output_dir, short = lora["output_dir"], {"max_train_steps": 1, "save_minutes": 0}
+def test_adapters_and_a_pipeline_do_not_replace_each_other(lora, tmp_path):
+    """A run into the other's folder is refused before anything loads, and a dry run of it too; nothing is touched."""
+    short = {"max_train_steps": 1, "save_minutes": 0}
     whole = {name: value for name, value in lora.items() if not name.startswith("lora_")} | short
+    lora |= short | {"output_dir": tmp_path / "lora"}
+    file = {"save_single_file": True}
+    train(TRADITIONAL, whole | file)
+    train(TRADITIONAL, lora | {"save_kohya_lora": True})
+    nothing = {"pretrained_model_name_or_path": tmp_path}  # a folder without a model
+    pipeline, adapters = whole["output_dir"], lora["output_dir"]
+    for changed, folder, told in (
+        (lora, pipeline, "a pipeline of step 1, written .*, and adapters, which this run leaves, do not replace it"),
+        (lora | {"dry_run": True}, pipeline, "a pipeline of step 1, written .*, and adapters"),
+        (whole, adapters, "a LoRA of step 1, written .*, and a run without --lora_rank leaves none"),
+        (whole, pipeline, "out.safetensors of step 1, .*: add --save_single_file, which writes it anew"),
+        (lora, adapters, f"{KOHYA_WEIGHTS} of step 1, .*: add --save_kohya_lora, which writes it anew"),
+    ):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        done = train(TRADITIONAL, changed | nothing | {"output_dir": folder}, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1
+        assert re.search(f"--output_dir {folder} has {told}", done.error_lines[0]), done.error_lines
+        assert "choose another --output_dir" in done.error_lines[0]
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    for changed in (whole | file, lora | {"save_kohya_lora": True}):
+        assert "of step 1, written 2" in train(TRADITIONAL, changed).stdout
+    (pipeline / "out.safetensors").rename(tmp_path / "moved.safetensors")
     train(TRADITIONAL, whole)
-    (output_dir / "unet" / "notes.txt").touch()
-    done = train(TRADITIONAL, lora | short | {"save_dtype": "fp16"})
-    assert "has a pipeline of step 1" in done.stdout
-    assert {tensor.dtype for tensor in load_file(output_dir / WEIGHTS).values()} == {torch.float16}
-    files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
-    assert {file for file in files if not file.startswith("logs/")} == {WEIGHTS, "dreambooth.json", "unet/notes.txt"}
-    (output_dir / "unet" / "notes.txt").unlink()
-    done = train(TRADITIONAL, whole)
-    assert "has a LoRA of step 1" in done.stdout and (output_dir / "model_index.json").exists()
-    assert not (output_dir / WEIGHTS).exists()
+    assert not (pipeline / "out.safetensors").exists()
+
+
+def test_nor_do_their_checkpoints(lora, tmp_path):
+    short = {"max_train_steps": 3, "output_dir": tmp_path / "new"}
+    for adapters, checkpoint in ((True, {"unet/config.json": "{}"}), (False, {WEIGHTS: ""})):
+        folder = tmp_path / f"{adapters}" / "checkpoint-2"
+        for name, text in (checkpoint | {"state.json": '{"written_at": 1.0}'}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        changed = lora | short if adapters else {k: v for k, v in (lora | short).items() if "lora_" not in k}
+        done = train(TRADITIONAL, changed | {"output_dir": folder.parent}, check=False)
+        kind = "without" if adapters else "with"
+        assert done.returncode == 2 and f"has checkpoint-2 of a run {kind} --lora_rank" in done.error_lines[0]
+        assert {path.name for path in folder.parent.iterdir()} == {"checkpoint-2"}
+
+
+def test_a_run_replaces_only_what_the_tool_wrote(lora, tmp_path):
+    """Its own adapters of before; a file of somebody else's stays."""
+    lora |= {"max_train_steps": 1, "save_minutes": 0}
+    train(TRADITIONAL, lora)
+    (lora["output_dir"] / "notes.txt").touch()
+    done = train(TRADITIONAL, lora | {"save_dtype": "fp16"})
+    assert "has a LoRA of step 1" in done.stdout and (lora["output_dir"] / "notes.txt").exists()
+    assert {tensor.dtype for tensor in load_file(lora["output_dir"] / WEIGHTS).values()} == {torch.float16}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / WEIGHTS).write_text("mine")
     done = train(TRADITIONAL, lora | {"output_dir": tmp_path / "other"}, check=False)
@@ -298,24 +335,47 @@ def test_inference_draws_with_adapters(trained, tiny_model, tmp_path, capsys):
     assert "--lora_scale: no effect without --lora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("which", ["nothing", "empty", "torn", "another", "other family", "no base", "no model"])
+@pytest.mark.parametrize(
+    "which",
+    ["nothing", "empty", "torn", "another", "pickle", "old pickle", "text", "other family", "no base", "no model"],
+)
 def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_model, xl_model, tmp_path):
     folder = trained("tiny_model")
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").write_bytes((folder / WEIGHTS).read_bytes()[:3000])
     save_file({"a": torch.zeros(1)}, tmp_path / "another")
+    (tmp_path / "text").write_text("Entry not found")
+    for name, is_zip in (("pickle", True), ("old pickle", False)):
+        torch.save({"a": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+    converts = "is a pickle, which .*: python -m dreambooth.model.unpickle"
     words, expected = {
         "nothing": ([tiny_model, "--lora", tmp_path / "x"], "--lora {}/x is neither a folder nor a file"),
         "empty": ([tiny_model, "--lora", tmp_path / "empty"], f"--lora {{}}/empty has no {WEIGHTS}: name what"),
         "torn": ([tiny_model, "--lora", tmp_path / "torn"], "cannot load the LoRA of {}/torn: "),
         "another": ([tiny_model, "--lora", tmp_path / "another"], "--lora {}/another has no LoRA in it"),
+        "pickle": ([tiny_model, "--lora", tmp_path / "pickle"], f"--lora {{}}/pickle {converts} {{}}/pickle makes"),
+        "old pickle": (
+            [tiny_model, "--lora", tmp_path / "old pickle"],
+            f"/old pickle {converts} '{{}}/old pickle' makes",
+        ),
+        "text": ([tiny_model, "--lora", tmp_path / "text"], "--lora {}/text is a text: name a .safetensors file"),
         "other family": ([xl_model, "--lora", folder], f"the LoRA of {folder} does not fit this model: it"),
         "no base": (["--lora", folder], f"--lora {folder} does not tell the model"),
         "no model": ([folder], f"{folder} has a LoRA, which goes with the model .*: MODEL --lora {folder}"),
     }[which]
-    with pytest.raises(UserError, match=expected.format(tmp_path)) as error:
+    with pytest.raises(UserError, match=expected.format(tmp_path, tmp_path)) as error:
         draw(tmp_path, *words)
     assert error.value.status == 2 and "\n" not in str(error.value)
+
+
+def test_inference_finds_adapters_where_runs_leave_them(trained, tmp_path, monkeypatch):
+    """And says how they are used, where no pipeline is beside them."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no folder dreambooth-model: train a model first"):
+        draw(tmp_path)
+    Path("dreambooth-lora").symlink_to(trained("tiny_model"))
+    with pytest.raises(UserError, match="dreambooth-lora has a LoRA, .*: MODEL --lora dreambooth-lora"):
+        draw(tmp_path)
 
 
 # Refusals and flags -------------------------------------------------------------------------------------------------
@@ -324,10 +384,32 @@ def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_mod
 def test_a_run_goes_on_with_the_adapters_that_it_began_with(trained, lora, tmp_path):
     base = {"train_text_encoder": True, "resume_from_checkpoint": trained("tiny_model") / "checkpoint-4"}
     lora |= base | {"resume_anyway": True, "max_train_steps": 5}
-    for changed in ({"lora_rank": 8}, {"lora_rank": None, "lora_alpha": None}, {"lora_target_modules": "to_q"}):
+    for changed in ({"lora_rank": 8}, {"lora_target_modules": "to_q"}):
         done = train(TRADITIONAL, lora | changed, check=False)
         assert done.returncode == 2 and "a run trains the same parts to its end" in done.error_lines[0], changed
         assert f"{next(iter(changed))} was" in done.error_lines[0]
+
+
+def test_the_other_kind_of_run_is_told_alone(trained, flags, tmp_path):
+    """Not the learning rate, whose default follows from it and which nobody gave; also for the newest of a folder."""
+    del flags["learning_rate"]
+    whole = flags | {"max_train_steps": 2, "save_steps": 1, "output_dir": tmp_path / "whole"}
+    train(TRADITIONAL, whole)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    of_adapters = trained("tiny_model") / "checkpoint-4"
+    for changed, told in (
+        (
+            whole | {"lora_rank": 8, "resume_from_checkpoint": "latest", "output_dir": tmp_path / "stopped"},
+            "checkpoint-2: its run was without --lora_rank: leave it out; a",
+        ),
+        (
+            flags | {"train_text_encoder": True, "max_train_steps": 5, "resume_from_checkpoint": of_adapters},
+            "checkpoint-4: its run was with --lora_rank 4: give it here too; a",
+        ),
+    ):
+        done = train(TRADITIONAL, changed, check=False)
+        assert done.returncode == 2 and told in done.error_lines[0], done.stderr
+        assert "learning_rate" not in done.error_lines[0] and "None" not in done.error_lines[0]
 
 
 def test_layers_that_get_no_adapters_are_told_in_one_line(lora):
@@ -358,17 +440,18 @@ def test_what_does_not_go_together(monkeypatch, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, rate",
+    "words, rate, folder",
     [
-        ([], 5e-6),
-        (["--lora_rank", "4"], 1e-4),
-        (["--rank=4", "--learning_rate=5e-6"], 5e-6),
-        (["--learning_rate=1"], 1),
+        ([], 5e-6, "dreambooth-model"),
+        (["--lora_rank", "4"], 1e-4, "dreambooth-lora"),
+        (["--rank=4", "--learning_rate=5e-6"], 5e-6, "dreambooth-lora"),
+        (["--learning_rate=1", "--output_dir=x"], 1, "x"),
+        (["--rank=4", "--output_dir=dreambooth-model"], 1e-4, "dreambooth-model"),
     ],
 )
-def test_the_learning_rate_follows_what_is_trained(words, rate):
+def test_defaults_follow_what_is_trained(words, rate, folder):
     flags = read(Flags, ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", *words])
-    assert flags.optimizer.learning_rate == rate
+    assert flags.optimizer.learning_rate == rate and flags.output.output_dir == folder
 
 
 # The module that is trained -----------------------------------------------------------------------------------------

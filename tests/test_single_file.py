@@ -1,15 +1,18 @@
 """Models in one file of the original layout: read, written, refused. diffusers' own loader is the judge."""
 
 import functools
+import json
 import os
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from harness import COLOSSALAI, TRADITIONAL, Running, train
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +22,7 @@ from dreambooth.model import single_file
 from dreambooth.model.configurations import build_pipeline, clip_tokenizer
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
+from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.unpickle import main as unpickle
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -139,7 +143,14 @@ def test_what_is_no_such_file(tmp_path, monkeypatch):
         ({"some.weight": torch.zeros(1)}, "is not a Stable Diffusion in its original layout"),
         (inpainting, "is what diffusers calls inpainting"),
         (refiner | unet, "is what diffusers calls xl_refiner"),
-        (unet, "cannot load the model of"),
+        (unet, "keys of a Stable Diffusion 1.x that predicts epsilon and another shape, .*with --single_file_config$"),
+        (
+            {
+                single_file.FIRST_OF_UNET: torch.zeros(64, 8, 3, 3),
+                single_file.FIRST_OF_DECODER: torch.zeros(96, 8, 3, 3),
+            },
+            "keys of a Stable Diffusion 1.x that predicts epsilon and another shape",
+        ),
     ):
         save_file(weights, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=told):
@@ -149,6 +160,36 @@ def test_what_is_no_such_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot load the model of"):
         single_file.unpack(str(tmp_path / "model.safetensors"), "MODEL", None)
     assert not any(path.is_dir() for path in single_file.cache_folder().iterdir())
+
+
+def test_a_file_that_does_not_tell_its_shape_says_so_when_written_and_read(model_of, flags, env, tmp_path):
+    """That of the small model, whose latents have eight channels: it is no model that edits images."""
+    model, output = ROOT / "assets/tiny-stable-diffusion", tmp_path / "output"
+    given = {"pretrained_model_name_or_path": model, "output_dir": output, "save_single_file": True}
+    done = train(TRADITIONAL, flags | given | {"max_train_steps": 1}, env=env)
+    assert "output.safetensors does not tell this model's configurations" in done.stdout
+    words = [output / "output.safetensors", "--prompt", "a dog", "--num_inference_steps", 1]
+    words += ["--output", tmp_path / "dog.png"]
+    refused = Running("inference.py", words, env=env).wait(check=False)
+    assert refused.returncode == 2 and len(refused.error_lines) == 1
+    told = f"another shape, which files do not tell: .* with --single_file_config, as {output} does"
+    assert re.search(told, refused.error_lines[0])
+    Running("inference.py", [*words, "--single_file_config", output], env=env).wait()
+    refused = Running("inference.py", [*words, "--single_file_config", model_of("tiny")], env=env).wait(check=False)
+    assert refused.error_lines[0].endswith(f"of another shape than --single_file_config {model_of('tiny')}")
+
+
+def test_a_file_that_tells_all_says_nothing(model_of, tmp_path, monkeypatch, capsys):
+    """Of models that everybody starts from, as if the tiny ones were such; another prediction says so."""
+    model = shutil.copytree(model_of("tiny"), tmp_path / "model")
+    monkeypatch.setitem(single_file.KINDS, "v1", ("tiny", random_model.SHAPES["tiny"], "epsilon"))
+    write = functools.partial(single_file.write_single_file, model, tmp_path / "a.safetensors", STABLE_DIFFUSION)
+    write(torch.float32, title="a", resolution=32)
+    assert not capsys.readouterr().out
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    write(torch.float32, title="a", resolution=32)
+    assert "a.safetensors does not tell this model's configurations" in capsys.readouterr().out
 
 
 class Runs:
@@ -169,9 +210,57 @@ def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path
         unpickle()
     Path("evil.ckpt").write_bytes(pickle.dumps({"state_dict": Runs()}))
     monkeypatch.setattr("sys.argv", ["unpickle", "evil.ckpt"])
-    with pytest.raises(UserError, match="cannot be read as weights alone"):
+    with pytest.raises(UserError, match="evil.ckpt holds other things than weights, such as code that would run"):
         unpickle()
     assert not Path("it-ran").exists()
+
+
+def test_what_is_turned_into_a_file_and_what_is_told_of_the_rest(tmp_path, monkeypatch, capsys):
+    """PyTorch's older format is a pickle, that of today a zip."""
+    monkeypatch.chdir(tmp_path)
+    weights = {"state_dict": {"weight": torch.arange(100.0)}, "global_step": 3}
+    torch.save(weights, "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save(weights, "new.ckpt")
+    Path("torn.ckpt").write_bytes(Path("new.ckpt").read_bytes()[:-100])
+    Path("torn_old.ckpt").write_bytes(Path("old.ckpt").read_bytes()[:-100])
+    Path("text.ckpt").write_text("Entry not found\n")
+    Path("picture.ckpt").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Path("empty.ckpt").touch()
+    Path("folder.ckpt").mkdir()
+    save_file({"weight": torch.zeros(1)}, "named.ckpt")
+    torch.save({"global_step": 3}, "none.ckpt")
+    for name, told in (
+        ("old", None),
+        ("torn", "torn.ckpt cannot be read, it may be torn: "),
+        ("torn_old", "torn_old.ckpt cannot be read, it may be torn: "),
+        ("text", "text.ckpt is a text, and no file of weights in PyTorch's format$"),
+        ("picture", "picture.ckpt is a file of another kind, and no file of weights"),
+        ("empty", "empty.ckpt is an empty file, and no file of weights"),
+        ("named", "named.ckpt is a safetensors file, and no file of weights in PyTorch's format"),
+        ("missing", "missing.ckpt is not there: name a file of weights"),
+        ("folder", "folder.ckpt is a folder: name a file of weights"),
+        ("none", "none.ckpt has no weights"),
+    ):
+        monkeypatch.setattr("sys.argv", ["unpickle", f"{name}.ckpt"])
+        if told is None:
+            unpickle()
+            assert torch.equal(load_file(f"{name}.safetensors")["weight"], torch.arange(100.0))
+            continue
+        with pytest.raises(UserError, match=told) as error:
+            unpickle()
+        assert "mmap" not in str(error.value)
+        assert not Path(f"{name}.safetensors").exists()
+
+
+def test_what_is_no_safetensors_file_says_what_it_is(tmp_path):
+    torch.save({}, tmp_path / "pickle.safetensors")
+    (tmp_path / "text.safetensors").write_text("Entry not found\n")
+    for name, told in (
+        ("pickle", "MODEL .*pickle.safetensors is a pickle, which may run code when it is read: python -m dreambooth"),
+        ("text", "MODEL .*text.safetensors is a text: name a .safetensors file of a model$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            single_file.unpack(str(tmp_path / f"{name}.safetensors"), "MODEL", None)
 
 
 def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):
@@ -182,6 +271,14 @@ def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):
     refused = train(TRADITIONAL, flags | given, check=False)
     assert refused.returncode == 2 and "has a output.safetensors that this program did not write" in refused.stderr
     assert (output / "output.safetensors").read_text() == "mine"
+
+
+def test_a_file_to_train_and_to_write_to(flags, tmp_path):
+    """Is told once what it is."""
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, file)
+    refused = train(TRADITIONAL, flags | {"pretrained_model_name_or_path": file, "output_dir": file}, check=False)
+    assert refused.returncode == 2 and refused.error_lines[0].endswith(f"--output_dir {file} is a file; name a folder")
 
 
 def test_a_configuration_of_nothing(flags, tmp_path):

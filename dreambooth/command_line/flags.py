@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dreambooth.command_line.paths import path
 
-OUTPUT_DIR = "dreambooth-model"
+OUTPUT_DIR, LORA_OUTPUT_DIR = "dreambooth-model", "dreambooth-lora"
 MAX_SEED = 2**32 - 1  # numpy takes as much
 # Limits of numbers. No setting of sense comes near the upper ones; beyond them memory or float32 would fail in the
 # middle of a run.
@@ -426,7 +426,13 @@ class OutputFlags:
 
     heading = "output"
 
-    output_dir: str = flag(OUTPUT_DIR, "where the trained pipeline goes", type=path)
+    output_dir: str = flag(
+        OUTPUT_DIR,
+        "where the trained pipeline goes, or the adapters: one replaces an earlier one of its kind alone",
+        shown=f"{OUTPUT_DIR}, with --lora_rank {LORA_OUTPUT_DIR}",
+        beside={LORA: LORA_OUTPUT_DIR},
+        type=path,
+    )
     save_dtype: str | None = flag(
         None,
         "dtype of the weights of the trained pipeline; checkpoints are in fp32 always",

@@ -1,7 +1,6 @@
 """What to say when the machine's memory is not enough, the most common failure of all."""
 
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -76,15 +75,26 @@ def cheaper_flags(*, of_host: bool = False) -> list[str]:
     return [*(_cheaper_for_host if of_host else ()), *_cheaper]
 
 
+def host_memory_gib(what: str) -> float:
+    """Returns a figure of this process's memory that Linux keeps, in GiB.
+
+    The system calls that tell a process's peak tell that of the program which has started it, too.
+
+    Args:
+        what: "VmHWM", the largest resident set that it had; "RssFile", what is resident of files.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / GIB
+
+
 def explain(error: Exception) -> str | None:
     """Returns a line about an error that is one of memory: what was done, what there was, what helps; else None."""
     text, what = str(error), getattr(error, "doing", "setting up the run")
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(text):
         return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
     if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         helps = _what_helps(error, of_host=True)
-        return f"out of host memory while {what}: this process held {held:.1f} GiB{helps}"
+        return f"out of host memory while {what}: this process held {host_memory_gib('VmHWM'):.1f} GiB{helps}"
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
             f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "

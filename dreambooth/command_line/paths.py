@@ -48,6 +48,26 @@ def partial_name(file: Path) -> Path:
     return file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
+def content_of(file: Path | str) -> str:
+    """Returns what a file is by its first bytes, in words.
+
+    Returns:
+        "an empty file", "a safetensors file", "a zip", "a pickle", "a text" or "a file of another kind". PyTorch
+        writes weights as zips, and before 1.6 as pickles.
+    """
+    with open(file, "rb") as opened:
+        first = opened.read(512)
+    if not first:
+        return "an empty file"
+    if first[6:9] == b"\0\0{":  # after the size of what is told in JSON, of 8 bytes
+        return "a safetensors file"
+    if first.startswith(b"PK"):
+        return "a zip"
+    if first.startswith(b"\x80"):
+        return "a pickle"
+    return "a text" if all(byte >= 32 or byte in b"\t\n\f\r" for byte in first) else "a file of another kind"
+
+
 def is_model_file(name: str) -> bool:
     """Whether there is a file of that name that may have a whole model in it."""
     return os.path.isfile(name) and name.lower().endswith(MODEL_FILES)

@@ -71,7 +71,7 @@ def _unfit_output_dir(flags: Flags) -> Iterator[str]:
     yield from unwritable("--output_dir", folder)
     if os.path.isfile(os.path.join(folder, "validation")):
         yield f"--output_dir {folder} has a file named validation, where a folder goes"
-    if same_folder(folder, flags.model.pretrained_model_name_or_path):
+    if os.path.isdir(folder) and same_folder(folder, flags.model.pretrained_model_name_or_path):
         yield "--output_dir is the folder of --pretrained_model_name_or_path, which it would replace"
 
 

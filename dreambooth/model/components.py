@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from dreambooth.command_line.console import UserError, first_line, warn
+from dreambooth.command_line.paths import PICKLES, content_of
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.precision import all_finite
 from dreambooth.model.weights import Weights, choose_weights, stored_dtype, weight_files
@@ -31,6 +33,28 @@ def loading(part: str, source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # What a damaged file leads the libraries to has no limit.
         raise UserError(f"cannot load the {part} of {source}: {first_line(error)}") from error
+
+
+def check_safetensors(file: str | Path, part: str, flag: str) -> None:
+    """Finds out whether a file is in safetensors.
+
+    Args:
+        file: that is there.
+        part: what is to be in it, for messages.
+        flag: that gives its name, likewise.
+
+    Raises:
+        UserError: saying what it is instead, and of a pickle what makes a safetensors file of it.
+    """
+    with loading(part, file):
+        content = content_of(file)
+    if content in ("a zip", "a pickle") or str(file).lower().endswith(PICKLES):
+        raise UserError(
+            f"{flag} {file} is a pickle, which may run code when it is read: "
+            f"python -m dreambooth.model.unpickle {shlex.quote(str(file))} makes a .safetensors file of it that cannot"
+        )
+    if content != "a safetensors file":
+        raise UserError(f"{flag} {file} is {content}: name a .safetensors file of a {part}")
 
 
 def choose(kind: type, names: Sequence[str], variant: str | None) -> Weights:

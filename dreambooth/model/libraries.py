@@ -9,8 +9,11 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+ARE_OF_TODAY = int(transformers.__version__.split(".")[0]) > 4
 
 
 def save_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

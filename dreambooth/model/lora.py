@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line
 from dreambooth.command_line.flags import LoraFlags
-from dreambooth.model.components import loading
+from dreambooth.model.components import check_safetensors, loading
 from dreambooth.model.libraries import name_in_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # by which diffusers finds them in a folder
@@ -241,6 +241,7 @@ def read_lora(name: str, flag: str, *, scale: float = 1.0) -> Lora:
     if not path.is_file():
         told = f"has no {WEIGHTS}" if os.path.isdir(name) else "is neither a folder nor a file"
         raise UserError(f"{flag} {name} {told}: name what a run with --lora_rank has left")
+    check_safetensors(path, "LoRA", flag)
     with loading("LoRA", path), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         weights = {_as_peft_names(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dictionary

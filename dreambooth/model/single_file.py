@@ -6,7 +6,6 @@ One that is read is unpacked, once, to a folder in diffusers' layout in a cache;
 import fcntl
 import hashlib
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from diffusers.utils.logging import disable_progress_bar
 from safetensors import safe_open
@@ -22,11 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line, say
-from dreambooth.command_line.paths import PICKLES
-from dreambooth.model.components import loading, stem_of, without_weights
+from dreambooth.model.components import check_safetensors, loading, stem_of, without_weights
 from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
 from dreambooth.model.family import Family
-from dreambooth.model.folder import family_of
+from dreambooth.model.folder import INDEX, family_of
 from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
 from dreambooth.model.pipeline import load_noise_scheduler, write_pipeline
 from dreambooth.model.weights import DTYPES, choose_weights, weight_files
@@ -40,6 +39,8 @@ KINDS = {
 # Keys without weights by which files of XL say that they predict v, and that their last timestep is all noise.
 V_PREDICTION, ENDS_IN_NOISE = "v_pred", "ztsnr"
 OF_UNET = "model.diffusion_model."
+# What the UNet and the VAE's decoder begin with: both read latents, but for UNets that read more besides.
+FIRST_OF_UNET, FIRST_OF_DECODER = f"{OF_UNET}input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"
 # In the metadata of files, by the conventions of https://github.com/Stability-AI/ModelSpec.
 ARCHITECTURES = {"v1": "stable-diffusion-v1", "v2": "stable-diffusion-v2", "xl_base": "stable-diffusion-xl-v1-base"}
 
@@ -61,11 +62,7 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     Raises:
         UserError: if the file is of another kind, or there is no room.
     """
-    if name.lower().endswith(PICKLES):
-        raise UserError(
-            f"{flag} {name} is a pickle, which may run code when it is read: "
-            f"python -m dreambooth.model.unpickle {shlex.quote(name)} makes a .safetensors file of it that cannot"
-        )
+    check_safetensors(name, "model", flag)
     with loading("model", name):
         with safe_open(name, framework="pt") as file:
             shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
@@ -101,7 +98,7 @@ def _described(
             raise UserError(f"{flag} {name} is a LoRA: name the model that it was made for")
         raise UserError(f"{flag} {name} is not a Stable Diffusion in its original layout, whole in one file")
     if configuration is None:
-        kind = infer_diffusers_model_type(shapes)
+        kind = _kind_of(shapes)
         if kind not in KINDS:
             raise UserError(
                 f"{flag} {name} is what diffusers calls {kind}, which this project does not train: "
@@ -113,17 +110,51 @@ def _described(
         title += f" that predicts {'v' if prediction_type == 'v_prediction' else 'epsilon'}"
 
     def write(folder: Path, dtype: torch.dtype) -> None:
-        source = configuration
-        if configuration is None:
-            source = folder.with_name(f"{folder.name}.configuration")
-            write_configuration(source, shape, prediction_type, ends_in_noise=ENDS_IN_NOISE in shapes)
+        if configuration is not None:
+            family_of(Path(configuration))  # says what is wrong with the folder
+            if not _fits(shapes, without_weights(UNet2DConditionModel, Path(configuration, "unet"))):
+                raise UserError(f"{flag} {name} is of another shape than --single_file_config {configuration}")
+            write_pipeline(_load(name, Path(configuration), dtype), folder)
+            return
+        if not _is_of_kind(shapes, kind):
+            beside = Path(name).parent
+            where = f", as {beside} does" if (beside / INDEX).is_file() else ""
+            raise UserError(
+                f"{flag} {name} has the keys of a {title} and another shape, which files do not tell: "
+                f"name a folder that has its configurations with --single_file_config{where}"
+            )
+        source = folder.with_name(f"{folder.name}.configuration")
         try:
-            write_pipeline(_load(name, Path(source), dtype), folder)
+            write_configuration(source, shape, prediction_type, ends_in_noise=ENDS_IN_NOISE in shapes)
+            write_pipeline(_load(name, source, dtype), folder)
         finally:
-            if configuration is None:
-                shutil.rmtree(source, ignore_errors=True)
+            shutil.rmtree(source, ignore_errors=True)
 
     return ("a model" if configuration else title), write
+
+
+def _kind_of(shapes: Mapping[str, Tensor]) -> str:
+    """Returns what diffusers calls a model of these weights.
+
+    It goes by how many channels a UNet reads. Where these are all of the VAE's, the model is an ordinary one, however
+    many they are.
+    """
+    first, latents = shapes.get(FIRST_OF_UNET), shapes.get(FIRST_OF_DECODER)
+    if first is not None and latents is not None and first.shape[1] == latents.shape[1]:
+        shapes = {**shapes, FIRST_OF_UNET: torch.empty(first.shape[0], 4, 3, 3, device="meta")}
+    return infer_diffusers_model_type(shapes)
+
+
+def _is_of_kind(shapes: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether a model's UNet is of the shape of those that everybody starts from."""
+    with init_empty_weights():
+        return _fits(shapes, UNet2DConditionModel(**KINDS[kind][1]["unet"]))
+
+
+def _fits(shapes: Mapping[str, Tensor], unet: UNet2DConditionModel) -> bool:
+    """Whether a model has all weights of a UNet, each with as many numbers."""
+    wanted = of_unet(unet.state_dict(), unet.config.layers_per_block)
+    return all(name in shapes and shapes[name].numel() == one.numel() for name, one in wanted)
 
 
 def _load(name: str, configuration: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -157,7 +188,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def write_single_file(
     folder: Path, path: Path, family: Family, dtype: torch.dtype, *, title: str, resolution: int
 ) -> None:
-    """Writes the model in a folder as one file in the original layout.
+    """Writes the model in a folder as one file in the original layout; says so where the file does not tell all.
 
     Args:
         folder: in diffusers' layout, with plain weights.
@@ -201,4 +232,9 @@ def write_single_file(
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in weights.items()
     }
+    if not _is_of_kind(weights, kind) or (not is_xl and is_v != (KINDS[kind][2] == "v_prediction")):
+        say(
+            f"{path.name} does not tell this model's configurations, which are none that everybody starts from: "
+            "who reads it names the folder beside it, here with --single_file_config"
+        )
     save_file(weights, path, metadata={"format": "pt"} | {f"modelspec.{key}": value for key, value in told.items()})

@@ -2,13 +2,17 @@
 
     python -m dreambooth.model.unpickle model.ckpt
 
-writes model.safetensors beside it. Of a pickle only tensors and plain containers are read.
+writes model.safetensors beside it. Of a pickle, in PyTorch's format of today or the one before, only tensors and plain
+containers are read.
 """
 
 import argparse
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 from dreambooth.command_line.console import UserError, before_imports, first_line, run_program, say
+from dreambooth.command_line.paths import content_of
 
 before_imports(__name__)
 
@@ -23,10 +27,20 @@ def main() -> None:
     target = path.with_suffix(".safetensors")
     if target.exists():
         raise UserError(f"{target} is there already")
+    if not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: name a file of weights")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if (content := content_of(path)) not in ("a zip", "a pickle"):
+            raise UserError(f"{path} is {content}, and no file of weights in PyTorch's format")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} holds other things than weights, such as code that would run: it is not read"
+        ) from error
     except Exception as error:  # what a file leads torch to has no limit
-        raise UserError(f"{path} cannot be read as weights alone: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read, it may be torn: {first_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {name: one.clone().contiguous() for name, one in found.items() if isinstance(one, torch.Tensor)}
     if not tensors:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -160,6 +161,26 @@ def not_ours(folder: Path) -> str | None:
     return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
 
 
+def check_kind(flags: OutputFlags, *, adapters: bool) -> None:
+    """Finds checkpoints of the other kind of run, which this one would write over or remove; on rank 0.
+
+    Args:
+        flags: name the folder. Where they name a checkpoint to go on from, its settings tell more.
+        adapters: whether the run trains adapters alone.
+
+    Raises:
+        UserError: naming one.
+    """
+    if not is_rank_0() or flags.resume_from_checkpoint:
+        return
+    output_dir = Path(flags.output_dir)
+    if other := next((path for path in list_checkpoints(output_dir) if (path / LORA).exists() != adapters), None):
+        raise UserError(
+            f"--output_dir {output_dir} has {other.name} of a run with{'out' * adapters} --lora_rank, which this one "
+            "does not replace: choose another --output_dir"
+        )
+
+
 def check_names(output_dir: Path, first_step: int, steps: int) -> None:
     """Finds what stands where a run may write a checkpoint, after `first_step` and up to its last.
 
@@ -213,19 +234,28 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
     earlier = settings | {name: value for name, value in defaults().items() if name in settings} | checkpoint.settings
     if settings.get("lr_scheduler") in ENDLESS:
         earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does
-    differing = {
-        name: f"{name} was {earlier[name]!r} and is {value!r}"
-        for name, value in sorted(json.loads(json.dumps(settings)).items())
-        if value != earlier[name]
-    }
+    now = json.loads(json.dumps(settings))
+    differing = [name for name, value in sorted(now.items()) if value != earlier[name]]
     if not differing:
         return
-    parts_differ = bool(WHAT_IS_TRAINED & differing.keys())
-    told = "; ".join(differing.values())
-    if parts_differ or not resume_anyway:
-        hint = "a run trains the same parts to its end" if parts_differ else "see --resume_anyway"
+    # Other defaults follow from what is trained, so that a run is not told of them beside that.
+    parts = [name for name in differing if name in WHAT_IS_TRAINED]
+    told = "; ".join(_told(name, earlier[name], now[name]) for name in parts or differing)
+    if parts or not resume_anyway:
+        hint = "a run trains the same parts to its end" if parts else "see --resume_anyway"
         raise UserError(f"{resumed}: {told}; {hint}")
     warn(f"--resume_anyway: the run goes on, but not as it would have: {told}")
+
+
+def _told(name: str, earlier: Any, now: Any) -> str:
+    """Returns how a setting differs, in words."""
+    if name == "lora_rank" and None in (earlier, now):
+        had = (
+            "without --lora_rank: leave it out" if earlier is None else f"with --lora_rank {earlier}: give it here too"
+        )
+        return f"its run was {had}"
+    was, value = ("not given" if one is None else repr(one) for one in (earlier, now))
+    return f"{name} was {was} and is {value}"
 
 
 def versions() -> dict[str, str]:

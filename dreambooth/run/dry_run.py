@@ -2,6 +2,7 @@
 
 from dreambooth.command_line.console import say, warn
 from dreambooth.command_line.flags import OutputFlags
+from dreambooth.command_line.limits import host_memory_gib
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
 from dreambooth.run.output import hub_name
@@ -31,8 +32,12 @@ def tell_plan(
     if steps > 0:
         seconds = tracker.seconds_per_step
         say(f"time: {duration(steps * seconds)} of training at {seconds:.3g} s a step, without saving and validation")
-        on_gpu = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and " if ranks.device.type == "cuda" else ""
-        say(f"memory: {on_gpu}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process")
+        if ranks.device.type == "cuda":
+            before, after = f"{tracker.peak_memory_gib:.1f} GiB of GPU memory and ", ""
+        else:
+            mapped = host_memory_gib("RssFile")
+            before, after = "", f", {mapped:.1f} GiB of it mapped files, which the estimate leaves out"
+        say(f"memory: {before}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process{after}")
     room = room_of(flags, tracker.schedule, sizes, first_step=first_step)
     say(f"disk: {room}")
     if room.free < room.needed:

@@ -2,6 +2,10 @@
 
 The pipeline's files, and no others, are listed in dreambooth.json beside them, each with its size, its time and its
 digest. So this program knows later what it may replace, and what it uploads; what was changed since, it leaves alone.
+
+A run replaces what it writes anew itself: a whole pipeline a whole pipeline, a file one of its name. What else an
+earlier run has left would be lost, or stay and be taken for this run's, so that a run into such a folder is refused
+before anything loads.
 """
 
 import contextlib
@@ -81,7 +85,7 @@ class Form:
     @classmethod
     def of(cls, flags: OutputFlags, lora: LoraFlags) -> "Form":
         wanted = flags.save_dtype and (torch.float32 if flags.save_dtype == "fp32" else DTYPES[flags.save_dtype])
-        more = (f"{Path(flags.output_dir).resolve().name}.safetensors",) if flags.save_single_file else ()
+        more = (_name_of_single_file(Path(flags.output_dir)),) if flags.save_single_file else ()
         if lora.lora_rank is not None:
             more = (WEIGHTS, KOHYA_WEIGHTS) if lora.save_kohya_lora else (WEIGHTS,)
         return cls(wanted or torch.float32, wanted or torch.float16, more)
@@ -104,7 +108,7 @@ def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collectio
 
     Raises:
         UserError: if another run writes into the folder, or nobody can, or what the pipeline would replace was not
-            written by this program.
+            written by this program, or something that an earlier run has left is not replaced by its like.
     """
     if not is_rank_0() or not output_dir.is_dir():
         return
@@ -116,6 +120,7 @@ def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collectio
                 if left := _settle(aside):
                     warn(f"a run was killed while it put its pipeline in place: it is whole in {left}")
         _check_parts(output_dir, more)
+        _check_left(output_dir, more)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
 
@@ -134,9 +139,14 @@ def prepare_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collect
     enter_output_dir(output_dir, dry_run=dry_run, more=more)
     found = next((name for name in LAST if (output_dir / name).exists()), None)
     if found and not dry_run:
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / found).stat().st_mtime))
-        what, step = "pipeline" if found == INDEX else "LoRA", read_listing(output_dir).get("step")
-        say(f"{one_line(str(output_dir))} has a {what} of step {step}, written {written}: this run replaces it")
+        say(f"{one_line(str(output_dir))} has {_told(output_dir, found)}: this run replaces it")
+
+
+def _told(output_dir: Path, name: str) -> str:
+    """Returns what a result in a folder is called, with its step and its time."""
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / name).stat().st_mtime))
+    what = {INDEX: "a pipeline", WEIGHTS: "a LoRA"}.get(name, name)
+    return f"{what} of step {read_listing(output_dir).get('step')}, written {written}"
 
 
 @dataclass(frozen=True)
@@ -253,6 +263,35 @@ def _check_parts(output_dir: Path, more: Collection[str]) -> None:
                 f"--output_dir {output_dir} has a {part} that this program did not write{told}: "
                 "move it away, or name another folder"
             )
+
+
+def _check_left(output_dir: Path, more: Collection[str]) -> None:
+    """Finds what an earlier run has left that this one does not write anew.
+
+    Raises:
+        UserError: naming it.
+    """
+    names = [PurePosixPath(name) for name in pipeline_files(output_dir) if (output_dir / name).exists()]
+    parts = {name.parts[0] for name in names}
+    of_pipeline = {INDEX} | {name.parts[0] for name in names if len(name.parts) > 1}  # which go and come as a whole
+    own = {*more} if WEIGHTS in more else {*more, *of_pipeline}
+    left = sorted(parts - own, key=lambda part: (part not in LAST, part))
+    if not left:
+        return
+    told = f"--output_dir {output_dir} has {_told(output_dir, left[0])}"
+    if WEIGHTS in more and left[0] != KOHYA_WEIGHTS:
+        raise UserError(f"{told}, and adapters, which this run leaves, do not replace it: choose another --output_dir")
+    if left[0] == WEIGHTS:
+        raise UserError(f"{told}, and a run without --lora_rank leaves none: choose another --output_dir")
+    flags = {KOHYA_WEIGHTS: "--save_kohya_lora", _name_of_single_file(output_dir): "--save_single_file"}
+    anew = f"add {flags[left[0]]}, which writes it anew, " if left[0] in flags else ""
+    raise UserError(
+        f"{told}, and this run would leave none of that name: {anew}choose another --output_dir, or move it away"
+    )
+
+
+def _name_of_single_file(output_dir: Path) -> str:
+    return f"{output_dir.resolve().name}.safetensors"
 
 
 def _link_in(folder: Path, name: str) -> str | None:

@@ -32,6 +32,7 @@ from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
 from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.checkpoint import (
+    check_kind,
     check_settings,
     find_checkpoint,
     flag_settings,
@@ -83,6 +84,7 @@ def check_inputs(flags: Flags) -> Inputs:
     check_logging_dir(flags.output.logging_dir)
     form = Form.of(flags.output, flags.lora)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=form.more)
+    check_kind(flags.output, adapters=flags.lora.lora_rank is not None)
     elsewhere = find_elsewhere(flags.model)
     model_folder = find_model(flags.model, elsewhere)
     check_origins(flags.prior, flags.model, class_images, model_folder, elsewhere)

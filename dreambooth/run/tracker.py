@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import resource
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from dreambooth.command_line.console import RunError, first_line, progress, warn
+from dreambooth.command_line.limits import host_memory_gib
 from dreambooth.data.samples import DreamBoothDataset
 from dreambooth.data.schedule import Schedule
 from dreambooth.processes.ranks import Ranks
@@ -33,18 +33,13 @@ NAMES_SHOWN = 8
 SHOWN_AT_ONCE = (1, 10, 100)  # steps, in a log that has a line every half minute otherwise
 
 
-def peak_host_memory_gib() -> float:
-    """Returns the largest resident set that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
 def peak_memory_gib(device: torch.device, cuda_graphs: bool) -> float:
     """Returns the most memory that this process held for training: what torch allocated on a GPU, else on the host.
 
     What graphs allocate counts as free between their runs, though they keep it: with them, what torch has reserved.
     """
     if device.type == "cpu":
-        return peak_host_memory_gib()
+        return host_memory_gib("VmHWM")
     return (torch.cuda.max_memory_reserved if cuda_graphs else torch.cuda.max_memory_allocated)(device) / GIB
 
 
@@ -286,7 +281,7 @@ class Tracker:
         images = self.schedule.total_batch * self.dataset.examples_per_sample
         self.seconds_per_step = self._seconds(self.last_mark, mark)
         self.peak_memory_gib = peak_memory_gib(self.device, self.cuda_graphs)
-        self.peak_host_memory_gib = peak_host_memory_gib()
+        self.peak_host_memory_gib = host_memory_gib("VmHWM")
         figures["images_per_second"] = images / self.seconds_per_step
         figures["peak_memory_gib"] = self.peak_memory_gib
         figures["peak_host_memory_gib"] = self.peak_host_memory_gib
