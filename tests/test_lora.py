@@ -376,7 +376,7 @@ def test_the_learning_rate_follows_what_is_trained(words, rate):
 
 def inputs(*, seed: int = 0):
     torch.manual_seed(seed)
-    return torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
+    return torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
