@@ -8,6 +8,7 @@ from dreambooth.command_line.console import before_imports
 before_imports(__name__)
 
 import argparse
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ MODELS = {"stable-diffusion-v1-4": 2, "stable-diffusion-xl": 1}
 NAMES = {"stable-diffusion-v1-4": "Stable Diffusion 1.4", "stable-diffusion-xl": "Stable Diffusion XL"}
 
 
+@functools.cache  # with all that is found out about it
 def outline(shape: str, resolution: int | None = None) -> Outline:
     """Returns the outline of a model of a shape of random_model.py, with the vocabulary of CLIP."""
     with init_empty_weights():

@@ -131,7 +131,15 @@ def flags(tiny_model, photos, tmp_path):
     }
 
 
-LONG = ("test_learning", "test_faults", "test_launchers", "test_benchmarks", "test_processes", "test_training")
+LONG = (
+    "test_learning",
+    "test_faults",
+    "test_flags",
+    "test_launchers",
+    "test_benchmarks",
+    "test_processes",
+    "test_training",
+)
 
 # Prior preservation with seven class images, which no sampling batch divides.
 PRIOR = {

@@ -195,18 +195,13 @@ def train(script: str | Path, flags: dict, *, nproc: int = 1, **options) -> Run:
     return Running(script, command_line(flags), nproc, **options).wait(**ending)
 
 
-def start_torchrun(
-    script: str, flags: dict, log: Path, *options: str, on_gpu: bool = False, before: tuple[str, ...] = ()
-) -> subprocess.Popen:
-    """Starts two processes of a trainer with torchrun, as a user does, and further options of it.
-
-    The output goes to `log`; `before` are words that go before the command.
-    """
-    command = [*before, sys.executable, "-m", "torch.distributed.run", *STANDALONE, "--nproc_per_node=2", *options]
+def start_torchrun(script: str, flags: dict, log: Path) -> subprocess.Popen:
+    """Starts two processes of a trainer on GPUs with torchrun, as a user does; the output goes to `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", *STANDALONE, "--nproc_per_node=2"]
     return subprocess.Popen(
         [*command, script, *command_line(flags)],
         cwd=ROOT,
-        env=os.environ | {"TQDM_MININTERVAL": "0.1"} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+        env=os.environ | {"TQDM_MININTERVAL": "0.1"},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )

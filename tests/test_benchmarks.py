@@ -11,7 +11,7 @@ import pytest
 from harness import ROOT, Running, wait_for
 from PIL import Image
 
-from benchmarks import commands, speed
+from benchmarks import commands, speed, strategies
 
 IN_FORKS = "subprocess.Popen = Forked"
 # What stands in for diffusers' script where that is not at hand: it asks for a release, and logs steps as that does.
@@ -78,6 +78,31 @@ def refusal(benchmark, words: list, monkeypatch, capsys) -> str:
         benchmark.main()
     assert end.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_strategies(tmp_path):
+    """Both scripts, with each precision that runs here, on two ranks that torchrun starts; and one that is refused."""
+    names = [
+        "torch_ddp-cuda-no",
+        "torch_ddp-cuda-bf16",
+        "gemini-cpu-bf16",
+        "traditional-cuda-no",
+        "traditional-cuda-bf16",
+    ]
+    file = tmp_path / "rows.json"
+    command = ["benchmarks.strategies", "--steps", 2, "--nproc", 2, "--json", file, "--only", *names]
+    done = Running("-m", command, before=f"{IN_FORKS}; fork_ranks()").wait()
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.endswith(": ran, output loads")] == [
+        f"{name}: ran, output loads" for name in names if "gemini" not in name
+    ]
+    reference, in_bf16, refused, *others = rows = json.loads(file.read_text())
+    assert "needs a CUDA GPU" in refused["skipped"] and refused["plugin"] == "gemini"
+    for row, difference in ((in_bf16, 1e-2), (others[0], 1e-5), (others[1], 1e-2)):
+        assert len(row["losses"]) == len(row["seconds_per_step"]) == 2 and row["gpus"] == 2
+        assert row["losses"] == pytest.approx(reference["losses"], abs=difference)
+    assert in_bf16["losses"] != reference["losses"]
+    assert lines[-len(rows) :] == strategies.table(rows).splitlines()[2:]
 
 
 @pytest.fixture

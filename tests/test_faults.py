@@ -22,7 +22,6 @@ from harness import (
     command_line,
     scalars,
     small_disk,
-    start_torchrun,
     train,
     unet_weights,
     wait_for,
@@ -35,6 +34,7 @@ from dreambooth.run.tracker import Tracker
 
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 STEPS = 60
+STEPS_ALONE = 40  # of one process, which is stopped once and not ten times
 ENDS_WITHIN_S = 300  # on a busy machine; a collective would wait for half an hour
 
 
@@ -75,13 +75,19 @@ def long_run(flags, prior):
 
 
 @pytest.fixture
-def uninterrupted(once, long_run):
+def long_run_alone(long_run):
+    """The same for one process."""
+    return long_run | {"max_train_steps": STEPS_ALONE}
+
+
+@pytest.fixture
+def uninterrupted(once, long_run, long_run_alone):
     """Returns a function that makes the long run once for all tests: out/ and class_images/ in the folder returned."""
 
     def of(script: str, nproc: int) -> Path:
         def make(folder):
             own = {"output_dir": folder / "out", "class_data_dir": folder / "class_images"}
-            train(script, long_run | own, nproc=nproc)
+            train(script, (long_run_alone if nproc == 1 else long_run) | own, nproc=nproc)
 
         return once(f"uninterrupted-{script}-{nproc}", make)
 
@@ -127,25 +133,25 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, uninter
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_and_saves(script, number, long_run, uninterrupted, tmp_path, report):
+def test_a_signal_ends_the_step_and_saves(script, number, long_run_alone, uninterrupted, tmp_path, report):
     """Ctrl-C, a closed terminal, and the end of a job's time, for which no picture is drawn any more."""
     whole, stopped = uninterrupted(script, 1) / "out", tmp_path / "stopped"
-    long_run |= {"class_data_dir": whole.parent / "class_images"}
+    flags = long_run_alone | {"class_data_dir": whole.parent / "class_images", "output_dir": stopped}
     draws = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 1}
     draws = draws if number == signal.SIGTERM else {}
-    run = Running(script, command_line(long_run | draws | {"output_dir": stopped}))
+    run = Running(script, command_line(flags | draws))
     wait_for(steps_shown_by(run, at_least=2 if draws else 7))  # pictures take longer than steps
     run.send(number)
     done = run.wait(check=False)
     assert done.returncode == 75
     last = done.stderr.splitlines()[-1]
-    step = int(re.search(rf"stopped by {number.name} after step (\d+) of {STEPS}", last)[1])
+    step = int(re.search(rf"stopped by {number.name} after step (\d+) of {STEPS_ALONE}", last)[1])
     assert "--resume_from_checkpoint latest" in last and (stopped / f"checkpoint-{step}").is_dir()
     if draws:
         assert not (stopped / "validation" / f"step-{step}.png").exists()
         assert (stopped / "validation" / f"step-{step - 1}.png").exists()
-    train(script, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"})
-    assert_same(whole, stopped, f"checkpoint-{STEPS}")
+    train(script, flags | {"resume_from_checkpoint": "latest"})
+    assert_same(whole, stopped, f"checkpoint-{STEPS_ALONE}")
     report("SIGTERM, Ctrl-C or a closed terminal", resumed=1, equal=1)
 
 
@@ -153,30 +159,33 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(long_run, uninte
     """That of a closed terminal, which torchrun hands on also where nohup has it ignored."""
     whole, stopped = uninterrupted(COLOSSALAI, 2) / "out", tmp_path / "stopped"
     long_run |= {"class_data_dir": whole.parent / "class_images"}
-    run = start_torchrun(COLOSSALAI, long_run | {"output_dir": stopped}, tmp_path / "log", before=("nohup",))
+    argv = command_line(long_run | {"output_dir": stopped})
+    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    run = Running(COLOSSALAI, argv, nproc=2, torchrun=STANDALONE, before=nohup)
     wait_for((stopped / "checkpoint-5").is_dir)
-    run.send_signal(signal.SIGHUP)
-    run.wait(timeout=60)
-    log = (tmp_path / "log").read_text()
-    step = int(re.search(rf"stopped by SIGHUP after step (\d+) of {STEPS}", log)[1])
+    run.send(signal.SIGHUP)
+    done = run.wait(check=False, timeout=60)
+    step = int(re.search(rf"stopped by SIGHUP after step (\d+) of {STEPS}", done.stderr)[1])
     assert json.loads((stopped / f"checkpoint-{step}" / "state.json").read_text())["step"] == step
     train(COLOSSALAI, long_run | {"output_dir": stopped, "resume_from_checkpoint": "latest"}, nproc=2)
     assert_same(whole, stopped, f"checkpoint-{STEPS}")
     report("SIGTERM, Ctrl-C or a closed terminal", resumed=1, equal=1)
 
 
-def test_a_run_without_checkpoints_leaves_one_every_few_minutes(long_run, uninterrupted, tmp_path, report):
+def test_a_run_without_checkpoints_leaves_one_every_few_minutes(long_run_alone, uninterrupted, tmp_path, report):
     """Killed, it goes on from there; at its end the pipeline takes the place of what no flag has asked for."""
     whole, killed = uninterrupted(COLOSSALAI, 1) / "out", tmp_path / "killed"
-    long_run |= {"class_data_dir": whole.parent / "class_images", "output_dir": killed}
-    argv = command_line(long_run | {"save_steps": 500, "save_minutes": 0.001, "resume_from_checkpoint": "latest"})
+    long_run_alone |= {"class_data_dir": whole.parent / "class_images", "output_dir": killed}
+    argv = command_line(
+        long_run_alone | {"save_steps": 500, "save_minutes": 0.001, "resume_from_checkpoint": "latest"}
+    )
     run = Running(COLOSSALAI, argv)
     wait_for(lambda: list(killed.glob("checkpoint-*")))
     run.send(signal.SIGKILL)
     run.wait(check=False)
     newest = max(killed.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     done = Running(COLOSSALAI, argv).wait()
-    assert f"{newest.name.split('-')[1]}/{STEPS} [" in done.stderr
+    assert f"{newest.name.split('-')[1]}/{STEPS_ALONE} [" in done.stderr
     here, there = unet_weights(whole / "unet"), unet_weights(killed / "unet")
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert not list(killed.glob("checkpoint-*"))

@@ -406,7 +406,7 @@ def test_a_killed_rank_costs_nothing(strategy, flags, report, tmp_path):
     whole, killed = flags["output_dir"], tmp_path / "killed"
     train(strategy.script, flags, nproc=2, on_gpu=True)
     more = flags | {"output_dir": killed, "resume_from_checkpoint": "latest"}
-    run = start_torchrun(strategy.script, more, tmp_path / "log", on_gpu=True)
+    run = start_torchrun(strategy.script, more, tmp_path / "log")
     wait_for((killed / "checkpoint-10").is_dir)
     os.kill(children_of(run.pid)[1], signal.SIGKILL)
     assert run.wait(timeout=300), "the other rank waits for half an hour"

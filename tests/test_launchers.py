@@ -27,12 +27,19 @@ printf '%s\\n' "${0##*/}" "threads ${OMP_NUM_THREADS-all}" "$@" ""
 """
 
 
+# A command whose program runs in a fork (stand_in.py). Comparisons, which nobody looks at, are drawn in two steps.
+IN_A_FORK = f"""#!/bin/sh
+case $1 in */inference.py) set -- "$@" --num_inference_steps 2 ;; esac
+exec {sys.executable} -IS {ROOT}/tests/stand_in.py "$0" "$@"
+"""
+
+
 @pytest.fixture(scope="module")
 def commands_in_forks(tmp_path_factory):
-    """A folder of commands, `python` and `torchrun`, whose programs run in forks (stand_in.py)."""
+    """A folder of commands, `python` and `torchrun`, that are IN_A_FORK."""
     folder = tmp_path_factory.mktemp("commands")
     for name in ("python", "torchrun"):
-        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/stand_in.py "$0" "$@"\n')
+        (folder / name).write_text(IN_A_FORK)
         (folder / name).chmod(0o755)
     connect("socket").close()  # as soon as they can run there
     return folder
@@ -222,6 +229,7 @@ def test_defaults_are_those_of_the_project(tmp_path):
     assert value(training, "--instance_data_dir") == str(ROOT / "assets/instance_images")
     assert value(training, "--class_data_dir").startswith("class_images/tiny-stable-diffusion-")
     assert value(training, "--output_dir") == "dreambooth-model" and value(comparison, "--output") == "comparison.png"
+    assert value(comparison, "--num_inference_steps") == "25" and value(comparison, "--guidance_scale") == "4"
 
 
 def test_the_class_folder_is_of_one_model_and_one_prompt(tmp_path):

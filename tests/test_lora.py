@@ -459,7 +459,7 @@ def test_defaults_follow_what_is_trained(words, rate, folder):
 
 def inputs(*, seed: int = 0):
     torch.manual_seed(seed)
-    return torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
+    return torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), {"input_ids": torch.randint(99, (2, 7))}
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -105,7 +105,7 @@ def test_both_trainers_take_the_same_steps(flags, prior, tmp_path):
 
 @BOTH
 def test_any_number_of_ranks_gives_the_same_run(script, flags, prior, tmp_path):
-    results = {}
+    results, flags = {}, flags | {"max_train_steps": 5}
     for nproc, batch in ((1, 4), (2, 2), (4, 1)):
         folder = tmp_path / str(nproc)
         run_flags = flags | prior | {"output_dir": folder / "out", "class_data_dir": folder / "class_images"}
@@ -119,12 +119,12 @@ def test_any_number_of_ranks_gives_the_same_run(script, flags, prior, tmp_path):
     one = results.pop(1)
     assert len(one["class_images"]) == 5
     assert len(set(one["class_images"].values())) == 5, "no two alike"
-    assert len(one["loss"]) == 10
+    assert len(one["loss"]) == 5
     for result in results.values():
         np.testing.assert_allclose(result["loss"], one["loss"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norm"], one["grad_norm"], rtol=1e-5)
         assert result["class_images"] == one["class_images"]
-        assert_weights_close(result["weights"], one["weights"], flags["learning_rate"], steps=10)
+        assert_weights_close(result["weights"], one["weights"], flags["learning_rate"], steps=5)
 
 
 @BOTH

@@ -74,7 +74,7 @@ def execute(program: list[str], before: str = "") -> None:
     try:
         exec(before, dict(globals()))
         if program[0] == "torchrun":
-            SubprocessHandler._popen = lambda self, args, env: Forked(args, env=env, start_new_session=True)
+            fork_ranks()
             torch.distributed.run.main()
         elif program[0] == "-m":
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
@@ -137,6 +137,11 @@ class Forked(subprocess.Popen):
                 os._exit(1)
         self._child_created = True
         self._close_pipe_fds(*pipes)
+
+
+def fork_ranks() -> None:
+    """Has torchrun's agent in this process start forks."""
+    SubprocessHandler._popen = lambda self, args, env: Forked(args, env=env, start_new_session=True)
 
 
 def handle_no_signals() -> None:

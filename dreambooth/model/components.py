@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +23,8 @@ from dreambooth.model.precision import all_finite
 from dreambooth.model.weights import Weights, choose_weights, stored_dtype, weight_files
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# The functions of torch that fill a weight with its first numbers, and return it.
+INITIALIZERS = tuple(name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_"))
 
 
 @contextlib.contextmanager
@@ -96,7 +99,10 @@ def empty_copy(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _empty(kind: type, config: Any) -> torch.nn.Module:
-    with init_empty_weights():
+    # Numbers are not drawn for weights that take no memory: it would be half of the time.
+    by_torch = mock.patch.multiple(torch.nn.init, **dict.fromkeys(INITIALIZERS, lambda tensor, *_, **__: tensor))
+    by_transformers = mock.patch.object(PreTrainedModel, "init_weights", lambda model: None)
+    with init_empty_weights(), by_torch, by_transformers:
         return kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from dreambooth.command_line.console import RunError, ToldByRank0, is_rank_0
 from dreambooth.engine.state import Training
@@ -38,7 +39,8 @@ def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.d
 
 
 def _configured(component: torch.nn.Module, folder: Path) -> Path:
-    save_configuration(empty_copy(component), folder)  # it has weights in fp32, whatever a plugin has made of others
+    # Transformers writes the dtype of the weights, which are in fp32, whatever a plugin has made of others.
+    save_configuration(empty_copy(component) if isinstance(component, PreTrainedModel) else component, folder)
     return folder
 
 
