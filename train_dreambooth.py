@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.training.compile:
         denoiser.compile_blocks()
     if not flags.optimizer.use_8bit_adam:  # which goes by single parameters
-        denoiser.trained.flatten(ranks.world_size, ranks.device)
+        denoiser.trained.flatten(ranks.world_size, ranks.device, on_demand=not flags.training.compile)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.
     optimizer = build_adamw(flags.optimizer, denoiser.trained.parameters(), run.schedule)

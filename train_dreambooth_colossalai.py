@@ -205,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         denoiser.compile_blocks()
     fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
     if not (fetches_weights or flags.optimizer.use_8bit_adam):  # these two go by single parameters
-        denoiser.trained.flatten(run.ranks.world_size, None if strategy.spares_memory else run.ranks.device)
+        device = None if strategy.spares_memory else run.ranks.device
+        denoiser.trained.flatten(run.ranks.world_size, device, on_demand=not flags.training.compile)
 
     # The optimizer, and the plugin around it and what is trained.
     optimizer = build_optimizer(flags.optimizer, strategy, denoiser, run.schedule)

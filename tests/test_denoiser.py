@@ -53,6 +53,27 @@ def test_flat_parameters_change_nothing_but_their_number(checkpointing, tiny_mod
         torch.testing.assert_close(flat.trained.values()[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("on_demand", [True, False])
+def test_gradients_of_flat_parameters_come_one_after_another(on_demand, tiny_model, monkeypatch):
+    """While others are computed; where all weights are handed out first, at the end."""
+    monkeypatch.setattr(trainable, "FLAT_ELEMENTS", 2**15)
+    flat, order = build(tiny_model), []
+    flat.trained.flatten(multiple_of=1, on_demand=on_demand)
+    for name, parameter in flat.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+
+    def at_the_first_layer(module, inputs, output):
+        output.register_hook(lambda _: order.append("first layer"))
+
+    flat.unet.conv_in.register_forward_hook(at_the_first_layer)
+    for _ in range(2):
+        order.clear()
+        flat(torch.randn(1, 4, 16, 16), torch.tensor([7]), {"input_ids": torch.randint(99, (1, 7))}).sum().backward()
+        assert len(order) == 1 + len(flat.trained.by_parameter) == len({*order})
+        before = order.index("first layer")
+        assert before > len(order) / 2 if on_demand else before == 0, order
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_normalizations_in_half_precision_compute_the_same(device, flat, tiny_model):

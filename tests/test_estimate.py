@@ -125,10 +125,10 @@ OTHERS = [
     (on_gpu("torch_ddp", batch=1, examples=2, records=True), 16.7),
     (on_gpu("torch_ddp", batch=1, examples=2, recomputes=True, use_8bit_adam=True), 11.2),
 ]
-# Stable Diffusion XL at 1024 px, batch 1, on H200: allocated, and reserved of graphs. The last three on H100.
+# Stable Diffusion XL at 1024 px, batch 1, on H200: allocated, and reserved of graphs. The last three on H100. Not that
+# of Gemini with weights on the GPU, which then had all gradients at the end of the backward pass.
 OF_XL = [
     (on_gpu("torch_ddp", batch=1, recomputes=True, records=True), 44.7),
-    (on_gpu("gemini", batch=1, recomputes=True, ranks=2, card=140 * GIB), 25.7),
     (on_gpu("gemini", "cpu", batch=1), 4.33),
     (on_gpu("low_level_zero", "cpu", batch=1), 10.26),
     (on_gpu("low_level_zero", "cpu", batch=1), 10.55),
@@ -213,21 +213,21 @@ def test_activations_are_counted_until_they_go():
     passes = trace(lambda: last(torch.relu(first(x))), weights)
     # Of 4 x 8 numbers there are the three results, the sum's gradient, and that of the hidden layer at most; and for a
     # moment the gradient of a weight.
-    assert passes.peak(0).activations <= 4 * (5 * 32 + 64 + 2) and passes.peak(0).activations >= 4 * (3 * 32 + 64)
+    assert passes.peak().activations <= 4 * (5 * 32 + 64 + 2) and passes.peak().activations >= 4 * (3 * 32 + 64)
     assert passes.moments[-1].gradients == 128 and all(one.grad is None for one in weights)
-    assert passes.peak(10**6).gradients == 128
+    assert passes.peak(lambda weights: 10**6 * weights).gradients == 128
 
 
 def test_activations_grow_with_images_and_shrink_by_what_spares_them(of_1_4):
     def held(**how) -> int:
-        return of_1_4.passes(False, WHOLE, BF16, **how).peak(0).activations
+        return of_1_4.passes(False, WHOLE, BF16, **how).peak().activations
 
     plain, discarding, recomputing = held(), held(discards=True), held(recomputes=True)
     # By a count on a CPU, at the same size: 13.9 GiB of 16 images are kept, and made again 3.8 + 1.0 of them.
     assert 16 * plain / GIB == pytest.approx(13.9, rel=0.03)
     assert 16 * (plain - discarding) / GIB == pytest.approx(4.8, abs=0.5)
     assert recomputing < plain / 3
-    assert of_1_4.passes(False, WHOLE, FP32).peak(0).activations == pytest.approx(2 * plain, rel=0.01)
+    assert of_1_4.passes(False, WHOLE, FP32).peak().activations == pytest.approx(2 * plain, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", random_model.SHAPES)
@@ -241,10 +241,10 @@ def test_any_model_is_traced_and_takes_less_than_the_quick_bound(shape, text_enc
     is_large = model.size("unet") > 10**8
     ways = [{}, {"recomputes": True}, {"discards": True}]
     for dtype in (BF16,) if is_large else (FP32, BF16):
-        most = model.passes_at_most(text_encoders, WHOLE, dtype).peak(0).activations
+        most = model.passes_at_most(text_encoders, WHOLE, dtype).peak().activations
         for how in ways[: 1 if is_large else None]:
             passes = model.passes(text_encoders, WHOLE, dtype, **how)
-            assert 0 < passes.peak(0).activations < most
+            assert 0 < passes.peak().activations < most
             assert passes.moments[-1].gradients == model.weights(text_encoders, WHOLE)[0]
 
 

@@ -99,8 +99,10 @@ class DeviceAdamW:
         Args:
             parts: on the GPU.
             group: of the optimizer, with its settings.
-            divisor: by what the gradients are divided, a scalar, float32, there too; None for nothing.
+            divisor: by what the gradients are divided, a scalar, float32, there or in host memory; None for nothing.
         """
+        if divisor is not None and parts:
+            divisor = divisor.to(parts[0].masters.device, non_blocking=True)
         kernels, update, shared = has_kernels(*(part.masters for part in parts)), None, []
         for part in parts:
             moments = [part.state[name] for name in STATE]

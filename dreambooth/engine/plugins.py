@@ -66,42 +66,34 @@ class ShardAdamW(torch.optim.AdamW):
 
     Gemini leaves the division of the gradients, for clipping and by the loss scale, to the optimizer: it calls
     `step(div_scale=...)`. ColossalAI has optimizers for that, whose kernels are compiled at their first use; this one
-    needs no compiler, and works on GPUs and in host memory. There it also writes the weights in half precision.
+    needs no compiler, and works on GPUs and in host memory. There it also writes the weights in half precision. Nor is
+    there a copy of all gradients in fp32.
     """
 
     num_fp32_shards_per_param = 4  # weight, gradient, two moments: by which Gemini finds room for them
     zeros_like = staticmethod(torch.zeros_like)  # from where its moments have their memory
     host: HostAdamW | None = None  # what updates shards in host memory
     in_half: dict[torch.Tensor, torch.Tensor] = {}  # where the weights of those are to be written in half precision
+    updates = DeviceAdamW()  # the others
 
     def step(self, closure=None, div_scale: float | None = None):
         """Divides by `div_scale`, if it is above 0, and takes a step."""
         if div_scale is None:
             raise other_colossalai("did not say by what the gradients are to be divided")
-        self.div_scale = div_scale
+        divisor = torch.tensor(div_scale) if div_scale > 0 else None
         for group in self.param_groups:
-            self._step_in_host_memory(group)
-        super().step(closure)
+            in_host_memory, others = [], []
+            for shard in group["params"]:
+                (in_host_memory if shard in self.in_half else others).append(self._part(shard))
+            self.host.step(in_host_memory, group, divisor)
+            self.updates.step(others, group, divisor)
         self.has_stepped = True
 
-    def _step_in_host_memory(self, group: dict) -> None:
-        """Updates the shards of a group that are there, and leaves the others to torch."""
-        parts = []
-        for shard in group["params"]:
-            if shard in self.in_half:
-                state = self.state[shard]
-                state |= {} if state else new_state(self, shard.detach())
-                parts.append(Part(shard.detach(), state, shard.grad, self.in_half[shard]))
-                shard.grad = None
-        self.host.step(parts, group, torch.tensor(self.div_scale) if self.div_scale > 0 else None)
-
-    def _init_group(self, group: dict, params: list, grads: list, *others):
-        """Gathers a group's tensors, as torch's optimizers do; the gradients in fp32."""
-        found = super()._init_group(group, params, grads, *others)
-        grads[:] = [grad.float() for grad in grads]
-        if grads and self.div_scale > 0:
-            torch._foreach_div_(grads, self.div_scale)
-        return found
+    def _part(self, shard: torch.nn.Parameter) -> Part:
+        """Returns a shard, which gives its gradient up; on a GPU Gemini copies the new weights over it afterwards."""
+        gradient, shard.grad, state = shard.grad, None, self.state[shard]
+        state |= {} if state else new_state(self, shard.detach())
+        return Part(shard.detach(), state, gradient, self.in_half.get(shard, gradient))
 
 
 gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact types of this set only

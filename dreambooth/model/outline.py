@@ -120,7 +120,7 @@ class Outline:
         """Returns the bytes that the VAE takes to encode so many images, without its weights."""
         vae = empty_copy(self.components["vae"]).requires_grad_(False).to(dtype)
         pixels = torch.empty(images, 3, self.resolution, self.resolution, dtype=dtype, device="meta")
-        return trace(lambda: vae.encode(pixels).latent_dist.mean, vae.parameters()).peak(0).activations
+        return trace(lambda: vae.encode(pixels).latent_dist.mean, vae.parameters()).peak().activations
 
     @property
     def latents(self) -> tuple[int, int, int]:

@@ -36,9 +36,9 @@ class Passes:
 
     moments: tuple[Moment, ...]
 
-    def peak(self, of_a_gradient: int) -> Moment:
-        """Returns the moment that takes the most memory, if the gradient of a weight takes so many bytes."""
-        return max(self.moments, key=lambda one: one.activations + of_a_gradient * one.gradients)
+    def peak(self, of_gradients: Callable[[int], int] = lambda weights: 0) -> Moment:
+        """Returns the moment that takes the most memory, if the gradients of some weights take so many bytes."""
+        return max(self.moments, key=lambda one: one.activations + of_gradients(one.gradients))
 
 
 def trace(predict: Callable[[], Tensor], weights: Iterable[Tensor]) -> Passes:

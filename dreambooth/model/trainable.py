@@ -4,6 +4,7 @@ A weight is in a parameter of its own, or with others in a flat one. Plugins may
 each rank has a piece of some of them. Optimizers, checkpoints and saving go by this set and its names.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -90,6 +91,7 @@ class Trainable:
     def __init__(self, module: torch.nn.Module, names: Mapping[str, str]):
         self.module = module
         self.is_flat = False
+        self._waiting: dict[int, str] = {}  # numbers of flat parameters not handed out yet, to a type of device
         # Copies, as they are now, whatever the module is converted to: what they are mapped from is a whole file.
         self._frozen = {
             names[name]: parameter.detach().clone()
@@ -119,7 +121,7 @@ class Trainable:
             return [getattr(self.module, f"flat{number}") for number in range(len(self.by_parameter))]
         return [getattr(weight.owner, weight.attribute) for weight in self]
 
-    def flatten(self, multiple_of: int, device: torch.device | None = None) -> None:
+    def flatten(self, multiple_of: int, device: torch.device | None = None, *, on_demand: bool = True) -> None:
         """Lays the weights out in a few flat parameters of the module.
 
         It computes the same, with fewer kernels to launch: one cast and one update for a flat parameter instead of one
@@ -130,6 +132,9 @@ class Trainable:
                 that gives each a part need not fill up parameters itself, for which it would move them.
             device: where they lie then; None for where the weights do. Those that are mapped from files go to a GPU
                 without a copy in host memory.
+            on_demand: whether a flat parameter is handed out when the first of its weights is wanted. On the way back
+                autograd then comes to it as soon as the gradients of its weights are there: they are put together, and
+                ranks share them, while others are computed. Otherwise all are handed out first, and come last.
         """
         flat: list[list[Weight]] = [[]]
         size = 0
@@ -146,19 +151,44 @@ class Trainable:
             filling = values[0].new_zeros(-sum(weight.shape.numel() for weight in weights) % multiple_of)
             parameter = Parameter(torch.cat([*(value.flatten() for value in values), filling]))
             self.module.register_parameter(f"flat{number}", parameter)
-        self.by_parameter, self.is_flat = flat, True
+            for reader in self._readers(weights) if on_demand else ():
+                reader.register_forward_pre_hook(functools.partial(self._hand_out, number))
+        self.by_parameter, self.is_flat, self._on_demand = flat, True, on_demand
+
+    def _readers(self, weights: list[Weight]) -> set[torch.nn.Module]:
+        """Returns the modules that want weights when they are called: their owners, and what they are a part of.
+
+        CLIP's embeddings look at the shape of a part's weight before they call it. Whole components do not.
+        """
+        owners = {weight.owner for weight in weights}
+        components = {self.module, *self.module.children()}
+        return owners | {one for one in self.module.modules() if one not in components and owners & {*one.children()}}
 
     def hand_out(self, device_type: str) -> None:
-        """Gives each module its weights out of the flat parameters; under autocast in half precision, all at once."""
-        for flat, weights in zip(self.parameters(), self.by_parameter, strict=True):
-            if torch.is_autocast_enabled(device_type):
-                flat = flat.to(torch.get_autocast_dtype(device_type))
-            sizes = [weight.shape.numel() for weight in weights]
-            *values, _ = flat.split([*sizes, flat.numel() - sum(sizes)])  # the last is filling
-            # Gemini makes tensors of its own type, whose every use would go through Python.
-            with torch._C.DisableTorchFunctionSubclass():
-                for weight, value in zip(weights, values, strict=True):
-                    weight.owner.__dict__[weight.attribute] = value.view(weight.shape)
+        """Has each module get its weights out of the flat parameters in the forward pass that now begins.
+
+        Under autocast they are in half precision, all of a flat parameter at once.
+        """
+        for weight in self:
+            weight.owner.__dict__.pop(weight.attribute, None)  # nobody computes with those of an earlier pass
+        self._waiting = dict.fromkeys(range(len(self.by_parameter)), device_type)
+        if not self._on_demand:
+            for number in range(len(self.by_parameter)):
+                self._hand_out(number)
+
+    def _hand_out(self, number: int, *_of_a_hook) -> None:
+        device_type = self._waiting.pop(number, None)
+        if device_type is None:
+            return
+        flat, weights = getattr(self.module, f"flat{number}"), self.by_parameter[number]
+        if torch.is_autocast_enabled(device_type):
+            flat = flat.to(torch.get_autocast_dtype(device_type))
+        sizes = [weight.shape.numel() for weight in weights]
+        *values, _ = flat.split([*sizes, flat.numel() - sum(sizes)])  # the last is filling
+        # Gemini makes tensors of its own type, whose every use would go through Python.
+        with torch._C.DisableTorchFunctionSubclass():
+            for weight, value in zip(weights, values, strict=True):
+                weight.owner.__dict__[weight.attribute] = value.view(weight.shape)
 
     def pieces(self, shard_of: Callable[[Parameter], Shard] = whole) -> Iterator[Piece]:
         """Yields what this rank holds of each weight, in the same order on all ranks; a piece may be empty.

@@ -155,9 +155,8 @@ class Counts:
 
 # When: before steps, and in them.
 PROMPTS, LATENTS, LOADING = "prompts are encoded", "latents are cached", "weights are loaded"
-IMAGES, PASSES = "images of a step are encoded", "gradients are computed"
-GATHERING, UPDATE = "gradients are put together", "weights are updated"
-IN_STEPS = (IMAGES, PASSES, GATHERING, UPDATE)
+IMAGES, PASSES, UPDATE = "images of a step are encoded", "gradients are computed", "weights are updated"
+IN_STEPS = (IMAGES, PASSES, UPDATE)
 ALL = (PROMPTS, LATENTS, LOADING, *IN_STEPS)
 
 
@@ -311,14 +310,13 @@ def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
     for where, share in (("card", 1 - moved), (_beside_card(setup), moved)):
         yield Term(where, int(4 * own * share), "of fp32 weights")
         yield Term(where, int(8 * own * share), "of AdamW's moments")
-    yield Term("card", int(4 * own * (1 - moved)), "of gradients in fp32", [UPDATE])
     if setup.accumulates:
         yield Term("card", 2 * own, "of gradients")
     if fetches:
         yield Term("host" if moved == 1 else "card", 2 * own, "of half-precision weights")
         yield Term("card", 2 * min(FETCHED, weights), "of weights that are fetched", [PASSES])
     else:
-        yield Term("card", 2 * weights, "of half-precision weights", [IMAGES, PASSES, GATHERING])
+        yield Term("card", 2 * weights, "of half-precision weights", [IMAGES, PASSES])
         yield Term("card", int(2 * own * (1 - moved)), "of gradients in half precision", [UPDATE])
         yield Term("host", int(2 * own * moved), "of gradients in half precision", [UPDATE])
     yield _on_the_way(counts)
@@ -326,24 +324,26 @@ def _of_gemini(setup: Setup, counts: Counts) -> Iterator[Term]:
 
 def _of_passes(setup: Setup, counts: Counts) -> Iterator[Term]:
     """What grows and goes within the passes: activations, and gradients where nothing else has their place."""
-    w, flat, size = counts.weights, min(FLAT_ELEMENTS, counts.weights), setup.dtype.itemsize
-    if setup.records:
-        of_a_gradient = 0  # each goes to its place at once
-    elif setup.is_flat(w):
-        of_a_gradient = size  # autograd puts flat ones together when all else is done
-    else:
-        of_a_gradient = 4 if setup.strategy is None and not setup.accumulates else 0
-    most = counts.passes.peak(of_a_gradient)
+    size, of_a_gradient, of_one, flat = setup.dtype.itemsize, 0, 0, 0
+    if not setup.keeps_gradients:
+        if setup.strategy is None:
+            of_a_gradient = 4
+        elif setup.strategy.plugin == "low_level_zero":
+            of_a_gradient = size
+    if setup.is_flat(counts.weights) and not setup.records:  # where each goes to its place at once
+        # A flat parameter's is put together of those of its weights, and then may be turned into fp32.
+        flat, of_one = FLAT_ELEMENTS, size + (size if setup.shards else 4)
+
+    def of_gradients(weights: int) -> tuple[int, int]:
+        last = min(weights, flat)
+        return of_one * last, of_a_gradient * (weights - last)
+
+    most = counts.passes.peak(lambda weights: sum(of_gradients(weights)))
+    put_together, there = of_gradients(most.gradients)
+    yield Term("card", put_together, "of the gradients that are put together", [PASSES])
+    yield Term("card", there, "of the gradients that are there by then", [PASSES])
     # A graph keeps what it takes, also while it does not run.
     yield Term("card", most.activations, "of activations", IN_STEPS if setup.records else [PASSES])
-    yield Term("card", of_a_gradient * most.gradients, "of the gradients that are there by then", [PASSES])
-    if setup.is_flat(w) and not setup.records:
-        # Beside what it is put together of, or the same in fp32. The traditional process has none elsewhere: when it
-        # comes to the last, those of the others are there in fp32.
-        has_buckets = setup.strategy is not None or setup.accumulates
-        of_all, of_one = (size, size if setup.shards else 4) if has_buckets else (4, size)
-        yield Term("card", of_all * w, "of the gradients of all weights", [GATHERING])
-        yield Term("card", of_one * flat, "of a flat parameter's gradient", [GATHERING])
 
 
 def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Counts:
