@@ -78,14 +78,15 @@ class Part:
         masters: (elements,), float32; AdamW updates them.
         state: what AdamW keeps of them.
         gradient: (elements,), half precision: on the GPU, or in host memory if `working` is.
-        working: (elements,), half precision: gets the new weights. In host memory it may be `gradient`.
+        working: (elements,), half precision: gets the new weights. In host memory it may be `gradient`; on the GPU
+            it is None where somebody else copies them.
         gather: is called once `working` is whole: shares it among ranks, as `dist.all_gather_into_tensor` does.
     """
 
     masters: torch.Tensor
     state: dict[str, torch.Tensor]
     gradient: torch.Tensor
-    working: torch.Tensor
+    working: torch.Tensor | None
     gather: Callable | None = None
 
 
@@ -113,7 +114,8 @@ class DeviceAdamW:
             else:
                 tensors = [[one] for one in (part.masters, part.gradient.float(), *moments)]
                 adamw(*tensors, [], [part.state["step"]], fused=True, grad_scale=divisor, **settings_of(group))
-                part.working.copy_(part.masters)
+                if part.working is not None:
+                    part.working.copy_(part.masters)
             if part.gather:
                 shared.append(part.gather(async_op=True))
         for work in filter(None, shared):

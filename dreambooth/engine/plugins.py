@@ -90,10 +90,10 @@ class ShardAdamW(torch.optim.AdamW):
         self.has_stepped = True
 
     def _part(self, shard: torch.nn.Parameter) -> Part:
-        """Returns a shard, which gives its gradient up; on a GPU Gemini copies the new weights over it afterwards."""
+        """Returns a shard, which gives its gradient up; on a GPU Gemini copies the new weights itself."""
         gradient, shard.grad, state = shard.grad, None, self.state[shard]
         state |= {} if state else new_state(self, shard.detach())
-        return Part(shard.detach(), state, gradient, self.in_half.get(shard, gradient))
+        return Part(shard.detach(), state, gradient, self.in_half.get(shard))
 
 
 gemini_optimizer._AVAIL_OPTIM_LIST.add(ShardAdamW)  # Gemini takes the exact types of this set only
