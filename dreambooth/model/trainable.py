@@ -156,13 +156,19 @@ class Trainable:
         self.by_parameter, self.is_flat, self._on_demand = flat, True, on_demand
 
     def _readers(self, weights: list[Weight]) -> set[torch.nn.Module]:
-        """Returns the modules that want weights when they are called: their owners, and what they are a part of.
+        """Returns the modules that want weights when they are called: their owners, and what these are parts of.
 
-        CLIP's embeddings look at the shape of a part's weight before they call it. Whole components do not.
+        CLIP's embeddings look at the shape of a part's weight before they call it, and adapters at the dtype. Whole
+        components do not.
         """
-        owners = {weight.owner for weight in weights}
-        components = {self.module, *self.module.children()}
-        return owners | {one for one in self.module.modules() if one not in components and owners & {*one.children()}}
+        wholes = {part: module for module in self.module.modules() for part in module.children()}
+        readers = {weight.owner for weight in weights}
+        for part in [*readers]:
+            whole = wholes[part]
+            while isinstance(whole, torch.nn.ModuleList | torch.nn.ModuleDict):  # which nobody calls
+                whole = wholes[whole]
+            readers.add(whole)
+        return readers - {self.module, *self.module.children()}
 
     def hand_out(self, device_type: str) -> None:
         """Has each module get its weights out of the flat parameters in the forward pass that now begins.
