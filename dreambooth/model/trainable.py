@@ -90,7 +90,7 @@ class Trainable:
 
     def __init__(self, module: torch.nn.Module, names: Mapping[str, str]):
         self.module = module
-        self.is_flat = False
+        self.is_flat = self._on_demand = False
         self._waiting: dict[int, str] = {}  # numbers of flat parameters not handed out yet, to a type of device
         # Copies, as they are now, whatever the module is converted to: what they are mapped from is a whole file.
         self._frozen = {
