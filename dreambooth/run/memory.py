@@ -349,8 +349,8 @@ def tell_all(own: Setup, outline: Outline, machine: Machine, disk: Callable[[Set
     others = list(strategies(own if on_gpu else _on_a_gpu(own)))
     rows = others if own in others else [own, *others]
     found = [estimate_of(outline, setup) for setup in rows]
-    batch, ranks = counted(own.batch * own.examples, "image"), f"{own.ranks} process{'es' * (own.ranks > 1)}"
-    say(f"memory of a process of {ranks} by an estimate, {batch} of {outline.resolution} px at a time:")
+    batch, each = counted(own.batch * own.examples, "image"), f", each of {own.ranks} processes" * (own.ranks > 1)
+    say(f"memory by an estimate{each}, {batch} of {outline.resolution} px at a time:")
     names = [f"{'*' if setup == own else ' '} {setup.flags()}{'' if setup.card else ', on the CPU'}" for setup in rows]
     width = max(map(len, names))
     say(f"  {'strategy (* this run)':{width - 2}}  card GiB  host GiB  disk GiB  {'here' if on_gpu else 'card'}")
