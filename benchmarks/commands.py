@@ -19,32 +19,31 @@ before_imports(__name__)
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
-import json
 import platform
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.runs import ROOT, base_flags, build_parser, in_a_folder
-from benchmarks.speed import earlier_facts
+from benchmarks.report import Report
+from benchmarks.runs import base_flags, build_parser, in_a_folder, output_dir_of_its_own, side_by_side_flag
+from benchmarks.shares import Job, Share, carry_out, shares
 from dreambooth.model.folder import family_of
 from dreambooth.model.precision import choose_precision
 from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
@@ -234,26 +233,30 @@ def words_of(command: Command, flags: dict) -> list[str]:
 
 
 class CardMemory:
-    """Asks nvidia-smi, time and again while it is entered, how much memory of the first GPU is in use.
+    """Asks nvidia-smi, time and again while it is entered, how much memory of a GPU is in use.
 
     That counts what a process takes beside torch's allocator too, and is the same for all programs.
+
+    Args:
+        gpus: names of GPUs, of which the first is asked for; none on a machine without.
     """
 
-    def __init__(self):
+    def __init__(self, gpus: Sequence[str]):
+        self.gpus = gpus
         self.ended = threading.Event()
         self.used: list[int] = []  # MiB
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
     def _poll(self) -> None:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        query.append(f"--id={_first_gpu()}")
+        query.append(f"--id={self.gpus[0]}")
         while not self.ended.is_set():
             with contextlib.suppress(OSError, ValueError):  # one answer that does not come is not missed
                 self.used.append(int(subprocess.run(query, capture_output=True, text=True).stdout))
             self.ended.wait(POLLED_EVERY_S)
 
     def __enter__(self) -> "CardMemory":
-        if torch.cuda.is_available():
+        if self.gpus:
             self.thread.start()
         return self
 
@@ -269,23 +272,6 @@ class CardMemory:
         At its start a command has nothing on the card, while the one before it may still be leaving.
         """
         return (max(self.used) - min(self.used)) / MIB_PER_GIB if self.used else None
-
-
-def _first_gpu() -> str:
-    """Returns the name by which nvidia-smi knows the first GPU that torch sees, whatever the environment hides."""
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-
-
-def end_all(process: subprocess.Popen) -> None:
-    """Ends a process and all that it has started, which launchers put into sessions of their own."""
-    if process.poll() is not None:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.kill()
-    process.wait()
 
 
 def reason(log: str) -> str:
@@ -320,25 +306,21 @@ def seconds_per_step(ends: list[float]) -> float:
     return statistics.median((end - start) / span for start, end in zip(later, later[span:], strict=False))
 
 
-def run_command(command: Command, flags: dict, limit_s: float) -> dict:
+def run_command(command: Command, share: Share, flags: dict, limit_s: float) -> dict:
     """Runs a command once, and removes what it has written.
 
     Returns:
         "seconds_per_step", "whole_s" and "peak_gib", the last None without a GPU; or "failed", with the reason.
     """
-    words, output_dir = words_of(command, flags), flags["output_dir"]
-    log = output_dir.with_suffix(".log")
-    try:
-        with log.open("w") as sink, CardMemory() as memory:
+    with output_dir_of_its_own(flags) as flags:
+        output_dir, log = flags["output_dir"], flags["output_dir"].with_suffix(".log")
+        with log.open("w") as sink, CardMemory(share.gpus) as memory:
             started = time.perf_counter()
-            process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
             try:
-                status = process.wait(limit_s)
+                status = share.run(words_of(command, flags), limit_s, stdout=sink, stderr=sink).returncode
             except subprocess.TimeoutExpired:
                 return {"failed": f"not finished after {limit_s:.0f} s", "log": log.read_text()[-LOG_KEPT:]}
-            finally:
-                whole_s = time.perf_counter() - started
-                end_all(process)
+            whole_s = time.perf_counter() - started
         said = log.read_text(errors="replace")
         if status:
             return {"failed": reason(said) or f"exit status {status}", "log": said[-LOG_KEPT:]}
@@ -346,8 +328,6 @@ def run_command(command: Command, flags: dict, limit_s: float) -> dict:
         if len(ends) != command.steps:
             return {"failed": f"logged {len(ends)} steps of {command.steps}", "log": said[-LOG_KEPT:]}
         return {"seconds_per_step": seconds_per_step(ends), "whole_s": whole_s, "peak_gib": memory.peak_gib}
-    finally:
-        shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def summarize(runs: list[dict]) -> dict:
@@ -402,13 +382,6 @@ def outcome(row: dict) -> str:
     return f"{start}{row['seconds_per_step']:.3f} s per step, {row['whole_s']:.1f} s in all{peak}"
 
 
-def turns(groups: list[list[Command]], count: int) -> Iterator[tuple[Command, int]]:
-    """Yields the commands in the order in which they run: those that do the same work take turns."""
-    for group in groups:
-        for turn, command in itertools.product(range(1, count + 1), group):
-            yield command, turn
-
-
 def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Returns what was typed, and the parser, for what is wrong with it only later."""
     names = list(dict.fromkeys(command.name for command in (*COMMANDS, *COMMANDS_OF_XL)))
@@ -425,6 +398,7 @@ def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         action="store_true",
         help="keep the runs of an earlier OUTPUT.json and add those that it lacks (default: off)",
     )
+    side_by_side_flag(parser)
     parser.add_argument("--output", type=in_a_folder, default=Path("commands"), help="files to write, without suffix")
     args = parser.parse_args()
     for name, least in (("turns", 1), ("steps", 4)):
@@ -454,28 +428,46 @@ def main() -> None:
         | {"peer": f"for diffusers {checked_peer(args.peer, parser)}" if args.peer else None},
         "rows": [],
     }
-    figures = args.output.with_suffix(".json")
-    if args.resume:
-        facts = earlier_facts(figures, facts, parser)
-    rows = facts["rows"]
     groups = plan([one for one in commands if one.name in args.only], args.peer)
-    there = {*args.only, *(row["name"] for row in rows)}
-    shown = plan([one for one in commands if one.name in there], args.peer)
+
+    def shown(facts: dict) -> str:
+        there = {*args.only, *(row["name"] for row in facts["rows"])}
+        return table(plan([one for one in commands if one.name in there], args.peer), facts["rows"])
+
+    planned = [known_by(command, turn) for group in groups for command, turn in turns(group, args.turns)]
+    report = Report(args.output, facts, planned, shown)
+    if args.resume:
+        report.resume(parser)
     with base_flags(args) as flags:
-        for command, turn in turns(groups, args.turns):
-            of_command = [row for row in rows if row["name"] == command.name]
-            if any(row["turn"] == turn or "failed" in row for row in of_command):
-                continue  # one that has failed would fail again
-            row = {"name": command.name, "turn": turn, "batch": command.batch, "steps": command.steps}
-            row |= {"machine": platform.node(), "command": shlex.join(words_of(command, flags))}
-            rows.append(row | run_command(command, flags, args.limit))
-            print(outcome(rows[-1]), flush=True)
-            # Written after each run: a benchmark that is cut short leaves what it has measured.
-            figures.write_text(json.dumps(facts, indent=1))
-            args.output.with_suffix(".md").write_text(f"{facts['title']}\n\n{table(shown, rows)}\n")
-    print(table(shown, rows))
-    if any("failed" in row for row in rows):
+        for command in itertools.chain(*groups):
+            words_of(command, flags)  # draws the images
+        jobs = [Job(1, functools.partial(measure, report, group, flags, args)) for group in groups]
+        carry_out(jobs, shares(), side_by_side=args.side_by_side)
+    print(shown(facts))
+    if any("failed" in row for row in report.rows):
         sys.exit(1)
+
+
+def turns(group: list[Command], count: int) -> Iterator[tuple[Command, int]]:
+    """Yields commands that do the same work as they run: in turns, each so many times."""
+    for turn, command in itertools.product(range(1, count + 1), group):
+        yield command, turn
+
+
+def known_by(command: Command, turn: int) -> dict:
+    """Returns what a row of the report is known by."""
+    return {"name": command.name, "turn": turn}
+
+
+def measure(report: Report, group: list[Command], flags: dict, args: argparse.Namespace, share: Share) -> None:
+    """Adds what the report lacks of commands that do the same work."""
+    for command, turn in turns(group, args.turns):
+        has_failed = any(row["name"] == command.name and "failed" in row for row in report.rows)
+        if has_failed or report.find(known_by(command, turn)):  # one that has failed would fail again
+            continue
+        row = known_by(command, turn) | {"batch": command.batch, "steps": command.steps, "machine": platform.node()}
+        row |= {"command": shlex.join(words_of(command, flags))} | run_command(command, share, flags, args.limit)
+        report.note(row, outcome(row))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import random_model
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.shares import Share
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,16 @@ def build_parser(
     return parser
 
 
+def side_by_side_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag to the parser of a benchmark whose runs have few GPUs."""
+    parser.add_argument(
+        "--side_by_side",
+        action="store_true",
+        help="runs that leave GPUs of this machine free have others beside them, each with its part of the cores "
+        "(default: one after another)",
+    )
+
+
 def in_a_folder(text: str) -> Path:
     """Returns the path of a file to write, as argparse's `type`; what is measured should not be lost at the end."""
     path = Path(text)
@@ -137,7 +145,7 @@ def base_flags(args: argparse.Namespace) -> Iterator[dict]:
         }
 
 
-def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float, *, load: bool) -> dict:
+def run_strategy(strategy: Strategy, share: Share, nproc: int, flags: dict, limit_s: float, *, load: bool) -> dict:
     """Trains once and removes the trained pipeline, which it has loaded before if `load` is true.
 
     Returns:
@@ -145,8 +153,11 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float, *,
         "peak_host_memory_gib" of the first process; or "skipped" or "failed", with the reason.
     """
     figures = asdict(strategy) | {"gpus": nproc, "batch": flags["train_batch_size"]}
-    try:
-        done = _launch([strategy.script], strategy, nproc, flags, limit_s)
+    with output_dir_of_its_own(flags) as flags:
+        try:
+            done = launch([strategy.script], nproc, share, flags | strategy_flags(strategy), limit_s)
+        except subprocess.TimeoutExpired:
+            return figures | {"failed": f"not finished after {limit_s:.0f} s"}
         refusal = [line for line in done.stderr.splitlines() if f"{strategy.script}: error: " in line]
         if done.returncode and refusal and strategy.may_be_refused:
             return figures | {"skipped": refusal[0].partition(": error: ")[2]}
@@ -154,43 +165,46 @@ def run_strategy(strategy: Strategy, nproc: int, flags: dict, limit_s: float, *,
             return figures | {"failed": f"exit status {done.returncode}", "log": done.stdout + done.stderr}
         if load:
             DiffusionPipeline.from_pretrained(flags["output_dir"])
-        return figures | _read(flags["output_dir"], flags["train_batch_size"] * nproc) | {"loaded": load}
-    except subprocess.TimeoutExpired:
-        return figures | {"failed": f"not finished after {limit_s:.0f} s"}
-    finally:
-        shutil.rmtree(flags["output_dir"], ignore_errors=True)
+        return figures | figures_of(flags["output_dir"], flags["train_batch_size"] * nproc) | {"loaded": load}
 
 
-def run_bare(strategy: Strategy, nproc: int, flags: dict, limit_s: float) -> dict:
+def run_bare(strategy: Strategy, share: Share, nproc: int, flags: dict, limit_s: float) -> dict:
     """Takes steps that do nothing else, with benchmarks/bare.py.
 
     Returns:
         "bare_seconds_per_step" of the first process; or "bare_failed", with all that the run said.
     """
-    try:
-        done = _launch(["-m", "benchmarks.bare", strategy.script], strategy, nproc, flags, limit_s)
+    with output_dir_of_its_own(flags) as flags:
+        try:
+            program = ["-m", "benchmarks.bare", strategy.script]
+            done = launch(program, nproc, share, flags | strategy_flags(strategy), limit_s)
+        except subprocess.TimeoutExpired:
+            return {"bare_failed": f"not finished after {limit_s:.0f} s"}
         if done.returncode:
             return {"bare_failed": f"exit status {done.returncode}\n{done.stdout}{done.stderr}"}
         return {"bare_seconds_per_step": json.loads(done.stdout.splitlines()[-1])}
-    except subprocess.TimeoutExpired:
-        return {"bare_failed": f"not finished after {limit_s:.0f} s"}
-    finally:
-        shutil.rmtree(flags["output_dir"], ignore_errors=True)
 
 
-def _launch(
-    program: list[str], strategy: Strategy, nproc: int, flags: dict, limit_s: float
-) -> subprocess.CompletedProcess:
+@contextlib.contextmanager
+def output_dir_of_its_own(flags: dict) -> Iterator[dict]:
+    """Yields flags with another output folder, beside theirs, which is removed afterwards."""
+    with tempfile.TemporaryDirectory(dir=flags["output_dir"].parent) as folder:
+        yield flags | {"output_dir": Path(folder, flags["output_dir"].name)}
+
+
+def launch(program: list[str], nproc: int, share: Share, flags: dict, limit_s: float) -> subprocess.CompletedProcess:
+    """Runs a program in so many processes, and returns what it said."""
     words = []
-    for name, value in (flags | strategy_flags(strategy)).items():
+    for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     launcher = [sys.executable]
     if nproc > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return subprocess.run([*launcher, *program, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    return share.run([*launcher, *program, *words], limit_s)
 
 
-def _read(output_dir: Path, images_per_step: int) -> dict:
+def figures_of(output_dir: Path, images_per_step: int) -> dict:
+    """Returns what a run has logged: each step's "losses" and "seconds_per_step", and its peaks of memory."""
     events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0})
     events.Reload()
     return {

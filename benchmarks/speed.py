@@ -15,6 +15,7 @@ from dreambooth.command_line.console import before_imports
 before_imports(__name__)
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -23,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -32,6 +33,7 @@ from diffusers import UNet2DConditionModel
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.report import Report
 from benchmarks.runs import (
     STRATEGIES,
     Strategy,
@@ -41,7 +43,9 @@ from benchmarks.runs import (
     outcome,
     run_bare,
     run_strategy,
+    side_by_side_flag,
 )
+from benchmarks.shares import Job, Share, carry_out, shares
 from dreambooth.model.stable_diffusion_xl import TIME_IDS
 
 BASELINE = Strategy("traditional", "cuda", "no")
@@ -77,24 +81,6 @@ def strategy_named(wanted: str, parser: argparse.ArgumentParser) -> Strategy:
     if first not in by_name:
         parser.error(f"unknown strategy {first!r}; there are {', '.join(by_name)}")
     return replace(by_name[first], switches=tuple(switches))
-
-
-def earlier_facts(path: Path, facts: dict, parser: argparse.ArgumentParser) -> dict:
-    """Returns what an earlier run under the same conditions has left in a file, without the rows that failed.
-
-    Without a file these are `facts`, the beginning of new ones.
-    """
-    if not path.exists():
-        return facts
-    try:
-        earlier = json.loads(path.read_text())
-        rows = [row | {name: tuple(row[name]) for name in ("switches",) if name in row} for row in earlier["rows"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        parser.error(f"--resume: {path} is not what this command writes")
-    for name in ("title", "settings"):
-        if earlier.get(name) != facts[name]:
-            parser.error(f"--resume: {path} is of {earlier.get(name)}, this run of {facts[name]}")
-    return earlier | {"rows": [row for row in rows if not {"failed", "bare_failed"} & row.keys()]}
 
 
 def plan(strategies: list[Strategy], gpus: list[int], batches: list[int]) -> Iterator[tuple[Strategy, int, int, bool]]:
@@ -242,9 +228,12 @@ def parsed() -> tuple[argparse.Namespace, list[Strategy], argparse.ArgumentParse
         action="store_true",
         help="keep the rows of an earlier run's OUTPUT.json and add those that it lacks (default: off)",
     )
+    side_by_side_flag(parser)
     parser.add_argument("--output", type=in_a_folder, default=Path("speed"), help="files to write, without suffix")
     args = parser.parse_args()
     strategies = [strategy_named(wanted, parser) for wanted in args.strategies]
+    if found and max(args.gpus) > found:
+        parser.error(f"--gpus {max(args.gpus)} is more than the {found} that are here")
     if args.steps < args.warm_up + 2:
         parser.error(f"--steps {args.steps} leaves less than two steps after --warm_up {args.warm_up}")
     return args, strategies, parser
@@ -260,34 +249,43 @@ def main() -> None:
         "matrix_rate": matrix_rate(),
         "rows": [],
     }
-    figures = args.output.with_suffix(".json")
+    planned = [
+        asdict(strategy) | {"gpus": gpus, "batch": batch, "baseline": is_baseline}
+        for strategy, gpus, batch, is_baseline in plan(strategies, args.gpus, args.batches)
+    ]
+
+    def summarized(facts: dict) -> str:
+        summarize(facts["rows"], args.warm_up, facts["operations_per_image"], facts["matrix_rate"])
+        return table(facts["rows"], facts["matrix_rate"])
+
+    report = Report(args.output, facts, planned, summarized)
     if args.resume:
-        facts = earlier_facts(figures, facts, parser)
-    title, rate, rows = facts["title"], facts["matrix_rate"], facts["rows"]
+        report.resume(parser)
     with base_flags(args) as flags:
-        operations = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
-        facts["operations_per_image"] = operations
-        for strategy, gpus, batch, is_baseline in plan(strategies, args.gpus, args.batches):
-            wanted = asdict(strategy) | {"gpus": gpus, "batch": batch, "baseline": is_baseline}
-            more = {"train_batch_size": batch, "cache_latents": "on"}
-            if is_baseline:
-                more |= {"cache_latents": "off", "cuda_graphs": "off"}
-            row = next((row for row in rows if row | wanted == row), None)
-            if row is None:
-                row = run_strategy(strategy, gpus, flags | more, args.limit, load=False) | {"baseline": is_baseline}
-                # A file that --resume goes on with may have rows of several commands and machines.
-                rows.append(row := row | {"machine": platform.node(), "command": shlex.join(sys.orig_argv[1:])})
-            if args.bare and "losses" in row and not is_baseline and "bare_seconds_per_step" not in row:
-                row |= run_bare(strategy, gpus, flags | more, args.limit)
-            summarize(rows, args.warm_up, operations, rate)
-            print(f"{gpus} x {batch}: {outcome(row)}", flush=True)
-            # Written after each row: a run that is cut short leaves what it has measured.
-            figures.write_text(json.dumps(facts, indent=1))
-            args.output.with_suffix(".md").write_text(f"{title}\n\n{table(rows, rate)}\n")
-    draw(rows, title, args.output.with_suffix(".png"), on_gpus=rate is not None)
-    print(table(rows, rate))
-    if any("failed" in row or "bare_failed" in row for row in rows):
+        facts["operations_per_image"] = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
+        jobs = [Job(one["gpus"], functools.partial(measure, report, one, flags, args)) for one in planned]
+        carry_out(jobs, shares(), side_by_side=args.side_by_side)
+    draw(report.rows, facts["title"], args.output.with_suffix(".png"), on_gpus=facts["matrix_rate"] is not None)
+    print(summarized(facts))
+    if any("failed" in row or "bare_failed" in row for row in report.rows):
         sys.exit(1)
+
+
+def measure(report: Report, known_by: dict, flags: dict, args: argparse.Namespace, share: Share) -> None:
+    """Adds a row of the plan to the report, or what it lacks."""
+    strategy = Strategy(**{one.name: known_by[one.name] for one in fields(Strategy)})
+    gpus, batch, is_baseline = (known_by[name] for name in ("gpus", "batch", "baseline"))
+    flags = flags | {"train_batch_size": batch, "cache_latents": "on"}
+    if is_baseline:
+        flags |= {"cache_latents": "off", "cuda_graphs": "off"}
+    row = report.find(known_by)
+    if row is None:
+        row = run_strategy(strategy, share, gpus, flags, args.limit, load=False) | {"baseline": is_baseline}
+        # A file that --resume goes on with may have rows of several commands and machines.
+        row |= {"machine": platform.node(), "command": shlex.join(sys.orig_argv[1:])}
+    if args.bare and "losses" in row and not is_baseline and "bare_seconds_per_step" not in row:
+        row |= run_bare(strategy, share, gpus, flags, args.limit)
+    report.note(row, f"{gpus} x {batch}: {outcome(row)}")
 
 
 if __name__ == "__main__":

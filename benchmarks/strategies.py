@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.runs import STRATEGIES, base_flags, build_parser, outcome, run_strategy
+from benchmarks.shares import joined, shares
 
 
 def table(rows: list[dict]) -> str:
@@ -48,13 +49,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of strategies, such as gemini-cuda-bf16 (default: all)")
     parser.add_argument("--json", help="file for all the figures (default: none)")
     args = parser.parse_args()
-    rows = []
+    rows, share = [], joined(shares()[: args.nproc])
     with base_flags(args) as flags:
         for strategy in STRATEGIES:
             if args.only and strategy.name not in args.only:
                 continue
             flags["train_batch_size"] = args.train_batch_size
-            rows.append(run_strategy(strategy, args.nproc, flags, args.limit, load=True))
+            rows.append(run_strategy(strategy, share, args.nproc, flags, args.limit, load=True))
             print(outcome(rows[-1]), flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=1))

@@ -68,6 +68,7 @@ def run(command: list, *, env: dict | None = None, check: bool = True, timeout: 
 
 
 def finish(returncode: int, stdout: str, stderr: str, started: float, check: bool) -> Run:
+    assert returncode != os.EX_IOERR, f"what it said could not be written: is {tempfile.gettempdir()} full?"
     if check and returncode:
         raise AssertionError(f"exit status {returncode}\n{stdout}\n{stderr}")
     return Run(returncode, stdout, stderr, time.monotonic() - started)

@@ -1,8 +1,11 @@
 """The benchmarks prove themselves on the CPU, and the README's tables are what they wrote."""
 
+import functools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from harness import ROOT, Running, wait_for
 from PIL import Image
 
-from benchmarks import commands, speed, strategies
+from benchmarks import cards, commands, shares, speed, strategies
 
 IN_FORKS = "subprocess.Popen = Forked"
 # What stands in for diffusers' script where that is not at hand: it asks for a release, and logs steps as that does.
@@ -103,6 +106,87 @@ def test_strategies(tmp_path):
         assert row["losses"] == pytest.approx(reference["losses"], abs=difference)
     assert in_bf16["losses"] != reference["losses"]
     assert lines[-len(rows) :] == strategies.table(rows).splitlines()[2:]
+
+
+def test_cards(tmp_path, monkeypatch, capsys):
+    """Whole commands, with what they took beside the estimate; what has been measured is not measured again."""
+    command = ["benchmarks.cards", "--steps", 3, "--output", tmp_path / "cards", "--resume", "--only"]
+    first, second = "torch_ddp-cuda-bf16-8GB", "gemini-cpu-bf16+gradient_checkpointing+offload_dir-8GB"
+    done = Running("-m", [*command, first, second], before=IN_FORKS).wait()
+    written = (tmp_path / "cards.md").read_text()
+    assert written.partition("\n\n")[2] in done.stdout
+    trained, skipped = json.loads((tmp_path / "cards.json").read_text())["rows"]
+    assert [trained["name"], skipped["name"]] == [first, second]
+    assert len(trained["losses"]) == len(trained["seconds_per_step"]) == 3
+    assert trained["whole_s"] > sum(trained["seconds_per_step"]) and trained["peak_gib"] is None
+    seconds = sorted(trained["seconds_per_step"][1:])
+    assert f"| `torch_ddp cuda` | 1 | 8 | {sum(seconds) / 2:.3f} | {trained['seconds_per_step'][0]:.1f} |" in written
+    assert 0 < trained["estimate_host_gib"] < trained["peak_host_memory_gib"] < 3  # without the libraries' files
+    assert "needs a CUDA GPU" in skipped["skipped"]
+
+    done = Running("-m", [*command, first], before=IN_FORKS).wait()
+    assert json.loads((tmp_path / "cards.json").read_text())["rows"] == [trained, skipped]
+    assert "trained and saved" not in done.stdout
+    for changed, told in (
+        (["--only", "no-such"], "there is no no-such, but torch_ddp-cuda-bf16-8GB, "),
+        (["--only", first, "--steps", 4], "'steps': 3"),
+        (["--only", first, "--model", tmp_path], "--model: the runs are those that suit a --shape"),
+    ):
+        assert told in refusal(cards, [*command[:-1], *changed], monkeypatch, capsys)
+
+
+def parts_of_a_machine(gpus: int) -> list[shares.Share]:
+    processes = shares.Processes()
+    return [shares.Share((f"GPU-{n}",), (n,), processes) for n in range(gpus)]
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_runs_side_by_side_share_no_gpu(side_by_side):
+    began, lock, busy, most_busy = [], threading.Lock(), set(), []
+    meet = threading.Barrier(2, timeout=10)
+
+    def work(number, share):
+        with lock:
+            assert not busy & set(share.gpus), "another run has that GPU"
+            busy.update(share.gpus)
+            began.append((number, len(share.gpus), len(share.cores)))
+            most_busy.append(len(busy))
+        if number < 2 and side_by_side:
+            meet.wait()  # the other is under way too
+        time.sleep(0.01)
+        with lock:
+            busy.difference_update(share.gpus)
+
+    wanted = [1, 1, 4, 2, 1, 1, 1]
+    jobs = [shares.Job(gpus, functools.partial(work, number)) for number, gpus in enumerate(wanted)]
+    shares.carry_out(jobs, parts_of_a_machine(4), side_by_side=side_by_side)
+    assert sorted(began) == [(number, gpus, gpus) for number, gpus in enumerate(wanted)]
+    assert [number for number, *_ in began[:3] if number == 2] == [2], "what waits for GPUs is not overtaken"
+    assert side_by_side or most_busy == wanted
+
+
+def test_a_failure_ends_what_runs_beside_it(tmp_path):
+    """All that a run has started, too; and no other begins."""
+    started = tmp_path / "started"
+    sleeps = f"sleep 300 & echo $! > {started}.part; mv {started}.part {started}; wait"
+    ran = []
+
+    def fail(share):
+        wait_for(started.exists)
+        raise ZeroDivisionError
+
+    def sleep(share):
+        ran.append(share.run(["bash", "-c", sleeps], 300).returncode)
+        share.run(["true"], 300)
+        ran.append("another")
+
+    jobs = [shares.Job(1, sleep), shares.Job(1, fail)]
+    cores = tuple(os.sched_getaffinity(0))
+    parts = [shares.Share((f"GPU-{n}",), cores, processes) for processes in [shares.Processes()] for n in range(2)]
+    with pytest.raises(ZeroDivisionError):
+        shares.carry_out(jobs, parts, side_by_side=True)
+    assert ran == [-signal.SIGKILL]
+    wait_for(lambda: has_ended(int(started.read_text())))
 
 
 @pytest.fixture
@@ -207,15 +291,13 @@ def test_memory_of_the_card(tmp_path, monkeypatch):
     smi.write_text(f"#!/bin/sh\nhead -n 1 {answers}; sed -i 1d {answers}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(commands, "_first_gpu", lambda: "GPU-0")
     monkeypatch.setattr(commands, "POLLED_EVERY_S", 0.01)
-    with commands.CardMemory() as memory:
+    with commands.CardMemory(["GPU-0"]) as memory:
         while answers.read_text():
             time.sleep(0.01)
     assert memory.peak_gib == 2
     monkeypatch.setenv("PATH", "")
-    with commands.CardMemory() as memory:
+    with commands.CardMemory(["GPU-0"]) as memory:
         time.sleep(0.05)
     assert memory.peak_gib is None
 
@@ -230,7 +312,7 @@ def test_a_command_that_takes_too_long_leaves_nothing(tmp_path):
         "child.wait()\n"
     )
     command = commands.Command("sleeps", "python", str(script), steps=8)
-    ran = commands.run_command(command, {"resolution": 32, "output_dir": tmp_path / "out"}, 3)
+    ran = commands.run_command(command, *shares.shares(), {"resolution": 32, "output_dir": tmp_path / "out"}, 3)
     assert ran["failed"] == "not finished after 3 s"
     wait_for(lambda: has_ended(int(started.read_text())))
 

@@ -100,8 +100,11 @@ def leave(status: int) -> None:
     """Ends the process, but does not take apart what was imported, which would be most of a short run's time."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        os._exit(os.EX_IOERR)
     os._exit(status)
 
 
@@ -166,6 +169,8 @@ def start(order: Order, environment: dict) -> int:
         os.chdir(order.cwd)
         tempfile.tempdir = None  # another one, if TMPDIR is
         execute(order.program, order.before)
+    except OSError:  # of the files for what it says
+        os._exit(os.EX_IOERR)
     finally:
         os._exit(1)
 
