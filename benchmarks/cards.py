@@ -46,13 +46,15 @@ from benchmarks.runs import (
 )
 from benchmarks.shares import Job, Share, carry_out, shares
 from dreambooth.command_line.console import UserError
+from dreambooth.command_line.flags import LoraFlags
+from dreambooth.command_line.limits import RANK_OF_ADAPTERS
 from dreambooth.engine import strategy as engine
 from dreambooth.model.outline import Outline
 from dreambooth.model.precision import DTYPES
 from dreambooth.run.estimate import GIB, Setup
 from dreambooth.run.memory import CARDS, FITS, SEEN_OF_A_CARD, Machine, estimate_of
 
-CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING, ADAPTERS = "gradient_checkpointing", f"lora_rank={RANK_OF_ADAPTERS}"
 LOG_KEPT = 6000  # characters of what a failed run said
 COLUMNS = (
     "strategy",
@@ -106,10 +108,12 @@ class Run:
             card=(held_to or torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None,
             recomputes=CHECKPOINTING in switches,
             use_8bit_adam="use_8bit_adam" in switches,
+            lora=LoraFlags(lora_rank=RANK_OF_ADAPTERS if ADAPTERS in switches else None),
         )
 
 
-# What the table of cards does not have: everything on large cards, two GPUs, and a disk in place of the host's memory.
+# What the table of cards does not have: everything on large cards, two GPUs, a disk in place of the host's memory, and
+# adapters.
 OTHERS = (
     Run(Strategy("torch_ddp", "cuda", "bf16", (CHECKPOINTING,))),
     Run(Strategy("low_level_zero", "cuda", "bf16", (CHECKPOINTING,))),
@@ -118,6 +122,7 @@ OTHERS = (
     Run(Strategy("gemini", "auto", "bf16", (CHECKPOINTING,)), card=16),
     Run(Strategy("gemini", "cpu", "bf16", (CHECKPOINTING,)), card=8, on_disk=True),
     Run(Strategy("low_level_zero", "cpu", "fp16", (CHECKPOINTING,)), card=16, gpus=2),  # as two T4
+    Run(Strategy("torch_ddp", "cuda", "bf16", (CHECKPOINTING, ADAPTERS))),
 )
 
 

@@ -33,7 +33,7 @@ class Strategy:
     plugin: str
     placement: str
     precision: str
-    switches: tuple[str, ...] = ()  # further flags, without a value
+    switches: tuple[str, ...] = ()  # further flags, without the dashes; those with a value have it after a "="
 
     @property
     def script(self) -> str:
