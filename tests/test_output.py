@@ -29,7 +29,7 @@ from dreambooth.model.pipeline import load_part, load_pipeline
 from dreambooth.model.slices import Slice
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.processes.ranks import Ranks
-from dreambooth.run import folders, output
+from dreambooth.run import folders, in_place, listing, output
 from dreambooth.run.checkpoint import (
     LIBRARIES,
     check_names,
@@ -41,7 +41,7 @@ from dreambooth.run.checkpoint import (
 )
 from dreambooth.run.room import Sizes, room_of
 
-OUTSIDE = json.dumps({"files": {"../mine": asdict(output.Written(1, 1, ""))}})  # a listing that no run writes
+OUTSIDE = json.dumps({"files": {"../mine": asdict(listing.Written(1, 1, ""))}})  # a listing that no run writes
 BOTH = pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
 
 
@@ -71,7 +71,7 @@ def a_pipeline(folder: Path, text: str, *names: str) -> Path:
     """A small one: each file says which pipeline it is of."""
     names = ("model_index.json", "unet/config.json", *names)
     write(folder, dict.fromkeys(names, text))
-    files = {name: asdict(output.Written.now(folder / name)) for name in names}
+    files = {name: asdict(listing.Written.now(folder / name)) for name in names}
     return write(folder, {"dreambooth.json": json.dumps({"files": files, "is": text})})
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_was_changed_is_not_ours_any_more(tmp_path):
         before = files_in(changed)
         staged = a_pipeline(changed / "pipeline-step-4", "new")
         with pytest.raises(OSError, match="unet/config.json was changed meanwhile"):
-            output._put_in_place(staged, changed)
+            in_place.put_in_place(staged, changed)
         assert {file: body for file, body in files_in(changed).items() if not file.startswith("pipeline-")} == before
     ours = a_pipeline(tmp_path / "ours", "earlier")
     (ours / "unet/config.json").unlink()  # of which nothing can be lost
@@ -190,19 +190,19 @@ def test_a_large_file_is_known_by_the_digest_of_its_parts(tmp_path, monkeypatch)
     """As by that of the whole, which earlier versions have written."""
     path, content = tmp_path / "model.safetensors", bytes(range(250))
     path.write_bytes(content)
-    assert output.digest_of(path) == hashlib.sha256(content).hexdigest()
+    assert listing.digest_of(path) == hashlib.sha256(content).hexdigest()
     parts = [hashlib.sha256(content[begin : begin + 100]).digest() for begin in (0, 100, 200)]
-    assert output.digest_of(path, part=100) == hashlib.sha256(b"".join(parts)).hexdigest()
-    monkeypatch.setattr(output.digest_of, "__defaults__", (100,))
-    ours = output.Written.now(path)
-    assert ours.sha256 == output.digest_of(path, part=100)
+    assert listing.digest_of(path, part=100) == hashlib.sha256(b"".join(parts)).hexdigest()
+    monkeypatch.setattr(listing.digest_of, "__defaults__", (100,))
+    ours = listing.Written.now(path)
+    assert ours.sha256 == listing.digest_of(path, part=100)
     earlier = replace(ours, sha256=hashlib.sha256(content).hexdigest())
     os.utime(path, (1, 1))
     assert ours.is_still(path) and earlier.is_still(path)
     path.write_bytes(content[:-1] + b"x")
     assert not ours.is_still(path) and not earlier.is_still(path)
     path.write_bytes(b"")
-    assert output.digest_of(path) == hashlib.sha256().hexdigest()
+    assert listing.digest_of(path) == hashlib.sha256().hexdigest()
 
 
 def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):
@@ -314,7 +314,7 @@ def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
         output_dir = a_pipeline(tmp_path / str(number), "earlier", "vae/config.json", "safety_checker/config.json")
         write(output_dir, {"unet/notes.txt": "mine", "checkpoint-2/state.json": "{}"})
         staged = a_pipeline(output_dir / "pipeline-step-4", "new", "vae/config.json", "vae/more.json")
-        killed = killed_at_call(number, lambda output_dir=output_dir, s=staged: output._put_in_place(s, output_dir))
+        killed = killed_at_call(number, lambda output_dir=output_dir, s=staged: in_place.put_in_place(s, output_dir))
         enter(output_dir)
         folders.unlock()
         names = {path.name for path in output_dir.iterdir()}

@@ -5,9 +5,9 @@ from dreambooth.command_line.flags import OutputFlags
 from dreambooth.command_line.limits import host_memory_gib
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
-from dreambooth.run.output import hub_name
 from dreambooth.run.room import Sizes, room_of, too_little
 from dreambooth.run.tracker import Tracker
+from dreambooth.run.upload import hub_name
 
 
 def tell_plan(

@@ -1,28 +1,21 @@
-"""What a run leaves behind: the trained pipeline in its output folder, and its copy on the Hub.
-
-The pipeline's files, and no others, are listed in dreambooth.json beside them, each with its size, its time and its
-digest. So this program knows later what it may replace, and what it uploads; what was changed since, it leaves alone.
+"""What a run leaves behind in its output folder: the trained pipeline, or adapters.
 
 A run replaces what it writes anew itself: a whole pipeline a whole pipeline, a file one of its name. What else an
 earlier run has left would be lost, or stay and be taken for this run's, so that a run into such a folder is refused
 before anything loads.
 """
 
-import contextlib
-import functools
-import hashlib
 import json
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 
 from dreambooth.command_line.console import (
@@ -39,21 +32,15 @@ from dreambooth.command_line.flags import LoraFlags, OutputFlags
 from dreambooth.engine.state import Training
 from dreambooth.model.components import empty_copy
 from dreambooth.model.folder import PIPELINE
-from dreambooth.model.hub import hub_reason
 from dreambooth.model.lora import KOHYA_WEIGHTS, WEIGHTS, as_kohya_names, kohya_metadata
 from dreambooth.model.pipeline import write_pipeline
 from dreambooth.model.precision import DTYPES
 from dreambooth.processes.ranks import Ranks, from_rank_0
-from dreambooth.processes.threads import in_threads
-from dreambooth.run.folders import MARK, beside, discard, flush, lock, put_right, written_by_all, written_whole
+from dreambooth.run.folders import MARK, lock, put_right, written_by_all
+from dreambooth.run.in_place import ASIDE, put_in_place, settle
+from dreambooth.run.listing import INDEX, LAST, LISTING, Written, changed_of, link_in, pipeline_files, read_listing
 from dreambooth.run.trained import check_finite, gather_adapters, write_trained
 
-LISTING, INDEX = "dreambooth.json", "model_index.json"
-# A pipeline, or adapters alone: the file that tells that all are there.
-LAST = (INDEX, WEIGHTS)
-PART = 64 * 2**20  # bytes of a file that a thread reads at a time for its digest
-# A folder with the earlier pipeline while another takes its place, and a file in it that says which.
-ASIDE, CHANGE = "aside", "change.json"
 # By which the libraries tell where on this machine a part came from.
 PATHS = ("_name_or_path", "name_or_path")
 
@@ -117,7 +104,7 @@ def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collectio
             lock(output_dir)
             put_right(output_dir)
             for aside in output_dir.glob(f".*.{ASIDE}"):
-                if left := _settle(aside):
+                if left := settle(aside):
                     warn(f"a run was killed while it put its pipeline in place: it is whole in {left}")
         _check_parts(output_dir, more)
         _check_left(output_dir, more)
@@ -149,92 +136,6 @@ def _told(output_dir: Path, name: str) -> str:
     return f"{what} of step {read_listing(output_dir).get('step')}, written {written}"
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a file was when this program wrote it.
-
-    Args:
-        size: in bytes.
-        mtime_ns: when it was written, in nanoseconds since the epoch.
-        sha256: of its content, as of `digest_of`.
-    """
-
-    size: int
-    mtime_ns: int
-    sha256: str
-
-    @classmethod
-    def now(cls, path: Path) -> "Written":
-        """Returns what a file is now."""
-        status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, digest_of(path))
-
-    def is_still(self, path: Path) -> bool:
-        """Whether a file is what it was. It is read only where its time is another, as that of a copy is."""
-        status = path.stat()
-        if status.st_size != self.size:
-            return False
-        if status.st_mtime_ns == self.mtime_ns or digest_of(path) == self.sha256:
-            return True
-        return digest_of(path, part=self.size) == self.sha256  # as earlier versions have it
-
-
-def digest_of(path: Path, part: int = PART) -> str:
-    """Returns the SHA-256 of a file, hexadecimal; of one that is larger than a part, that of its parts' SHA-256.
-
-    The parts are read in threads: one core would take seconds over a model.
-
-    Args:
-        path: of the file.
-        part: size of a part, in bytes.
-    """
-    with open(path, "rb") as file:
-        begins = range(0, max(1, os.fstat(file.fileno()).st_size), max(1, part))
-        threads = min(len(begins), len(os.sched_getaffinity(0)))
-        digests = [*in_threads(functools.partial(_digest_of_part, file.fileno(), part), begins, threads=threads)]
-    return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _digest_of_part(file: int, size: int, begin: int) -> bytes:
-    digest, end = hashlib.sha256(), begin + size
-    while block := os.pread(file, min(2**20, end - begin), begin):
-        digest.update(block)
-        begin += len(block)
-    return digest.digest()
-
-
-def read_listing(folder: Path) -> dict:
-    """Returns what the listing in a folder says; empty if there is none, or it is none of this program's.
-
-    Its "files" are those of the pipeline that this program has written into the folder, by their paths inside.
-    """
-    try:
-        listing = json.loads((folder / LISTING).read_text())
-        files = {name: Written(**written) for name, written in listing["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {"files": {}}
-    return listing | {"files": files if all(map(_is_inside, files)) else {}}
-
-
-def pipeline_files(folder: Path) -> dict[str, Written]:
-    """Returns the files of the pipeline that this program has written into a folder, by their paths inside."""
-    return read_listing(folder)["files"]
-
-
-def _changed(folder: Path, files: dict[str, Written]) -> str | None:
-    """Returns the first of the files that are there and are not what they were."""
-    return next((name for name, file in files.items() if _is_other(folder / name, file)), None)
-
-
-def _is_other(path: Path, file: Written) -> bool:
-    return path.exists() and not (path.is_file() and file.is_still(path))
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and len(path.parts) > 0
-
-
 def _check_parts(output_dir: Path, more: Collection[str]) -> None:
     """Compares what is where the pipeline's parts go with the list of its files.
 
@@ -243,12 +144,12 @@ def _check_parts(output_dir: Path, more: Collection[str]) -> None:
     """
     files = pipeline_files(output_dir)
     for name in files:
-        if link := _link_in(output_dir, name):
+        if link := link_in(output_dir, name):
             raise UserError(
                 f"--output_dir {output_dir}: {link} is a link, which is neither replaced nor written through: "
                 "remove it, or name another folder"
             )
-    if changed := _changed(output_dir, files):
+    if changed := changed_of(output_dir, files):
         raise UserError(
             f"--output_dir {output_dir}: {changed} is not as this program has written it: "
             "move it away, or name another folder"
@@ -292,13 +193,6 @@ def _check_left(output_dir: Path, more: Collection[str]) -> None:
 
 def _name_of_single_file(output_dir: Path) -> str:
     return f"{output_dir.resolve().name}.safetensors"
-
-
-def _link_in(folder: Path, name: str) -> str | None:
-    """Returns the first link on the way from a folder to a file inside."""
-    path = PurePosixPath(name)
-    steps = [*reversed(path.parents), path][1:]
-    return next((str(step) for step in steps if (folder / step).is_symlink()), None)
 
 
 def save_pipeline(
@@ -443,11 +337,20 @@ def _save(
 
 def _put_all_in_place(staged: Path, output_dir: Path, what: str) -> None:
     try:
-        _put_in_place(staged, output_dir)
+        put_in_place(staged, output_dir)
     except OSError as error:
         raise RunError(
             f"cannot put the trained {what} in its place: {first_line(error)}; it is whole in {staged}"
         ) from error
+
+
+def _unused(folder: Path) -> Path:
+    """Returns `folder`, or with a number at its end if there is something of that name."""
+    number, path = 1, folder
+    while os.path.lexists(path):
+        number += 1
+        path = folder.with_name(f"{folder.name}-{number}")
+    return path
 
 
 def leave_out_paths(folder: Path, hub_id: str | None = None) -> None:
@@ -461,148 +364,3 @@ def leave_out_paths(folder: Path, hub_id: str | None = None) -> None:
         if names_one:
             told["_name_or_path"] = hub_id
         path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _unused(folder: Path) -> Path:
-    """Returns `folder`, or with a number at its end if there is something of that name."""
-    number, path = 1, folder
-    while os.path.lexists(path):
-        number += 1
-        path = folder.with_name(f"{folder.name}-{number}")
-    return path
-
-
-def _put_in_place(staged: Path, output_dir: Path) -> None:
-    """Moves the files of a whole pipeline to where they belong, and those of the earlier one out of their way.
-
-    The index, or the adapters' own file, goes first and comes last: a folder that has it is whole. Until then all can
-    be taken back.
-
-    Raises:
-        OSError: if it cannot be done; then the earlier pipeline is back, and the new one whole in `staged`.
-    """
-    files = pipeline_files(output_dir)
-    if changed := _changed(output_dir, files):
-        raise OSError(f"{output_dir / changed} was changed meanwhile")
-    aside = beside(output_dir / "pipeline", ASIDE)
-    new, earlier = _index_first(pipeline_files(staged)), _index_first(files)
-    try:
-        with written_whole(aside, 0) as folder:
-            (folder / CHANGE).write_text(json.dumps({"staged": staged.name, "new": new, "earlier": earlier}))
-    except RunError as error:
-        raise OSError(str(error)) from error
-    try:
-        for name in earlier:
-            _move(name, output_dir, aside)
-        for name in reversed(new):
-            _move(name, staged, output_dir)
-    finally:
-        _settle(aside)
-
-
-def _index_first(files: Iterable[str]) -> list[str]:
-    """Returns the files of a pipeline, and their listing, in the order in which they go."""
-    return sorted([*files, LISTING] if files else [], key=lambda name: (name not in LAST, name))
-
-
-def _move(name: str, source: Path, target: Path) -> None:
-    """Moves a file, if it is there, to the same place in another folder, where there is none."""
-    if not os.path.lexists(source / name):
-        return
-    for folder in (source, target):
-        if link := _link_in(folder, name):
-            raise OSError(f"{folder / link} is a link")
-    if os.path.lexists(target / name):
-        raise OSError(f"{target / name} is there, and not of an earlier pipeline of this program")
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    os.rename(source / name, target / name)
-
-
-def _settle(aside: Path) -> Path | None:
-    """Ends a change of pipelines, begun by this process or by one that was killed.
-
-    The new pipeline stays if all of it is in place, and the earlier one goes. Else each goes back to where it was.
-
-    Returns:
-        Where the new pipeline is, if not in its place.
-    """
-    output_dir = aside.parent
-    try:
-        change = json.loads((aside / CHANGE).read_text())
-        staged, new, earlier = output_dir / change["staged"], change["new"], change["earlier"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # not ours
-    done = bool(new) and (output_dir / new[0]).exists() and not (staged / new[0]).exists()
-    if not done:
-        for name in new:
-            if not os.path.lexists(staged / name):
-                _move(name, output_dir, staged)
-        for name in reversed(earlier):
-            _move(name, aside, output_dir)
-    for folder in _folders_of(earlier + new, output_dir):
-        if done:
-            _remove_if_empty(folder)
-        if folder.is_dir():
-            flush(folder)
-    if done:
-        for folder in _folders_of(new, staged):
-            _remove_if_empty(folder)
-    discard(aside)
-    return None if done else staged
-
-
-def _folders_of(files: list[str], folder: Path) -> list[Path]:
-    """Returns the folders, `folder` among them, in which some files are, each before the one that it is in."""
-    return sorted({folder / parent for name in files for parent in PurePosixPath(name).parents}, reverse=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # has something in it
-        folder.rmdir()
-
-
-def hub_name(flags: OutputFlags) -> str:
-    """Returns the repository that --push_to_hub uploads to, as far as the flags name it."""
-    return flags.hub_model_id or Path(flags.output_dir).resolve().name
-
-
-def prepare_hub(flags: OutputFlags) -> str | None:
-    """Creates the repository that --push_to_hub names, before any time is spent on training; on rank 0.
-
-    Returns:
-        The repository's full name; None where nothing is to be uploaded.
-
-    Raises:
-        UserError: if the Hub cannot be reached or refuses.
-    """
-    if not flags.push_to_hub or not is_rank_0():
-        return None
-    name = hub_name(flags)
-    try:
-        return HfApi(token=flags.hub_token).create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
-        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error)}") from error
-
-
-def upload(flags: OutputFlags, repo_id: str) -> None:
-    """Uploads the trained pipeline's files, and nothing else of the output folder.
-
-    Raises:
-        RunError: if the Hub cannot be reached or refuses.
-    """
-    output_dir = Path(flags.output_dir)
-    files = pipeline_files(output_dir)
-    try:
-        HfApi(token=flags.hub_token).create_commit(
-            repo_id=repo_id,
-            operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=output_dir / name) for name in files],
-            commit_message="DreamBooth training",
-        )
-    except Exception as error:  # whatever the network and the Hub can answer
-        parts = sorted({PurePosixPath(name).parts[0] for name in files})
-        include = " ".join(part if (output_dir / part).is_file() else f"'{part}/*'" for part in parts)
-        what = "LoRA" if WEIGHTS in files else "pipeline"
-        raise RunError(
-            f"--push_to_hub: {hub_reason(error)}; the {what} is whole in {output_dir}: "
-            f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
-        ) from error

@@ -46,14 +46,13 @@ from dreambooth.run.output import (
     Form,
     check_logging_dir,
     enter_output_dir,
-    prepare_hub,
     prepare_output_dir,
     save_lora,
     save_pipeline,
-    upload,
 )
 from dreambooth.run.room import Sizes, check_room, reserve
 from dreambooth.run.tracker import Tracker
+from dreambooth.run.upload import prepare_hub, upload
 from dreambooth.run.validation import check_validation_images, validate
 
 
