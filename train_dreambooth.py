@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     precision = choose_precision(flags.training.mixed_precision)
     recorded = records(flags.training)
-    remember_cheaper_flags(flags.model, flags.training, flags.optimizer, lora=flags.lora.lora_rank is not None)
+    remember_cheaper_flags(flags)
     inputs = check_inputs(flags)
     accelerator, ranks = launch(inputs.place, precision)
     run = agree(flags, inputs, ranks, precision)

@@ -19,14 +19,13 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from colossalai.booster import Booster
 from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
-from dreambooth.command_line.flags import Flags, OptimizerFlags
+from dreambooth.command_line.flags import OptimizerFlags
 from dreambooth.command_line.limits import remember_cheaper_flags
 from dreambooth.command_line.parser import parse
 from dreambooth.data.schedule import Schedule
@@ -34,7 +33,7 @@ from dreambooth.engine.booster_training import BoosterTraining
 from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.engine.plugins import ShardAdamW, masters_in
-from dreambooth.engine.strategy import Strategy, StrategyFlags, choose_strategy
+from dreambooth.engine.strategy import ColossalAIFlags, Strategy, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.libraries import grow_segments
@@ -46,6 +45,7 @@ from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.folders import unlocked_at_the_end
 from dreambooth.run.memory import check_memory
 from dreambooth.run.stages import (
+    Run,
     agree,
     callbacks_of,
     check_inputs,
@@ -59,11 +59,22 @@ from dreambooth.run.stages import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ColossalAIFlags(Flags):
-    """The shared flags, and ColossalAI's."""
-
-    strategy: StrategyFlags = StrategyFlags()
+def prepare_denoiser(denoiser: Denoiser, strategy: Strategy, run: Run, *, recorded: bool) -> None:
+    """Has the denoiser compute in the strategy's dtypes, keep the activations that it has room for, and be flat."""
+    training = run.flags.training
+    denoiser.train().cast(strategy.weights_dtype, frozen=DTYPES[strategy.precision])
+    if not strategy.shards:
+        denoiser.normalize_in_half()
+    if training.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    elif strategy.spares_memory and not (training.compile or recorded):
+        discard_activations(denoiser.unet)
+    if training.compile:
+        denoiser.compile_blocks()
+    fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
+    if not (fetches_weights or run.flags.optimizer.use_8bit_adam):  # these two go by single parameters
+        device = None if strategy.spares_memory else run.ranks.device
+        denoiser.trained.flatten(run.ranks.world_size, device, on_demand=not training.compile)
 
 
 def build_optimizer(
@@ -173,11 +184,9 @@ def train(
 @unlocked_at_the_end()
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(ColossalAIFlags, argv, __doc__)
-    lora = flags.lora.lora_rank is not None
-    strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer, adapters=lora)
+    strategy = choose_strategy(flags)
     recorded = records(flags.training, spares_memory=strategy.spares_memory)
-    place = {"sharded": strategy.shards, "placement": strategy.placement, "offload_dir": strategy.offload_dir}
-    remember_cheaper_flags(flags.model, flags.training, flags.optimizer, lora=lora, **place)
+    remember_cheaper_flags(flags, strategy)
     inputs = check_inputs(flags)
     run = agree(flags, inputs, join(inputs.place), strategy.precision)
     check_memory(run, strategy)
@@ -194,19 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Samples, and which rank takes which; and what is trained on them.
     samples, denoiser = prepare_samples(run, model, class_images)
     masters = denoiser.trained.values() if strategy.shards else {}
-    denoiser.train().cast(strategy.weights_dtype, frozen=DTYPES[strategy.precision])
-    if not strategy.shards:
-        denoiser.normalize_in_half()
-    if flags.training.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    elif strategy.spares_memory and not (flags.training.compile or recorded):
-        discard_activations(denoiser.unet)
-    if flags.training.compile:
-        denoiser.compile_blocks()
-    fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
-    if not (fetches_weights or flags.optimizer.use_8bit_adam):  # these two go by single parameters
-        device = None if strategy.spares_memory else run.ranks.device
-        denoiser.trained.flatten(run.ranks.world_size, device, on_demand=not flags.training.compile)
+    prepare_denoiser(denoiser, strategy, run, recorded=recorded)
 
     # The optimizer, and the plugin around it and what is trained.
     optimizer = build_optimizer(flags.optimizer, strategy, denoiser, run.schedule)

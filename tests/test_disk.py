@@ -13,10 +13,10 @@ from harness import Running, command_line, small_disk, train, unet_weights, wait
 from safetensors.torch import load_file
 
 from dreambooth.command_line.console import UserError
-from dreambooth.command_line.flags import OptimizerFlags, TrainingFlags
+from dreambooth.command_line.flags import ModelFlags
 from dreambooth.engine import disk
 from dreambooth.engine.disk import DiskMemory, check_folder, file_system
-from dreambooth.engine.strategy import StrategyFlags, choose_strategy
+from dreambooth.engine.strategy import ColossalAIFlags, StrategyFlags, choose_strategy
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run import room
 
@@ -231,9 +231,10 @@ def test_a_slow_disk_is_told_with_the_seconds_that_it_costs(monkeypatch, folder,
 )
 def test_only_what_is_in_host_memory_can_be_on_a_disk(monkeypatch, folder, plugin, placement):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    flags = StrategyFlags(plugin=plugin, placement=placement, offload_dir=str(folder))
+    of_plugin = StrategyFlags(plugin=plugin, placement=placement, offload_dir=str(folder))
+    flags = ColossalAIFlags(model=ModelFlags(pretrained_model_name_or_path="m"), strategy=of_plugin)
     with pytest.raises(UserError, match="--offload_dir goes with --plugin low_level_zero or gemini and --placement"):
-        choose_strategy(flags, TrainingFlags(), OptimizerFlags())
+        choose_strategy(flags)
 
 
 def test_tensors_lie_beside_each_other_in_a_file_until_it_is_full(monkeypatch, folder):

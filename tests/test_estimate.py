@@ -14,7 +14,7 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, t
 
 from benchmarks import memory, random_model
 from dreambooth.command_line import limits
-from dreambooth.command_line.flags import LoraFlags, ModelFlags, OptimizerFlags, TrainingFlags
+from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, TrainingFlags
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.configurations import build_pipeline
 from dreambooth.model.outline import outline_of
@@ -310,11 +310,9 @@ def test_a_dry_run_says_what_its_two_figures_of_the_host_count(photos, tiny_mode
     assert files > 0 and held - files == pytest.approx(estimated, abs=0.2)
 
 
-def remember(strategy: Strategy | None, **training) -> None:
-    place = {"sharded": strategy.shards, "placement": strategy.placement} if strategy else {}
-    limits.remember_cheaper_flags(
-        ModelFlags(pretrained_model_name_or_path="x"), TrainingFlags(**training), OptimizerFlags(), lora=False, **place
-    )
+def remember(strategy: Strategy | None, *, train_text_encoder: bool = False, **training) -> None:
+    model = ModelFlags(pretrained_model_name_or_path="x", train_text_encoder=train_text_encoder)
+    limits.remember_cheaper_flags(Flags(model=model, training=TrainingFlags(**training)), strategy)
 
 
 def refuse(setup: Setup, model, machine: Machine) -> str:
@@ -385,14 +383,7 @@ def test_too_little_host_memory_is_told_too(of_xl):
 
 def test_what_would_fit_is_looked_for_in_the_order_that_errors_of_memory_tell(of_1_4):
     setup = on_gpu("torch_ddp", text_encoders=True, records=True)
-    limits.remember_cheaper_flags(
-        ModelFlags(pretrained_model_name_or_path="x", train_text_encoder=True),
-        TrainingFlags(train_batch_size=16, cuda_graphs="on"),
-        OptimizerFlags(),
-        lora=False,
-        sharded=False,
-        placement="cuda",
-    )
+    remember(setup.strategy, train_text_encoder=True, train_batch_size=16, cuda_graphs="on")
     signs = {
         limits.NO_GRAPHS: "no --cuda_graphs on",
         limits.CHECKPOINTING: "--gradient_checkpointing",

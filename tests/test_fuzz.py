@@ -72,7 +72,7 @@ def test_any_words_are_parsed_or_refused_in_one_line(name, words, whole):
         try:
             flags = parse(KINDS[name], [*GOOD, *words] if whole else words)
             if name == "colossalai":
-                choose_strategy(flags.strategy, flags.training, flags.optimizer)
+                choose_strategy(flags)
             event("parsed")
         except UserError as error:
             assert str(error).isprintable() and str(error).strip()

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 import inference
 from benchmarks import random_model
 from dreambooth.command_line.console import UserError
-from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, OptimizerFlags, OutputFlags, TrainingFlags
+from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, OutputFlags, TrainingFlags
 from dreambooth.command_line.parser import read
 from dreambooth.command_line.rules import problems_of
-from dreambooth.engine.strategy import StrategyFlags, choose_strategy
+from dreambooth.engine.strategy import ColossalAIFlags, StrategyFlags, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.channels_last import keep_channels_last
 from dreambooth.model.denoiser import Denoiser
@@ -426,13 +426,16 @@ def test_layers_that_get_no_adapters_are_refused(targets, tiny_model):
 def test_what_does_not_go_together(monkeypatch, photos, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    rest = TrainingFlags(), OptimizerFlags()
+    model = ModelFlags(pretrained_model_name_or_path="m")
+
+    def chosen(lora_rank, **flags):
+        lora, strategy = LoraFlags(lora_rank=lora_rank), StrategyFlags(**flags)
+        return choose_strategy(ColossalAIFlags(model=model, lora=lora, strategy=strategy)).plugin
+
     for flags in ({"plugin": "gemini"}, {"placement": "auto"}, {"plugin": "gemini", "placement": "cpu"}):
         with pytest.raises(UserError, match="has nothing to split with --lora_rank: use --plugin torch_ddp"):
-            choose_strategy(StrategyFlags(**flags), *rest, adapters=True)
-    assert choose_strategy(StrategyFlags(placement="cpu"), *rest, adapters=True).plugin == "low_level_zero"
-    assert choose_strategy(StrategyFlags(placement="cpu"), *rest).plugin == "gemini"
-    model = ModelFlags(pretrained_model_name_or_path="m")
+            chosen(4, **flags)
+    assert chosen(4, placement="cpu") == "low_level_zero" and chosen(None, placement="cpu") == "gemini"
     found = problems_of(Flags(model=model, lora=LoraFlags(lora_rank=4), training=TrainingFlags(compile=True)))
     assert any("--compile is for whole UNets" in problem for problem in found)
     found = problems_of(Flags(model=model, lora=LoraFlags(lora_rank=4), output=OutputFlags(save_single_file=True)))

@@ -240,7 +240,7 @@ from dreambooth.data.schedule import Schedule
 from dreambooth.engine.strategy import choose_strategy
 
 flags = parse(trainer.ColossalAIFlags, sys.argv[1:])
-strategy = choose_strategy(flags.strategy, flags.training, flags.optimizer)
+strategy = choose_strategy(flags)
 trainer.join(trainer.find_place())
 denoiser = Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", sys.argv[2]))
 optimizer = trainer.build_optimizer(flags.optimizer, strategy, denoiser, Schedule(1, 1, 1))

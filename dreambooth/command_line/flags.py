@@ -184,6 +184,11 @@ class LoraFlags:
         False, "write the adapters also under the names that kohya's scripts and web interfaces read", needs=LORA
     )
 
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained, and nothing else."""
+        return self.lora_rank is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceFlags:

@@ -3,10 +3,11 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from dreambooth.command_line.flags import ModelFlags, OptimizerFlags, TrainingFlags
+from dreambooth.command_line.flags import Flags
 
 GIB = 2**30
 # What torch, cuBLAS, cuDNN and NCCL say when a GPU has no more memory, in whatever error.
@@ -36,38 +37,35 @@ _cheaper: list[str] = []
 _cheaper_for_host: list[str] = []  # what spares host memory, and no GPU's
 
 
-def remember_cheaper_flags(
-    model: ModelFlags,
-    training: TrainingFlags,
-    optimizer: OptimizerFlags,
-    *,
-    lora: bool,
-    sharded: bool = False,
-    placement: str | None = None,
-    offload_dir: str | None = None,
-) -> None:
+class Spread(Protocol):
+    """How a run spreads what it holds, as far as it decides what else would take less; ColossalAI's strategy."""
+
+    shards: bool
+    placement: str
+    offload_dir: str | None
+
+
+def remember_cheaper_flags(flags: Flags, strategy: Spread | None = None) -> None:
     """Keeps what would make this run take less memory, in the order of its cost, until memory runs out.
 
     Args:
-        model, training, optimizer: the flags.
-        lora: whether adapters alone are trained.
-        sharded: whether the optimizer state is split or in host memory already.
-        placement: where ColossalAI's plugin keeps weights; None in a script without its plugins.
-        offload_dir: the folder on a disk for what is in host memory otherwise; None for none.
+        flags: of the run.
+        strategy: of the run; None in a script without ColossalAI's plugins.
     """
+    shards, placement = (strategy.shards, strategy.placement) if strategy else (False, None)
     offered = {
-        NO_GRAPHS: training.cuda_graphs == "on",
-        CHECKPOINTING: not training.gradient_checkpointing,
-        SMALLER_BATCH: training.train_batch_size > 1,
-        EIGHT_BIT: not (optimizer.use_8bit_adam or sharded),
-        SPLIT: placement is not None and not sharded,
+        NO_GRAPHS: flags.training.cuda_graphs == "on",
+        CHECKPOINTING: not flags.training.gradient_checkpointing,
+        SMALLER_BATCH: flags.training.train_batch_size > 1,
+        EIGHT_BIT: not (flags.optimizer.use_8bit_adam or shards),
+        SPLIT: strategy is not None and not shards,
         HOST: placement == "cuda",
-        NO_TEXT_ENCODER: model.train_text_encoder,
+        NO_TEXT_ENCODER: flags.model.train_text_encoder,
         LOWER_RESOLUTION: True,
-        LORA: not lora,
+        LORA: not flags.lora.is_on,
     }
     _cheaper[:] = [flag for flag, helps in offered.items() if helps]
-    _cheaper_for_host[:] = [DISK] * (placement == "cpu" and offload_dir is None)
+    _cheaper_for_host[:] = [DISK] * (placement == "cpu" and strategy.offload_dir is None)
 
 
 def cheaper_flags(*, of_host: bool = False) -> list[str]:

@@ -106,12 +106,12 @@ def _polynomial_that_rises(flags: Flags) -> Iterator[str]:
 
 
 def _pipeline_of_adapters(flags: Flags) -> Iterator[str]:
-    if flags.output.save_single_file and flags.lora.lora_rank:
+    if flags.output.save_single_file and flags.lora.is_on:
         yield "--save_single_file writes a whole pipeline, and --lora_rank leaves none: leave one of them out"
 
 
 def _compiled_adapters(flags: Flags) -> Iterator[str]:
-    if flags.training.compile and flags.lora.lora_rank:
+    if flags.training.compile and flags.lora.is_on:
         yield "--compile is for whole UNets, and was not tried with --lora_rank: leave one of them out"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dreambooth.command_line.console import UserError
-from dreambooth.command_line.flags import OptimizerFlags, TrainingFlags, flag
+from dreambooth.command_line.flags import Flags, flag
 from dreambooth.command_line.paths import path
 from dreambooth.engine.disk import check_folder
 from dreambooth.model.precision import DTYPES, choose_precision
@@ -55,6 +55,13 @@ class StrategyFlags:
         shown="host memory",
         type=path,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColossalAIFlags(Flags):
+    """The flags that both trainers have, and ColossalAI's own."""
+
+    strategy: StrategyFlags = StrategyFlags()
 
 
 @dataclass(frozen=True)
@@ -112,14 +119,13 @@ class Strategy:
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
-def choose_strategy(
-    flags: StrategyFlags, training: TrainingFlags, optimizer: OptimizerFlags, *, adapters: bool = False
-) -> Strategy:
-    """Returns the strategy of the flags; `adapters` says whether they alone are trained.
+def choose_strategy(of_run: ColossalAIFlags) -> Strategy:
+    """Returns the strategy of a run's flags.
 
     Raises:
         UserError: if the flags do not go together, or this machine cannot run them.
     """
+    flags, training, adapters = of_run.strategy, of_run.training, of_run.lora.is_on
     on_gpu = torch.cuda.is_available()
     spares = {"cuda": "torch_ddp", "cpu": "low_level_zero" if adapters else "gemini", "auto": "gemini"}
     plugin = flags.plugin or spares[flags.placement]
@@ -140,7 +146,7 @@ def choose_strategy(
         raise UserError(f"{chosen} computes in fp16, not --mixed_precision {training.mixed_precision}: use torch_ddp")
     if sharded and training.mixed_precision == "no":
         raise UserError(f"{chosen} computes in bf16 or fp16: --mixed_precision no goes with --plugin torch_ddp")
-    if sharded and optimizer.use_8bit_adam:
+    if sharded and of_run.optimizer.use_8bit_adam:
         raise UserError(
             f"--use_8bit_adam quantizes whole parameters, of which {chosen} gives each GPU a piece: "
             "use it with --plugin torch_ddp, or in train_dreambooth.py"

@@ -54,7 +54,7 @@ class Outline:
         """Returns what is trained, with what is frozen beside its adapters; anew, on the meta device."""
         parts = {name: empty_copy(self.components[name]) for name in self.trained(text_encoders)}
         adapters = None
-        if lora.lora_rank is not None:
+        if lora.is_on:
             adapters = adapters_of(lora, parts, base="", instance_prompt=None)
             add_adapters(parts, adapters, seed=0)
         if text_encoders:

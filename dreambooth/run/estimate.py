@@ -75,7 +75,7 @@ class Setup:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters alone are trained."""
-        return self.lora.lora_rank is not None
+        return self.lora.is_on
 
     @property
     def is_refused(self) -> bool:

@@ -73,7 +73,7 @@ class Form:
     def of(cls, flags: OutputFlags, lora: LoraFlags) -> "Form":
         wanted = flags.save_dtype and (torch.float32 if flags.save_dtype == "fp32" else DTYPES[flags.save_dtype])
         more = (_name_of_single_file(Path(flags.output_dir)),) if flags.save_single_file else ()
-        if lora.lora_rank is not None:
+        if lora.is_on:
             more = (WEIGHTS, KOHYA_WEIGHTS) if lora.save_kohya_lora else (WEIGHTS,)
         return cls(wanted or torch.float32, wanted or torch.float16, more)
 

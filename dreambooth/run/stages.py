@@ -83,7 +83,7 @@ def check_inputs(flags: Flags) -> Inputs:
     check_logging_dir(flags.output.logging_dir)
     form = Form.of(flags.output, flags.lora)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=form.more)
-    check_kind(flags.output, adapters=flags.lora.lora_rank is not None)
+    check_kind(flags.output, adapters=flags.lora.is_on)
     elsewhere = find_elsewhere(flags.model)
     model_folder = find_model(flags.model, elsewhere)
     check_origins(flags.prior, flags.model, class_images, model_folder, elsewhere)
@@ -198,12 +198,12 @@ def prepare_model(run: Run) -> PreparedModel:
         variant=flags.model.variant,
         tokenizer=run.tokenizer_folder,
         elsewhere=run.elsewhere,
-        trained=None if run.checkpoint is None or flags.lora.lora_rank else run.checkpoint.folder,
+        trained=None if run.checkpoint is None or flags.lora.is_on else run.checkpoint.folder,
     )
     check_max_length(flags.model.tokenizer_max_length, model.readers)
     trained = ("unet", *(model.text_encoders if flags.model.train_text_encoder else ()))
     # What is frozen is not in a checkpoint, and each rank has all of it from its own disk.
-    keeps = trained if flags.lora.lora_rank is None else ()
+    keeps = () if flags.lora.is_on else trained
     frozen = [model.components[name] for name in ("vae", *model.text_encoders, "unet") if name not in keeps]
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
@@ -211,7 +211,7 @@ def prepare_model(run: Run) -> PreparedModel:
     in_8_bits, of_pipeline = flags.optimizer.use_8bit_adam, form.bytes_of_a_weight
     sizes = Sizes.of(model.components, trained, use_8bit_adam=in_8_bits, of_pipeline=of_pipeline)
     adapters = None
-    if flags.lora.lora_rank:
+    if flags.lora.is_on:
         adapters, sizes = _prepare_adapters(run, model, trained)
     warn_of_dropout(*(model.components[name] for name in trained))
     check_room(flags.output, run.schedule, sizes, first_step=run.first_step, dry_run=dry_run)
