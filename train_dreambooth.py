@@ -14,8 +14,10 @@ Without a CUDA GPU it trains on the CPU.
 """
 
 from dreambooth.command_line.console import before_imports, doing, run_program, say
+from dreambooth.command_line.flags import Flags
+from dreambooth.command_line.parser import check, parse
 
-before_imports(__name__)
+before_imports(__name__, lambda: check(Flags, None, __doc__))
 
 import contextlib
 import os
@@ -28,9 +30,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 
-from dreambooth.command_line.flags import Flags
 from dreambooth.command_line.limits import remember_cheaper_flags
-from dreambooth.command_line.parser import parse
 from dreambooth.engine.optimizer import (
     adam_step,
     build_adamw,

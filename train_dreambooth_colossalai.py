@@ -11,9 +11,11 @@ On two GPUs:
 Without torchrun it is a run of one process. Without a CUDA GPU it trains on the CPU.
 """
 
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags
 from dreambooth.command_line.console import before_imports, doing, run_program, say
+from dreambooth.command_line.parser import check, parse
 
-before_imports(__name__)
+before_imports(__name__, lambda: check(ColossalAIFlags, None, __doc__))
 
 import contextlib
 import math
@@ -27,13 +29,12 @@ from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDP
 
 from dreambooth.command_line.flags import OptimizerFlags
 from dreambooth.command_line.limits import remember_cheaper_flags
-from dreambooth.command_line.parser import parse
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.booster_training import BoosterTraining
 from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
 from dreambooth.engine.plugins import ShardAdamW, masters_in
-from dreambooth.engine.strategy import ColossalAIFlags, Strategy, choose_strategy
+from dreambooth.engine.strategy import Strategy, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.libraries import grow_segments

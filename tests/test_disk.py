@@ -12,11 +12,12 @@ import torch
 from harness import Running, command_line, small_disk, train, unet_weights, wait_for
 from safetensors.torch import load_file
 
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags, StrategyFlags
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import ModelFlags
 from dreambooth.engine import disk
 from dreambooth.engine.disk import DiskMemory, check_folder, file_system
-from dreambooth.engine.strategy import ColossalAIFlags, StrategyFlags, choose_strategy
+from dreambooth.engine.strategy import choose_strategy
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run import room
 

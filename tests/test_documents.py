@@ -6,10 +6,11 @@ import re
 import pytest
 from harness import ROOT
 
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags
 from dreambooth.command_line.flags import Flags
+from dreambooth.command_line.inference_flags import inference_parser
 from dreambooth.command_line.parser import build_parser, read
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
-from train_dreambooth_colossalai import ColossalAIFlags
 
 SCRIPTS = ("train_dreambooth_colossalai.py", "train_dreambooth.py", "inference.py")
 FLAG = re.compile(r"(?<![\w-])(--?[a-z][\w-]*)")
@@ -18,7 +19,7 @@ FLAG = re.compile(r"(?<![\w-])(--?[a-z][\w-]*)")
 def parser_of(script: str):
     module = importlib.import_module(script.removesuffix(".py"))
     if script == "inference.py":
-        return module.build_parser()
+        return inference_parser(module.__doc__)
     return build_parser(getattr(module, "ColossalAIFlags", Flags), module.__doc__)
 
 

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import Field, fields
 
 import pytest
-from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, scalars
+from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, scalars
 
 from benchmarks import random_model
-from train_dreambooth_colossalai import ColossalAIFlags
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags
 
 # Another value of each flag that changes the losses of three steps, and the flags beside which it does.
 CHANGES = {
@@ -97,6 +98,20 @@ def test_what_changes_the_loss_is_declared_so():
     """These names are in checkpoints: one that is missing, or has another name, is not compared any more."""
     numbers = {name for name, flag in declared().items() if flag.metadata["numbers"]}
     assert numbers == (CHANGES.keys() - COMPARED_OTHERWISE) | {"test_run", "allow_tf32"}
+
+
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL, "inference.py"])
+@pytest.mark.parametrize("words", [["--seed", "x"], ["--help"]])
+def test_what_words_alone_tell_is_told_before_libraries_are_imported(script, words):
+    done = run([sys.executable, "-X", "importtime", script, *words], check=False)
+    if words == ["--help"]:
+        assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    else:
+        assert done.returncode == 2 and f"{script}: error: argument --seed: 'x' is" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "dreambooth.command_line.parser" in imported
+    assert not imported & {"torch", "numpy", "diffusers", "transformers", "PIL"}
 
 
 def test_the_tests_named_use_the_flags():

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import Flags, TrainingFlags
 from dreambooth.command_line.parser import build_parser, parse
@@ -21,7 +22,6 @@ from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_load
 from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.strategy import choose_strategy
 from dreambooth.processes.ranks import Ranks
-from train_dreambooth_colossalai import ColossalAIFlags
 
 # The same examples on every machine; a slow one is no failure.
 always = {

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import inference
 from benchmarks import random_model
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags, StrategyFlags
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, OutputFlags, TrainingFlags
 from dreambooth.command_line.parser import read
 from dreambooth.command_line.rules import problems_of
-from dreambooth.engine.strategy import ColossalAIFlags, StrategyFlags, choose_strategy
+from dreambooth.engine.strategy import choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.channels_last import keep_channels_last
 from dreambooth.model.denoiser import Denoiser

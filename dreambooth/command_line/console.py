@@ -231,7 +231,7 @@ def _leave_to_torchrun(error: str) -> None:
             json.dump({"message": {"message": error, "extraInfo": details}}, file)
 
 
-def before_imports(module: str) -> None:
+def before_imports(module: str, check: Callable[[], object] = lambda: None) -> None:
     """Keeps out of sight what libraries warn of and a user can do nothing about, and idle processes away.
 
     Ctrl-C ends a program without a traceback meanwhile: the imports take seconds, and leave nothing to be saved. A
@@ -239,9 +239,14 @@ def before_imports(module: str) -> None:
 
     Args:
         module: name of the one that is going to import; a program's is "__main__".
+        check: is called in a program: a UserError that it raises ends it before it imports.
     """
     if module == "__main__":
         _interrupts_end_at_once()
+        try:
+            check()
+        except UserError as error:
+            sys.exit(_report(os.path.basename(sys.argv[0]), error))
         atexit.register(_leave_at_once)  # before the libraries' exit handlers, so that it runs after them
     # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
     warnings.filterwarnings("ignore", category=FutureWarning)

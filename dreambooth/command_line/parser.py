@@ -162,8 +162,10 @@ def read(kind: type[AnyFlags], words: Sequence[str] | None, description: str = "
     )
 
 
-def parse(kind: type[AnyFlags], words: Sequence[str] | None, description: str = "") -> AnyFlags:
-    """Returns the flags of a run, as `read`, and checked against each other; warns of those without an effect.
+def check(kind: type[AnyFlags], words: Sequence[str] | None, description: str = "") -> AnyFlags:
+    """Returns the flags that words give, as `read`, and checked against each other.
+
+    It takes no library that takes time to import.
 
     Raises:
         UserError: naming every flag that has to change.
@@ -171,6 +173,16 @@ def parse(kind: type[AnyFlags], words: Sequence[str] | None, description: str = 
     flags = read(kind, words, description)
     if problems := problems_of(flags):
         raise UserError("; ".join(problems))
+    return flags
+
+
+def parse(kind: type[AnyFlags], words: Sequence[str] | None, description: str = "") -> AnyFlags:
+    """Returns the flags of a run, as `check`; warns of those without an effect, and hides a token.
+
+    Raises:
+        UserError: as `check` does.
+    """
+    flags = check(kind, words, description)
     for warning in warnings_of(flags):
         warn(warning)
     if token := flags.output.hub_token:

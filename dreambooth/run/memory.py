@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dreambooth.command_line.colossalai_flags import PLACEMENTS
 from dreambooth.command_line.console import UserError, counted, first_line, say, warn
 from dreambooth.command_line.flags import LoraFlags
 from dreambooth.command_line.limits import (
@@ -23,7 +24,7 @@ from dreambooth.command_line.limits import (
     SPLIT,
     cheaper_flags,
 )
-from dreambooth.engine.strategy import PLACEMENTS, Strategy
+from dreambooth.engine.strategy import Strategy
 from dreambooth.model.family import dtype_of_vae
 from dreambooth.model.outline import Outline, outline_of
 from dreambooth.model.precision import DTYPES
