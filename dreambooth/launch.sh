@@ -86,7 +86,7 @@ declare -A SETTINGS=(
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR")
+  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR") compared=yes
   shift
   for argument in "$@"; do
     if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
@@ -103,7 +103,8 @@ train_and_compare() {
           fail "${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the training; set COMPARISON= for none"
         fi
         ;;
-      --dry_run | --help | -h) COMPARISON= ;;  # after which there is nothing to compare
+      --dry_run) compared="" ;;  # there is nothing to compare afterwards
+      --help | -h) COMPARISON= ;;
     esac
   done
   if [ -n "$COMPARISON" ]; then  # known now, and not after the training
@@ -123,7 +124,7 @@ train_and_compare() {
     --output_dir "$OUTPUT_DIR" \
     "${training[@]}" \
     "$@"
-  if [ -n "$COMPARISON" ]; then
+  if [ -n "$COMPARISON" ] && [ -n "$compared" ]; then
     if [ -n "$adapters" ]; then
       trained=("$MODEL_NAME" --lora "$OUTPUT_DIR")
     fi

@@ -130,6 +130,11 @@ BAD_IMAGES = {
 }
 
 
+def no_data_set(folder: Path, flags: dict) -> dict:
+    (folder / "x.parquet").write_bytes(b"hello")
+    return {"dataset_name": folder / "x.parquet", "instance_data_dir": None}
+
+
 def with_images(files: dict[str, bytes]) -> Callable[[Path, dict], dict]:
     """Returns what makes a folder of good photos and `files`."""
 
@@ -837,6 +842,7 @@ CAPTIONS = {
     "caption of no image": Case(with_images({"notes.txt": b""})),
     "metadata empty": Case(metadata(b"")),
     "metadata of one image": Case(metadata(caption_for("a sks dog"), b"", b"  ")),
+    "metadata of a file in this folder": Case(metadata(caption_for("a sks dog", file_name="./0.png"))),
     "metadata with other fields": Case(metadata(caption_for("a sks dog") | {"age": 3, "tags": ["x"]})),
     "metadata without a caption": Case(metadata({"file_name": "0.png", "text": None})),
     "metadata with line separators": Case(metadata(caption_for("a\u2028sks\x85dog"))),
@@ -862,6 +868,7 @@ CAPTIONS = {
     "metadata of a number for a caption": Case(metadata(caption_for(5)), "line 1: the caption is no text"),
     "metadata of a blank caption": Case(metadata(caption_for(" \u200b")), "line 1: the caption is blank"),
     "metadata of half a letter": Case(metadata(caption_for("a \ud83d dog")), "the caption is not valid UTF-8"),
+    "data set that is none": Case(no_data_set, "x.parquet cannot be loaded: "),
     "two captions": Case(
         with_images({"0.txt": b"a dog", "metadata.jsonl": json.dumps(caption_for("a cat")).encode()}),
         "0.png has two captions, in metadata.jsonl and in 0.txt: remove one",

@@ -20,6 +20,14 @@ BAD_FLAGS = {
         {"logging_dir": "./unet/logs"},
         "--logging_dir ./unet/logs: the trained pipeline's folder of that name replaces it",
     ),
+    "logs out of the output folder": (
+        {"logging_dir": "logs/../../x"},
+        "--logging_dir logs/../../x leads out of --output_dir: name a folder inside, or a whole path",
+    ),
+    "logs where a file is": (
+        {"logging_dir": ROOT / "README.md" / "logs"},
+        f"--logging_dir {ROOT / 'README.md' / 'logs'} cannot be made: Not a directory",
+    ),
     "no folder of photos": ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere is not a folder"),
     "prior without class flags": (
         {"with_prior_preservation": True},
@@ -30,6 +38,8 @@ BAD_FLAGS = {
     "resolution": ({"resolution": 31}, "--resolution 31 is not a multiple of 2"),
     "zero": ({"train_batch_size": 0}, "--train_batch_size: '0' is not a whole number of at least 1"),
     "negative": ({"max_train_steps": -1}, "--max_train_steps: '-1' is not a whole number of at least 1"),
+    "negative power": ({"learning_rate": "-1e-4"}, "--learning_rate: '-1e-4' is not a number of at least 0"),
+    "less than all": ({"max_grad_norm": "-inf"}, "--max_grad_norm: '-inf' is not a number of at least 0"),
     "fraction": ({"num_class_images": 1.5}, "--num_class_images: '1.5' is not a whole number"),
     "NaN": ({"learning_rate": "nan"}, "--learning_rate: 'nan' is not a number of at least 0"),
     "infinite": ({"max_grad_norm": "inf"}, "--max_grad_norm: 'inf' is not a number of at least 0"),
@@ -218,6 +228,7 @@ def test_warnings(flags, tiny_model):
         assert sum(expected in line for line in warnings) == 1, (expected, warnings)
     cut = next(line for line in warnings if "is cut" in line).rpartition("is cut: ")[2]
     assert cut.strip("'").endswith("happy") and "sks" not in cut
+    assert all(len(line) < 400 for line in warnings)
     assert "hf_secret" not in done.stdout + done.stderr
 
 

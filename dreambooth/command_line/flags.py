@@ -474,7 +474,7 @@ class OutputFlags:
         "also where settings differ from those that the checkpoint was written with",
         needs="resume_from_checkpoint",
     )
-    logging_dir: str = flag("logs", "TensorBoard folder inside --output_dir", type=path)
+    logging_dir: str = flag("logs", "TensorBoard folder: inside --output_dir, or a whole path", type=path)
     report_to: str = flag("tensorboard", "where figures go", choices=("tensorboard",))
     push_to_hub: bool = flag(False, "upload the pipeline when done")
     hub_token: str | None = flag(

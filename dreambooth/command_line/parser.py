@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,8 @@ from dreambooth.command_line.paths import path
 from dreambooth.command_line.rules import problems_of, warnings_of
 
 AnyFlags = typing.TypeVar("AnyFlags", bound=Flags)
+# Words that are no flags. argparse's own leaves out 1e-4, and says of it that the flag before has no value.
+NEGATIVE_NUMBER = re.compile(r"-\.?\d[\d_.]*(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -22,6 +25,10 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on one rank, as all others."""
 
     not_here: dict[str, str] = {}  # what to say of flags that other trainers have
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")

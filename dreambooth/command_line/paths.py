@@ -38,6 +38,8 @@ def unwritable(flag: str, folder: str) -> list[str]:
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        return [f"{flag} {folder} cannot be made: {existing} is a file"]
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
     return []

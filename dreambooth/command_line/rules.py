@@ -77,7 +77,9 @@ def _unfit_output_dir(flags: Flags) -> Iterator[str]:
 
 def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
     output_dir, logs = flags.output.output_dir, flags.output.logging_dir
-    if os.path.isdir(output_dir):
+    if os.path.normpath(logs).split(os.sep)[0] == os.pardir:
+        yield f"--logging_dir {logs} leads out of --output_dir: name a folder inside, or a whole path"
+    elif os.path.isdir(output_dir) or os.path.isabs(logs):
         yield from unwritable("--logging_dir", os.path.join(output_dir, logs))
 
 

@@ -19,7 +19,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.command_line.console import RunError, UserError, doing, first_line, one_line, progress, say, warn
+from dreambooth.command_line.console import (
+    RunError,
+    UserError,
+    counted,
+    doing,
+    first_line,
+    one_line,
+    progress,
+    say,
+    warn,
+)
 from dreambooth.command_line.flags import InstanceFlags, ModelFlags, PriorFlags
 from dreambooth.command_line.paths import PARTIAL, unwritable
 from dreambooth.data.images import (
@@ -254,7 +264,7 @@ def generate_class_images(
         share = _generate(batches, origin, load, folder, ranks)
     made = [photo for of_rank in from_all_ranks(share) for photo in of_rank]
     seconds = time.monotonic() - started
-    say(f"{len(made)} class images generated in {seconds:.1f} s, {len(made) / seconds:.1f} images/s")
+    say(f"{counted(len(made), 'class image')} generated in {seconds:.1f} s, {len(made) / seconds:.1f} images/s")
     # Another run may have been faster with some.
     names = {str(folder / image_name(number)) for number in numbers} - {photo.name for photo in made}
     others = [photo_of(Path(name)) for name in sorted(names)]

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -155,6 +156,7 @@ def _read_metadata(folder: Path, column: str) -> dict[str, str]:
             name = row["file_name"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{where} is not a JSON object with a file_name") from error
+        name = os.path.normpath(name) if isinstance(name, str) and name else name  # such as ./photo.png
         if not isinstance(name, str) or os.path.dirname(name) or not (folder / name).is_file():
             raise UserError(f"{where}: there is no image {name!r} in the folder")
         if name in captions:
@@ -203,6 +205,7 @@ def _load_dataset(flags: InstanceFlags):
     import datasets  # takes seconds, which only those who need it should pay
 
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it cannot read is told below
     name, config = flags.dataset_name, flags.dataset_config_name
     flag = f"--dataset_name {name}"
     if not os.path.exists(name):

@@ -9,6 +9,7 @@ from dreambooth.command_line.console import UserError, warn
 from dreambooth.model.family import Conditioning, Family, Reader
 
 ENCODED_AT_A_TIME = 32  # prompts
+SHOWN = 100  # characters of a prompt that is too long
 
 
 def max_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
@@ -46,7 +47,8 @@ def _cut(prompt: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> 
     if len(tokens) <= longest:
         return None
     cut = tokenizer.decode(tokens[longest - 1 : -1])  # the end mark takes the last place
-    return f"the prompt {prompt!r} is longer than the {longest - 2} tokens that fit; this part is cut: {cut!r}"
+    beginning, rest = (text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..." for text in (prompt, cut))
+    return f"the prompt {beginning!r} is longer than the {longest - 2} tokens that fit; this part is cut: {rest!r}"
 
 
 def tokens_of(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> torch.Tensor:

@@ -80,7 +80,7 @@ def check_image_file(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be made: {error.strerror}") from error
     if path.exists() and not is_ours(path):
         raise UserError(
-            f"{flag} {path} is there, and is not as this program makes them: name another file, or move it away"
+            f"{flag} {path} is there, and is not as this program makes them: move it away, or name another place"
         )
 
 

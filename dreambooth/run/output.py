@@ -45,13 +45,14 @@ from dreambooth.run.trained import check_finite, gather_adapters, write_trained
 PATHS = ("_name_or_path", "name_or_path")
 
 
-def check_logging_dir(logging_dir: str) -> None:
+def check_logging_dir(output_dir: str, logging_dir: str) -> None:
     """Finds out whether --logging_dir leads into a folder of the trained pipeline.
 
     Raises:
         UserError: if it does, as the pipeline would replace it.
     """
-    if {*Path(os.path.normpath(logging_dir)).parts[:1]} & {*PIPELINE}:
+    inside = os.path.relpath(os.path.join(output_dir, logging_dir), output_dir)
+    if {*Path(inside).parts[:1]} & {*PIPELINE}:
         raise UserError(f"--logging_dir {logging_dir}: the trained pipeline's folder of that name replaces it")
 
 

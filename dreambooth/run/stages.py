@@ -80,7 +80,7 @@ def check_inputs(flags: Flags) -> Inputs:
     resolution = flags.instance.resolution or (family and family.resolution)
     instance_images = find_instance_images(flags.instance, place, resolution)
     class_images = check_class_images(flags.prior, flags.instance, place, resolution)
-    check_logging_dir(flags.output.logging_dir)
+    check_logging_dir(flags.output.output_dir, flags.output.logging_dir)
     form = Form.of(flags.output, flags.lora)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=form.more)
     check_kind(flags.output, adapters=flags.lora.is_on)
