@@ -64,9 +64,11 @@ def test_the_place_of_a_process(environment, words, place):
 
 
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL, "inference.py"])
-def test_an_interrupt_during_the_imports_is_quiet(script):
+def test_an_interrupt_during_the_imports_is_quiet(script, photos):
     """They take seconds, in which many a person thinks better of it."""
-    command = [sys.executable, script, "--help"]
+    words = {"pretrained_model_name_or_path": "m", "instance_data_dir": photos, "instance_prompt": "a dog"}
+    words = {"prompt": "a dog"} if script == "inference.py" else words
+    command = [sys.executable, script, *command_line(words)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         wait_for(lambda: "libtorch" in maps.read_text())
