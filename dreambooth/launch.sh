@@ -104,7 +104,7 @@ train_and_compare() {
         fi
         ;;
       --dry_run) compared="" ;;  # there is nothing to compare afterwards
-      --help | -h) COMPARISON= ;;
+      --help | -h) COMPARISON= NPROC=1 ;;  # torchrun would import torch first
     esac
   done
   if [ -n "$COMPARISON" ]; then  # known now, and not after the training

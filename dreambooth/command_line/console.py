@@ -239,13 +239,13 @@ def before_imports(module: str, check: Callable[[], object] = lambda: None) -> N
 
     Args:
         module: name of the one that is going to import; a program's is "__main__".
-        check: is called in a program: a UserError that it raises ends it before it imports.
+        check: is called in a program: an error that it raises ends it before it imports.
     """
     if module == "__main__":
         _interrupts_end_at_once()
         try:
             check()
-        except UserError as error:
+        except Exception as error:
             sys.exit(_report(os.path.basename(sys.argv[0]), error))
         atexit.register(_leave_at_once)  # before the libraries' exit handlers, so that it runs after them
     # Deprecations inside torch, diffusers, transformers and ColossalAI, among the versions pinned here.
