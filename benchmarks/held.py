@@ -41,13 +41,9 @@ class Smaller:
 
 def hold(card: int) -> None:
     """Holds this process's GPU to a card of so many GB: what its allocator gives, and what is told of its memory."""
-    device = find_place().local_rank
-    size, properties, free_and_total = (
-        int(card * GIB * SEEN_OF_A_CARD),
-        torch.cuda.get_device_properties(device),
-        torch.cuda.mem_get_info,
-    )
-    most = int(card * GIB - BESIDE_TORCH)
+    device, free_and_total = find_place().local_rank, torch.cuda.mem_get_info
+    properties = torch.cuda.get_device_properties(device)
+    size, most = int(card * GIB * SEEN_OF_A_CARD), int(card * GIB - BESIDE_TORCH)
     torch.cuda.set_per_process_memory_fraction(most / properties.total_memory, device)
 
     def mem_get_info(of: torch.device | int | None = None) -> tuple[int, int]:
@@ -58,24 +54,41 @@ def hold(card: int) -> None:
     torch.cuda.get_device_properties = lambda of=None: Smaller(properties, size)
 
 
+class Peaks:
+    """What torch's allocator held at most between one reset of its own figures and the next, in GiB.
+
+    Trainers reset them before the first step, Gemini also later, for figures of its own.
+    """
+
+    def __init__(self):
+        self.reserved, self.in_tensors = [], []
+        self._reset = torch.cuda.reset_peak_memory_stats
+        torch.cuda.reset_peak_memory_stats = self.reset
+
+    def reset(self, device: torch.device | None = None) -> None:
+        self.note()
+        self._reset(device)
+
+    def note(self) -> None:
+        self.reserved.append(torch.cuda.max_memory_reserved() / GIB)
+        self.in_tensors.append(torch.cuda.max_memory_allocated() / GIB)
+
+    def told(self) -> dict:
+        """Returns them: before the steps, and from then on."""
+        self.note()
+        before, *later = self.reserved
+        return {"before_steps_gib": before, "reserved_gib": max(later), "in_tensors_gib": max(self.in_tensors[1:])}
+
+
 def main() -> None:
     card, script, *flags = sys.argv[1:]
-    on_gpu, before_steps, reset = torch.cuda.is_available(), [0], torch.cuda.reset_peak_memory_stats
-
-    def reset_peak_memory_stats(device: torch.device | None = None) -> None:
-        before_steps.append(torch.cuda.max_memory_reserved(device))
-        reset(device)
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats = reset_peak_memory_stats  # which trainers call before the first step
-        if int(card):
-            hold(int(card))
+    peaks = Peaks() if torch.cuda.is_available() else None
+    if peaks and int(card):
+        hold(int(card))
     trainer = importlib.import_module(Path(script).stem)
     trainer.main(flags)
     if is_rank_0():
-        found = [max(before_steps)] + [torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()] * on_gpu
-        names = ("before_steps_gib", "reserved_gib", "in_tensors_gib")
-        print(json.dumps({name: size / GIB for name, size in zip(names, found, strict=False)}), flush=True)
+        print(json.dumps(peaks.told() if peaks else {}), flush=True)
 
 
 if __name__ == "__main__":
