@@ -595,7 +595,6 @@ def test_prompts_are_embedded_in_fp32_and_travel_with_their_batch(tiny_model, ph
     embedded = embed(STABLE_DIFFUSION, tokens, encoders, device=torch.device("cpu"), dtype=torch.bfloat16)
     prompts = embedded["encoder_hidden_states"]
     assert prompts.device.type == "cpu" and torch.equal(prompts, exact.bfloat16())
-    assert all(weight.is_meta for weight in encoders["text_encoder"].parameters()), "they take no memory any more"
     found = [replace(photo, prompt=f"{n % 2}") for n, photo in enumerate(find_images(photos, "--x", resolution=32))]
     settings = {"resolution": 32, "center_crop": True, "latent_shape": (4, 16, 16), "num_timesteps": 10}
     dataset = build_dataset(found, [], seed=1, **settings)

@@ -75,7 +75,7 @@ def embed(
     Args:
         family: that does it.
         tokens: what its `tokenize` has returned.
-        text_encoders: which have no weights afterwards, so that these take no memory, whoever still refers to them.
+        text_encoders: are moved to `device`.
         device: to encode on.
         dtype: to keep the result in; it is computed in fp32, as it happens once.
 
@@ -90,6 +90,4 @@ def embed(
     for first in range(0, number, ENCODED_AT_A_TIME):
         some = {name: tensor[first : first + ENCODED_AT_A_TIME].to(device) for name, tensor in tokens.items()}
         encoded.append({n: t.to("cpu", dtype) for n, t in family.encode(some, text_encoders).items()})
-    for text_encoder in text_encoders.values():
-        text_encoder.to("meta")
     return {name: torch.cat([some[name] for some in encoded]) for name in encoded[0]}

@@ -325,6 +325,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not flags.model.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
+        for text_encoder in model.text_encoders.values():
+            text_encoder.to("meta")  # its weights take no memory any more, whoever still refers to it
     trained = {name: model.components[name] for name in model.trained}
     denoiser = Denoiser(model.family, adapters=model.adapters, **trained)
     model.components = {"vae": vae}  # the others are the denoiser's, or of no more use
