@@ -158,6 +158,7 @@ def _measured(run: Run, flags: dict, limit_s: float, share: Share) -> dict:
     try:
         with CardMemory(share.gpus) as used:
             done = launch(program, run.gpus, share, flags | strategy_flags(run.strategy), limit_s)
+            whole_s = time.perf_counter() - started
     except subprocess.TimeoutExpired:
         return {"failed": f"not finished after {limit_s:.0f} s"}
     if done.returncode:
@@ -168,7 +169,7 @@ def _measured(run: Run, flags: dict, limit_s: float, share: Share) -> dict:
         return {"failed": reason, "log": "\n" + (done.stdout + done.stderr)[-LOG_KEPT:]}
     told = json.loads(done.stdout.splitlines()[-1])
     figures = figures_of(flags["output_dir"], flags["train_batch_size"] * run.gpus)
-    return figures | told | {"whole_s": time.perf_counter() - started, "peak_gib": used.peak_gib}
+    return figures | told | {"whole_s": whole_s, "peak_gib": used.peak_gib}
 
 
 def table(rows: list[dict]) -> str:
