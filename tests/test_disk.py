@@ -146,8 +146,8 @@ def _limited(folder) -> str:
     return "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
 
 
-def _full(folder) -> str:
-    return small_disk(folder, "1m") + "from dreambooth.engine import disk\ndisk.IN_MEMORY = ()\n"
+def _full(folder, size: str = "1m") -> str:
+    return small_disk(folder, size) + "from dreambooth.engine import disk\ndisk.IN_MEMORY = ()\n"
 
 
 def _read_only(folder) -> str:
@@ -194,6 +194,15 @@ def test_a_rank_that_gets_no_room_ends_all(short, folder, tmp_path):
     done = Running(SCRIPT, command_line(flags), nproc=2, before=limit).wait(check=False)
     assert done.returncode == 2 and len(done.error_lines) == 1, done.stderr
     assert "needs 1.2 MiB there" in done.error_lines[0] and "File too large" in done.error_lines[0]
+
+
+def test_ranks_look_for_room_for_all_of_them(short, folder, tmp_path):
+    """For one of the two there would be room."""
+    flags = short | STRATEGIES["gemini"] | {"output_dir": tmp_path / "out", "offload_dir": folder}
+    before = _full(folder, "2m") + "import os\nos.posix_fallocate = lambda *arguments: os._exit(1)\n"
+    done = Running(SCRIPT, command_line(flags), nproc=2, before=before).wait(check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1, done.stderr
+    assert "needs 1.2 MiB there, and 2.0 MiB are free: No space left on device" in done.error_lines[0]
 
 
 def test_a_disk_of_another_machine_is_refused(monkeypatch, folder):
@@ -271,6 +280,12 @@ def test_room_is_taken_when_it_is_reserved(folder):
     memory.reserve(2**28)
     assert before - shutil.disk_usage(folder).free > 2**27  # others write too
     assert_as_it_was(folder)
-    with pytest.raises(OSError) as error:
-        memory.reserve(shutil.disk_usage(folder).total * 2)
-    assert error.value.errno in (errno.ENOSPC, errno.EFBIG) and os.listdir(folder)
+
+
+def test_a_disk_is_never_filled_in_vain(monkeypatch, folder):
+    """The system's call would fill it first, and fail then."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: pytest.fail("the disk was about to be filled"))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        DiskMemory(folder).reserve(shutil.disk_usage(folder).total)
+    assert error.value.errno == errno.ENOSPC
+    assert_as_it_was(folder)

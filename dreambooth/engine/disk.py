@@ -112,6 +112,20 @@ def unnamed_file(folder: Path) -> int:
     return file
 
 
+def take_room(file: int, size: int) -> None:
+    """Takes `size` bytes of the disk for an open file: all of them or none.
+
+    The system's own call fills a disk before it finds it too small, so that others cannot write for that time.
+
+    Raises:
+        OSError: if the disk has too little room.
+    """
+    disk = os.fstatvfs(file)
+    if size > disk.f_bavail * disk.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.posix_fallocate(file, 0, size)
+
+
 @dataclass
 class Slab:
     """A file, mapped into memory, of which tensors have taken the first `taken` bytes."""
@@ -172,7 +186,7 @@ class DiskMemory(Memory):
         file = unnamed_file(self.folder)
         try:
             # Where there is no room for it, a write into a mapped file ends the process.
-            os.posix_fallocate(file, 0, size)
+            take_room(file, size)
             mapped = mmap.mmap(file, size)
             # The kernel would also read what lies around a page, which in every other step was worked on just before.
             mapped.madvise(mmap.MADV_RANDOM)

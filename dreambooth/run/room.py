@@ -1,6 +1,8 @@
 """The room that a run takes on the disk: told by a dry run, and asked for before a real one spends any time."""
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -146,16 +148,15 @@ def reserve(folder: str, size: int, ranks: Ranks) -> DiskMemory:
         ToldByRank0: then, on the others.
     """
     memory, share = DiskMemory(Path(folder)), -(-size // ranks.world_size)
+    # Before any process takes its share: those for whom there is room would leave none to other programs.
+    together = share * find_place().local_world_size
+    _agree_on_room(folder, share, None if together <= shutil.disk_usage(folder).free else os.strerror(errno.ENOSPC))
     rate, problem = 0.0, None
     try:
         rate = memory.reserve(share)
     except OSError as error:
-        free = readable(shutil.disk_usage(folder).free)
-        problem = f"each process needs {readable(share)} there, and {free} are free: {error.strerror}"
-    if found := [one for one in from_all_ranks(problem) if one]:
-        if not is_rank_0():
-            raise ToldByRank0(UserError.status)
-        raise UserError(f"--offload_dir {folder}: {found[0]}")
+        problem = error.strerror
+    _agree_on_room(folder, share, problem)
     say(f"{readable(share)} of each process in {folder}, a disk that writes {readable(int(rate))}/s")
     # What stays in memory from one step to the next is not read again, but all else is, and written.
     beyond = share - available_memory() / find_place().local_world_size
@@ -165,6 +166,16 @@ def reserve(folder: str, size: int, ranks: Ranks) -> DiskMemory:
             f"least {beyond / rate:.0f} s; a faster disk or more processes on more machines take less"
         )
     return memory
+
+
+def _agree_on_room(folder: str, share: int, problem: str | None) -> None:
+    """Ends the run on all ranks if one has a problem with its share of --offload_dir."""
+    if found := [one for one in from_all_ranks(problem) if one]:
+        if not is_rank_0():
+            raise ToldByRank0(UserError.status)
+        free = readable(shutil.disk_usage(folder).free)
+        needs = f"each process needs {readable(share)} there, and {free} are free"
+        raise UserError(f"--offload_dir {folder}: {needs}: {found[0]}")
 
 
 def available_memory() -> int:
