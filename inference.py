@@ -17,18 +17,22 @@ from dreambooth.command_line.inference_flags import inference_parser
 
 before_imports(__name__, lambda: inference_parser(__doc__).parse_args())
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dreambooth.command_line.console import RunError, counted, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
-from dreambooth.data.images import find_images, load_image, pictures_of
+from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
+from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import readers_of
 from dreambooth.model.folder import INDEX, family_of, find_folder
 from dreambooth.model.lora import WEIGHTS, Lora, read_lora
@@ -123,29 +127,34 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     dtype, total = drawing.dtype, drawing.total
     how = {"variant": model.variant, "lora": model.lora}
     pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how)
-    pipeline.to(drawing.device)
+    device = DrawingDevice(drawing.device, model.name)
+    device.put(pipeline)
     warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), pipeline.components))
     pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in drawing.prompts:
             for number in range(drawing.num_images):
-                made = pipeline(
-                    prompt,
-                    negative_prompt=drawing.negative_prompt,
-                    num_inference_steps=drawing.num_inference_steps,
-                    guidance_scale=drawing.guidance_scale,
-                    generator=torch.Generator().manual_seed((drawing.seed + number) % (MAX_SEED + 1)),
-                    output_type="np",
-                ).images
                 try:
-                    (picture,) = pictures_of(made)
-                except ValueError as error:
+                    (picture,) = pictures_of(device.draw(functools.partial(_image, prompt, number, drawing)))
+                except NotFinite as error:
                     raise RunError(
                         f"{model.name}: image {number + 1} of the prompt {prompt!r} has pixels that are not finite in "
                         f"{dtype}: {HINTS[dtype]}"
                     ) from error
                 bar.update()
                 yield picture
+
+
+def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeline) -> np.ndarray:
+    """Returns image `number` of a prompt: (1, height, width, 3), floats in [0, 1]."""
+    return pipeline(
+        prompt,
+        negative_prompt=drawing.negative_prompt,
+        num_inference_steps=drawing.num_inference_steps,
+        guidance_scale=drawing.guidance_scale,
+        generator=torch.Generator().manual_seed((drawing.seed + number) % (MAX_SEED + 1)),
+        output_type="np",
+    ).images
 
 
 def sheet(drawing: Drawing, models: list[Model], photos: list) -> Image.Image:

@@ -85,10 +85,15 @@ def host_memory_gib(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / GIB
 
 
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether an error is that a GPU has no more memory, in torch's words or a library's."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_GPU_MEMORY.search(str(error)))
+
+
 def explain(error: Exception) -> str | None:
     """Returns a line about an error that is one of memory: what was done, what there was, what helps; else None."""
     text, what = str(error), getattr(error, "doing", "setting up the run")
-    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(text):
+    if is_out_of_gpu_memory(error):
         return f"out of GPU memory while {what}: {_on_gpu(text)}{_what_helps(error)}"
     if isinstance(error, MemoryError) or OUT_OF_HOST_MEMORY.search(text):
         helps = _what_helps(error, of_host=True)

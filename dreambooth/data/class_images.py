@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -46,6 +47,7 @@ from dreambooth.data.images import (
     save_new,
 )
 from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.folder import family_of
 from dreambooth.model.precision import name_of
 from dreambooth.processes.environment import Place
@@ -329,34 +331,36 @@ def _generate(
 ) -> list[Photo]:
     """Draws batches of images, of which this rank takes some, and returns those that it has written."""
     written = []
-    pipeline = None
+    device = DrawingDevice(ranks.device, "class images")
     total = sum(map(len, batches))
     with one_cpu_thread(), progress(total, desc="class images", unit="image", shown=ranks.rank == 0) as bar:
         for turn in in_turns(len(batches)):
             numbers = batches[turn]
             if not all((folder / image_name(number)).is_file() for number in numbers):
-                pipeline = pipeline or load().to(ranks.device)
-                written += _draw(pipeline, numbers, origin, folder)
+                if device.pipeline is None:
+                    device.put(load())
+                written += _draw(device, numbers, origin, folder)
             bar.update(sum(map(len, batches[: turn + 1])) - bar.n)
         bar.update(total - bar.n)
-    del pipeline
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
+    device.clear()
     return written
 
 
-def _draw(pipeline: DiffusionPipeline, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
+def _draw(device: DrawingDevice, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
     """Draws a batch and writes it, but for images that are there by now; returns what was written."""
-    pipeline.set_progress_bar_config(disable=True)
-    points = starting_points(pipeline, origin.seed, Stream.CLASS_IMAGE, numbers)
-    made = pipeline([origin.prompt] * len(numbers), output_type="np", **points)
+
+    def images(pipeline: DiffusionPipeline) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        points = starting_points(pipeline, origin.seed, Stream.CLASS_IMAGE, numbers)
+        return pipeline([origin.prompt] * len(numbers), output_type="np", **points).images
+
     try:
-        pictures = pictures_of(made.images)
+        pictures = pictures_of(device.draw(images))
     except NotFinite as error:
+        drawn = f"{image_name(numbers[error.index])}, drawn in {name_of(device.pipeline.unet.dtype)},"
         raise RunError(
-            f"class image {image_name(numbers[error.index])}, drawn in {name_of(pipeline.unet.dtype)}, has pixels "
-            "that are not finite: try --mixed_precision no or bf16; where that is so already, the model itself makes "
-            "them"
+            f"class image {drawn} has pixels that are not finite: try --mixed_precision no or bf16; where that is so "
+            "already, the model itself makes them"
         ) from error
     written = []
     for number, picture in zip(numbers, pictures, strict=True):

@@ -21,6 +21,7 @@ from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.state import Checkpoint, Training
 from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropout
 from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import Conditioning, Model, dtype_of_vae
 from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_tokenizer, known_family
 from dreambooth.model.lora import Adapters, adapter_weights, adapters_of, add_adapters, digest_of, load_adapters
@@ -368,7 +369,8 @@ def callbacks_of(run: Run, model: PreparedModel, samples: Samples, training: Tra
         skips=run.precision == "fp16",
     ) as tracker:
         folder = run.output_dir / "validation"
-        draws = {"seed": run.seed, "dtype": sampling_dtype(run.precision), "ranks": ranks}
+        device = DrawingDevice(ranks.device, "validation images")
+        draws = {"seed": run.seed, "dtype": sampling_dtype(run.precision), "ranks": ranks, "device": device}
         yield Callbacks(
             flags.output,
             flags.validation,

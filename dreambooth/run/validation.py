@@ -1,5 +1,6 @@
 """Images of --validation_prompt while the training goes on."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dreambooth.data.class_images import one_cpu_thread
 from dreambooth.data.images import NotFinite, pictures_of
 from dreambooth.data.randomness import Stream, starting_points
 from dreambooth.engine.state import Training
+from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.precision import name_of
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.grid import captioned_grid
@@ -60,6 +62,7 @@ def validate(
     seed: int,
     dtype: torch.dtype,
     ranks: Ranks,
+    device: DrawingDevice,
     step: int,
 ) -> None:
     """Draws --num_validation_images from the weights after `step`; to be called on every rank, rank 0 draws.
@@ -76,7 +79,8 @@ def validate(
         tracker: that logs.
         seed: of the run.
         dtype: to draw in.
-        ranks: whose device rank 0 draws on.
+        ranks: of the run.
+        device: that rank 0 draws on.
         step: optimizer steps done.
     """
     trained = gather_for_pipeline(training, ranks, dtype)
@@ -85,15 +89,13 @@ def validate(
     pictures, reason = [], None
     try:
         with doing("drawing validation images", takes_less="no --validation_prompt"):
-            pipeline = load_pipeline(dtype=dtype, sampler=flags.validation_scheduler, **trained).to(ranks.device)
-            pictures = pictures_of(_draw(pipeline, flags.validation_prompt, flags.num_validation_images, seed))
+            device.put(load_pipeline(dtype=dtype, sampler=flags.validation_scheduler, **trained))
+            pictures = pictures_of(_draw(device, flags.validation_prompt, flags.num_validation_images, seed))
     except NotFinite as error:
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
     except torch.OutOfMemoryError as error:
         reason = explain(error)
-    pipeline = None
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
+    device.clear()
     if reason:
         warn(f"no validation images of step {step}: {reason}")
         return
@@ -108,13 +110,13 @@ def validate(
     tracker.show_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step)
 
 
-def _draw(pipeline: DiffusionPipeline, prompt: str, count: int, seed: int) -> np.ndarray:
+def _draw(device: DrawingDevice, prompt: str, count: int, seed: int) -> np.ndarray:
     """Returns images of a prompt, drawn one at a time: (images, height, width, 3), floats in [0, 1]."""
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": INFERENCE_STEPS, "output_type": "np"}
+
+    def image(pipeline: DiffusionPipeline, number: int) -> np.ndarray:
+        points = starting_points(pipeline, seed, Stream.VALIDATION, [number])
+        return pipeline(prompt, num_inference_steps=INFERENCE_STEPS, output_type="np", **points).images
+
+    device.pipeline.set_progress_bar_config(disable=True)
     with one_cpu_thread():
-        made = [
-            pipeline(prompt, **settings, **starting_points(pipeline, seed, Stream.VALIDATION, [number])).images
-            for number in range(count)
-        ]
-    return np.concatenate(made)
+        return np.concatenate([device.draw(functools.partial(image, number=number)) for number in range(count)])

@@ -1,0 +1,94 @@
+"""Pipelines that draw, on a device that may not hold all of one."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from dreambooth.command_line.console import warn
+from dreambooth.command_line.limits import is_out_of_gpu_memory
+
+Drawn = TypeVar("Drawn")
+# Pixels of a side of what is decoded at a time in the last of the ways.
+TILE = 512
+
+
+def _whole(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    pipeline.to(device)
+
+
+def _parts_in_turn(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    pipeline.enable_model_cpu_offload(device=device)
+
+
+def _layers_in_turn(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    pipeline.remove_all_hooks()
+    pipeline.to("cpu", silence_dtype_warnings=True)  # a part that was in its turn is still on the device
+    pipeline.enable_sequential_cpu_offload(device=device)
+    decode_in_tiles(pipeline.vae)
+
+
+def decode_in_tiles(vae: AutoencoderKL) -> None:
+    """Has a VAE decode images of more than TILE pixels a side in pieces, whose seams are blended."""
+    vae.enable_tiling()
+    vae.tile_latent_min_size = TILE * vae.tile_latent_min_size // vae.tile_sample_min_size
+    vae.tile_sample_min_size = TILE
+
+
+# Each takes less of the card than the one before it, and more time: of Stable Diffusion XL in half precision, with a
+# batch of four, some 10, 6 and 2 GiB.
+WAYS = {
+    _whole: "",
+    _parts_in_turn: "its parts are there one at a time",
+    _layers_in_turn: "its layers are there one at a time, which takes longer, and large images are decoded in tiles",
+}
+
+
+class DrawingDevice:
+    """A device on which one pipeline after the other draws: each whole, or once that was too much less at a time.
+
+    How much of a pipeline is there changes no image, but for the tiles of the last resort, whose seams are blended.
+
+    Args:
+        device: on which they draw.
+        what: they draw, for what is told.
+    """
+
+    def __init__(self, device: torch.device | str, what: str):
+        self.device, self.what = torch.device(device), what
+        self.pipeline: DiffusionPipeline | None = None  # which draws
+        self._is_placed = False
+        self._ways = list(WAYS)
+
+    def put(self, pipeline: DiffusionPipeline) -> None:
+        """Has a pipeline, which is on the CPU, draw from now on; it decodes images one by one."""
+        pipeline.vae.enable_slicing()
+        self.pipeline, self._is_placed = pipeline, False
+
+    def draw(self, images: Callable[[DiffusionPipeline], Drawn]) -> Drawn:
+        """Returns what `images` returns of the pipeline; it may be called again where the device has too little room.
+
+        Raises:
+            Exception: of whatever kind, if even the least takes too much memory.
+        """
+        while True:
+            try:
+                if not self._is_placed:
+                    self._ways[0](self.pipeline, self.device)
+                    self._is_placed = True
+                return images(self.pipeline)
+            except Exception as error:
+                if len(self._ways) == 1 or not is_out_of_gpu_memory(error):
+                    raise
+            # The error held on to all that was computed with.
+            self._ways.pop(0)
+            self._is_placed = False
+            torch.cuda.empty_cache()
+            warn(f"{self.what}: the GPU has no room for the whole model: {WAYS[self._ways[0]]}")
+
+    def clear(self) -> None:
+        """Lets go of the pipeline, and of the memory that it has had."""
+        self.pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
