@@ -143,6 +143,7 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
                     ) from error
                 bar.update()
                 yield picture
+    device.clear()
 
 
 def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeline) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Pipelines that draw where there is not the room for all of one."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,22 @@ def test_the_last_way_decodes_large_images_in_tiles(tiny_model, monkeypatch):
     whole = Room(0)(pipeline)
     decode_in_tiles(pipeline.vae)
     assert 0 < np.abs(Room(0)(pipeline) - whole).mean() < 0.1
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_has_drawn_is_let_go_of(tiny_model, failures):
+    """At once: nobody looks for garbage while a model is trained."""
+    device = DrawingDevice("cpu", "class images")
+    device.put(load_pipeline(tiny_model))
+    device.draw(Room(failures))
+    unet = weakref.ref(device.pipeline.unet)
+    gc.collect()
+    gc.disable()
+    try:
+        device.clear()
+        assert unet() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_no_want_of_memory_is_not_tried_again(tiny_model):

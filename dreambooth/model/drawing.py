@@ -1,5 +1,6 @@
 """Pipelines that draw, on a device that may not hold all of one."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -90,5 +91,6 @@ class DrawingDevice:
     def clear(self) -> None:
         """Lets go of the pipeline, and of the memory that it has had."""
         self.pipeline = None
+        gc.collect()  # by what takes them to the device in turns, parts refer to themselves
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
