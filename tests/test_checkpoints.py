@@ -1,6 +1,7 @@
 """Runs that stop and go on, compared with runs that never stopped."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -138,7 +139,9 @@ def test_only_whole_checkpoints_are_taken(long_run):
     torn = output_dir / "checkpoint-6" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest"}, check=False)
-    assert done.returncode == 2 and "checkpoint-6 is not a whole checkpoint" in done.error_lines[0]
+    told = "checkpoint-6 is not a whole checkpoint: optimizer.safetensors is damaged or cut short"
+    assert done.returncode == 2 and told in done.error_lines[0]
+    assert re.search(r"; \S+/checkpoint-\d is another$", done.error_lines[0])
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(long_run):

@@ -63,8 +63,10 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 def a_checkpoint(folder: Path, text: str = "", **state) -> Path:
-    state = {"written_at": 1.0, "text": text} | state
-    return write(folder, {"state.json": json.dumps(state), "unet/config.json": text, "optimizer.safetensors": text})
+    files = {"unet/config.json": text, "optimizer.safetensors": text}
+    write(folder, files)
+    listed = {name: asdict(replace(listing.Written.now(folder / name), mtime_ns=0)) for name in files}
+    return write(folder, {"state.json": json.dumps({"written_at": 1.0, "text": text, "files": listed} | state)})
 
 
 def a_pipeline(folder: Path, text: str, *names: str) -> Path:
@@ -211,6 +213,11 @@ def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):
         ("other", lambda path: write(path, {"trainer_state.json": "{}"}), "was not written by this program"),
         ("link", lambda path: path.symlink_to(a_checkpoint(tmp_path / "elsewhere")), "checkpoint-4 is a link"),
         ("with notes", lambda path: write(a_checkpoint(path), {"notes.txt": ""}), "such as notes.txt"),
+        ("notes inside", lambda path: write(a_checkpoint(path), {"unet/sub/n.txt": ""}), "such as unet/sub/n.txt"),
+        ("hidden", lambda path: write(a_checkpoint(path), {".notes": ""}), "such as .notes"),
+        ("linked", lambda path: (a_checkpoint(path) / "unet/link").symlink_to(tmp_path), "such as unet/link"),
+        ("edited", lambda path: write(a_checkpoint(path), {"unet/config.json": "mine"}), "unet/config.json is not"),
+        ("earlier", lambda path: a_checkpoint(path, files=None), "does not list its files, as those of earlier"),
     ):
         folder = tmp_path / name
         folder.mkdir()

@@ -56,6 +56,7 @@ class Checkpoint:
     settings: dict
     versions: dict
     interim: bool = False  # no flag has asked for it
+    files: dict = field(default_factory=dict)  # what each was when it was written
 
     def optimizer_state(self, parameter: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Returns those of the tensors `names` that AdamW kept of a parameter, mapped into memory from the file."""

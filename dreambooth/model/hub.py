@@ -14,8 +14,8 @@ def can_be_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") < 2
 
 
-def hub_reason(error: Exception) -> str:
-    """Returns why something cannot be had from the Hub."""
+def hub_reason(error: Exception, *, writes: bool = False) -> str:
+    """Returns why something cannot be had from the Hub, or be written there, for which no cache serves."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and it is not whole in the cache"
     if isinstance(error, GatedRepoError):
@@ -23,5 +23,7 @@ def hub_reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "there is none of that name; `hf auth login` is needed to see a private one"
     if UNANSWERED & {kind.__name__ for kind in type(error).__mro__}:
-        return "no answer; see to the network, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+        return "no answer; see to the network" + (
+            "" if writes else ", or set HF_HUB_OFFLINE=1 to use what is in the cache"
+        )
     return first_line(error)

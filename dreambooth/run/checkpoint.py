@@ -4,7 +4,7 @@ checkpoint-N/
     unet/                    fp32 weights, which `UNet2DConditionModel.from_pretrained` loads
     text_encoder/            likewise, where it is trained
     optimizer.safetensors    what AdamW keeps of each parameter, "exp_avg.unet.conv_in.bias" and so on
-    state.json               step, learning rate schedule, loss scale, the run's settings, library versions
+    state.json               step, learning rate schedule, loss scale, the run's settings, versions, and these files
 
 Nothing in it is pickled. No state of a random generator is needed: every draw follows from the seed and the number of
 its sample (dreambooth/data/randomness.py). No part depends on the plugin or the number of ranks.
@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from dreambooth.data.images import Photo
 from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
 from dreambooth.engine.state import OPTIMIZER, Checkpoint, Training
-from dreambooth.model.folder import TRAINABLE
 from dreambooth.model.lora import WEIGHTS as LORA
 from dreambooth.model.slices import write_slices
 from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
-from dreambooth.run.folders import discard, readable, written_by_all
+from dreambooth.run.folders import MARK, discard, readable, written_by_all
+from dreambooth.run.listing import PART, Written, changed_of, files_of
 from dreambooth.run.output import leave_out_paths
 from dreambooth.run.trained import check_finite, write_trained
 
@@ -45,6 +45,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "colossalai")
 WHAT_IS_TRAINED = {"train_text_encoder", "lora_rank", "lora_target_modules"}
 # Files of the checkpoints that diffusers' scripts and others write with accelerate.
 OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
+OF_NFS = ".nfs"  # names of files that were removed while a process had them open
 # Courses of the learning rate that do not depend on where they end.
 ENDLESS = ("constant", "constant_with_warmup")
 
@@ -156,9 +157,21 @@ def not_ours(folder: Path) -> str | None:
         return None
     if not _state_of(folder):
         return f"{folder.name} was not written by this program"
-    ours = {*TRAINABLE, LORA, OPTIMIZER, STATE}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
-    return f"{folder.name} has files that this program did not write, such as {others[0]}" if others else None
+    try:
+        files = files_of(_state_of(folder)["files"])
+    except (KeyError, TypeError, AttributeError):
+        return f"{folder.name} does not list its files, as those of earlier versions do not"
+    if others := sorted(_files_in(folder) - files.keys()):
+        return f"{folder.name} has files that this program did not write, such as {others[0]}"
+    changed = changed_of(folder, files)
+    return f"{folder.name}/{changed} is not as this program has written it" if changed else None
+
+
+def _files_in(folder: Path) -> set[str]:
+    """Returns the paths of the files in a checkpoint, but for its state and those that come and go by themselves."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(folder).as_posix() for path in files if not path.name.startswith(OF_NFS)}
+    return names - {STATE, MARK}
 
 
 def check_kind(flags: OutputFlags, *, adapters: bool) -> None:
@@ -209,9 +222,14 @@ def _read(folder: Path) -> Checkpoint:
         with safe_open(folder / OPTIMIZER, framework="pt"):
             return Checkpoint(folder=folder, **state)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint: {folder} is not a whole checkpoint: {first_line(error)}"
-        ) from error
+        problem = first_line(error)
+        if isinstance(error, SafetensorError):
+            problem = f"{OPTIMIZER} is damaged or cut short ({problem})"
+        elif isinstance(error, FileNotFoundError) and error.filename:
+            problem = f"it has no {Path(error.filename).name}"
+        others = [path for path in list_checkpoints(folder.parent) if path != folder]
+        hint = f"; {others[-1]} is another" if others else ""
+        raise UserError(f"--resume_from_checkpoint: {folder} is not a whole checkpoint: {problem}{hint}") from error
 
 
 def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway: bool) -> None:
@@ -231,6 +249,8 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
             f"{resumed}: nothing is left to train, it has {checkpoint.step} steps and the run {settings['steps']}: "
             "give more --max_train_steps"
         )
+    if settings.get("steps") == checkpoint.step:
+        say(f"{checkpoint.folder} has all {checkpoint.step} steps: nothing is trained, and the result is written anew")
     earlier = settings | {name: value for name, value in defaults().items() if name in settings} | checkpoint.settings
     if settings.get("lr_scheduler") in ENDLESS:
         earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does
@@ -309,7 +329,9 @@ def _check_name(folder: Path) -> None:
 
 def _write_state(folder: Path, state: dict) -> None:
     leave_out_paths(folder)
-    (folder / STATE).write_text(json.dumps({"written_at": time.time()} | state, indent=1))
+    # Weights are known by their sizes: their digests would take as long as writing them.
+    files = {name: asdict(Written.now(folder / name, read_up_to=PART)) for name in sorted(_files_in(folder))}
+    (folder / STATE).write_text(json.dumps({"written_at": time.time()} | state | {"files": files}, indent=1))
 
 
 def remove_interim_checkpoints(output_dir: Path, before: float = math.inf) -> None:

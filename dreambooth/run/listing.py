@@ -7,6 +7,7 @@ So this program knows later what it may replace, and what it uploads; what was c
 import functools
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,25 +28,25 @@ class Written:
     Args:
         size: in bytes.
         mtime_ns: when it was written, in nanoseconds since the epoch.
-        sha256: of its content, as of `digest_of`.
+        sha256: of its content, as of `digest_of`; None for a file that is known by its size alone.
     """
 
     size: int
     mtime_ns: int
-    sha256: str
+    sha256: str | None
 
     @classmethod
-    def now(cls, path: Path) -> "Written":
-        """Returns what a file is now."""
+    def now(cls, path: Path, *, read_up_to: float = math.inf) -> "Written":
+        """Returns what a file is now; of one of more bytes than are read, the size is enough."""
         status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, digest_of(path))
+        return cls(status.st_size, status.st_mtime_ns, digest_of(path) if status.st_size <= read_up_to else None)
 
     def is_still(self, path: Path) -> bool:
         """Whether a file is what it was. It is read only where its time is another, as that of a copy is."""
         status = path.stat()
         if status.st_size != self.size:
             return False
-        if status.st_mtime_ns == self.mtime_ns or digest_of(path) == self.sha256:
+        if self.sha256 is None or status.st_mtime_ns == self.mtime_ns or digest_of(path) == self.sha256:
             return True
         return digest_of(path, part=self.size) == self.sha256  # as earlier versions have it
 
@@ -74,6 +75,19 @@ def _digest_of_part(file: int, size: int, begin: int) -> bytes:
     return digest.digest()
 
 
+def files_of(written: object) -> dict[str, Written]:
+    """Returns the files that a listing names, by their paths inside its folder.
+
+    Args:
+        written: as JSON has it.
+
+    Raises:
+        TypeError, AttributeError: if it is not what this program writes.
+    """
+    files = {name: Written(**file) for name, file in written.items()}
+    return files if all(map(_is_inside, files)) else {}
+
+
 def read_listing(folder: Path) -> dict:
     """Returns what the listing in a folder says; empty if there is none, or it is none of this program's.
 
@@ -81,10 +95,9 @@ def read_listing(folder: Path) -> dict:
     """
     try:
         listing = json.loads((folder / LISTING).read_text())
-        files = {name: Written(**written) for name, written in listing["files"].items()}
+        return listing | {"files": files_of(listing["files"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {"files": {}}
-    return listing | {"files": files if all(map(_is_inside, files)) else {}}
 
 
 def pipeline_files(folder: Path) -> dict[str, Written]:

@@ -48,9 +48,12 @@ class Room:
     result: str = "pipeline"
 
     def __str__(self) -> str:
+        result = f"the {self.result} of {readable(self.pipeline)}"
+        if not self.written:
+            return f"{readable(self.needed)} for {result}"
         checkpoints = f"{self.written} checkpoint{'' if self.written == 1 else 's'} of {readable(self.checkpoint)}"
         kept = f", of which {self.kept} stay{'s' * (self.kept == 1)}," if self.kept < self.written else ""
-        return f"{readable(self.needed)} for {checkpoints}{kept} and the {self.result} of {readable(self.pipeline)}"
+        return f"{readable(self.needed)} for {checkpoints}{kept} and {result}"
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,11 @@ def has_room_to_spare(flags: OutputFlags, schedule: Schedule, sizes: Sizes, *, s
 
 def too_little(output_dir: str, room: Room) -> str:
     """Returns what to say where the disk has too little room."""
-    fewer = ", or write fewer checkpoints (--save_steps, --checkpoints_total_limit)" if room.written else ""
-    return (
-        f"--output_dir {output_dir}: the run needs {room}, and {readable(room.free)} are free: "
-        f"make room, name a folder of another disk{fewer}"
-    )
+    helps = ["make room", "name a folder of another disk"]
+    if room.written:
+        helps.append("write fewer checkpoints (--save_steps, --checkpoints_total_limit)")
+    told = f"--output_dir {output_dir}: the run needs {room}, and {readable(room.free)} are free"
+    return f"{told}: {', '.join(helps[:-1])} or {helps[-1]}"
 
 
 def _size(folder: Path) -> int:

@@ -31,7 +31,7 @@ def prepare_hub(flags: OutputFlags) -> str | None:
     try:
         return HfApi(token=flags.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
-        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error)}") from error
+        raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error, writes=True)}") from error
 
 
 def upload(flags: OutputFlags, repo_id: str) -> None:
@@ -53,6 +53,6 @@ def upload(flags: OutputFlags, repo_id: str) -> None:
         include = " ".join(part if (output_dir / part).is_file() else f"'{part}/*'" for part in parts)
         what = "LoRA" if WEIGHTS in files else "pipeline"
         raise RunError(
-            f"--push_to_hub: {hub_reason(error)}; the {what} is whole in {output_dir}: "
+            f"--push_to_hub: {hub_reason(error, writes=True)}; the {what} is whole in {output_dir}: "
             f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
         ) from error
