@@ -409,10 +409,6 @@ FOLDERS = {
         lambda folder, flags: {"output_dir": flags["pretrained_model_name_or_path"]},
         "--output_dir is the folder of --pretrained_model_name_or_path",
     ),
-    "output folder is that of the photos": Case(
-        lambda folder, flags: {"output_dir": flags["instance_data_dir"]},
-        "--output_dir is the folder of --instance_data_dir: the result needs its own",
-    ),
     "class images among the photos": Case(
         lambda folder, flags: prior(folder, class_data_dir=flags["instance_data_dir"]),
         "--class_data_dir is the folder of --instance_data_dir",

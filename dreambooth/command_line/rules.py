@@ -73,9 +73,6 @@ def _unfit_output_dir(flags: Flags) -> Iterator[str]:
         yield f"--output_dir {folder} has a file named validation, where a folder goes"
     if os.path.isdir(folder) and same_folder(folder, flags.model.pretrained_model_name_or_path):
         yield "--output_dir is the folder of --pretrained_model_name_or_path, which it would replace"
-    photos = flags.instance.instance_data_dir
-    if photos and os.path.isdir(folder) and same_folder(folder, photos):
-        yield "--output_dir is the folder of --instance_data_dir: the result needs its own"
 
 
 def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
