@@ -16,7 +16,7 @@ from dreambooth.command_line.colossalai_flags import ColossalAIFlags, StrategyFl
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import ModelFlags
 from dreambooth.engine import disk
-from dreambooth.engine.disk import DiskMemory, check_folder, file_system
+from dreambooth.engine.disk import DiskMemory, check_folder, file_system, unnamed_file
 from dreambooth.engine.strategy import choose_strategy
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run import room
@@ -274,11 +274,13 @@ def assert_read_as_asked(tensor: torch.Tensor) -> None:
     assert "rr" in flags and "sh" in flags, "random reads, shared with the file"
 
 
-def test_room_is_taken_when_it_is_reserved(folder):
-    before = shutil.disk_usage(folder).free
-    memory = DiskMemory(folder)
-    memory.reserve(2**28)
-    assert before - shutil.disk_usage(folder).free > 2**27  # others write too
+def test_room_is_taken_when_it_is_reserved(monkeypatch, folder):
+    files = []
+    monkeypatch.setattr(disk, "unnamed_file", lambda folder: files.append(unnamed_file(folder)) or os.dup(files[0]))
+    monkeypatch.setattr(disk, "MEASURED", 2**20)  # what is written of it
+    DiskMemory(folder).reserve(2**28)
+    assert os.fstat(files[0]).st_blocks * 512 >= 2**28
+    os.close(files[0])
     assert_as_it_was(folder)
 
 
