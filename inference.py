@@ -126,11 +126,10 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     """
     dtype, total = drawing.dtype, drawing.total
     how = {"variant": model.variant, "lora": model.lora}
-    pipeline = load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how)
     device = DrawingDevice(drawing.device, model.name)
-    device.put(pipeline)
-    warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), pipeline.components))
-    pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
+    device.put(load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how))
+    warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), device.pipeline.components))
+    device.pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in drawing.prompts:
             for number in range(drawing.num_images):

@@ -168,6 +168,13 @@ def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):
     assert done.returncode == 2 and "images was" in done.error_lines[0]
 
 
+def test_a_run_whose_steps_are_all_done_says_so(flags):
+    flags |= {"max_train_steps": 1, "save_steps": 1}
+    assert "nothing is left to train" not in train(COLOSSALAI, flags).stdout
+    done = train(COLOSSALAI, flags | {"resume_from_checkpoint": "latest"})
+    assert "checkpoint-1 has all steps of the run: nothing is left to train" in done.stdout
+
+
 def test_latest_without_a_checkpoint_starts_anew(long_run):
     done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest", "max_train_steps": 1})
     assert "has no checkpoint, starting from the beginning" in done.stderr

@@ -105,28 +105,21 @@ def test_what_has_drawn_is_let_go_of(tiny_model, failures):
         gc.enable()
 
 
-def test_what_is_no_want_of_memory_is_not_tried_again(tiny_model):
+@pytest.mark.parametrize(
+    ("error", "ways"),
+    [("a kernel", 1), ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", len(WAYS))],
+    ids=["other", "memory"],
+)
+def test_only_want_of_memory_is_tried_again_and_at_last_ends_it(tiny_model, error, ways):
     def draw(pipeline):
         calls.append(pipeline)
-        raise RuntimeError("a kernel")
+        raise RuntimeError(error)
 
     calls, device = [], DrawingDevice("cpu", "class images")
     device.put(load_pipeline(tiny_model))
-    with pytest.raises(RuntimeError, match="a kernel"):
+    with pytest.raises(RuntimeError, match=error):
         device.draw(draw)
-    assert len(calls) == 1
-
-
-def test_memory_that_is_never_enough_ends_it(tiny_model):
-    def draw(pipeline):
-        calls.append(pipeline)
-        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-
-    calls, device = [], DrawingDevice("cpu", "class images")
-    device.put(load_pipeline(tiny_model))
-    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
-        device.draw(draw)
-    assert len(calls) == len(WAYS)
+    assert len(calls) == ways
 
 
 def test_runs_draw_where_only_parts_of_the_model_fit(flags, class_images, tmp_path):

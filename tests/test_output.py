@@ -201,10 +201,13 @@ def test_a_large_file_is_known_by_the_digest_of_its_parts(tmp_path, monkeypatch)
     earlier = replace(ours, sha256=hashlib.sha256(content).hexdigest())
     os.utime(path, (1, 1))
     assert ours.is_still(path) and earlier.is_still(path)
+    by_size = listing.Written.now(path, read_up_to=len(content) - 1)
+    assert by_size.sha256 is None and listing.Written.now(path, read_up_to=len(content)).sha256 == ours.sha256
     path.write_bytes(content[:-1] + b"x")
+    assert by_size.is_still(path)
     assert not ours.is_still(path) and not earlier.is_still(path)
     path.write_bytes(b"")
-    assert listing.digest_of(path) == hashlib.sha256().hexdigest()
+    assert not by_size.is_still(path) and listing.digest_of(path) == hashlib.sha256().hexdigest()
 
 
 def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):

@@ -37,8 +37,7 @@ def decode_in_tiles(vae: AutoencoderKL) -> None:
     vae.tile_sample_min_size = TILE
 
 
-# Each takes less of the card than the one before it, and more time: of Stable Diffusion XL in half precision, with a
-# batch of four, some 10, 6 and 2 GiB.
+# Each takes less of the card than the one before it, and more time.
 WAYS = {
     _whole: "",
     _parts_in_turn: "its parts are there one at a time",

@@ -155,10 +155,10 @@ def not_ours(folder: Path) -> str | None:
         return f"{folder.name} is a link"
     if not folder.exists():
         return None
-    if not _state_of(folder):
+    if not (state := _state_of(folder)):
         return f"{folder.name} was not written by this program"
     try:
-        files = files_of(_state_of(folder)["files"])
+        files = files_of(state["files"])
     except (KeyError, TypeError, AttributeError):
         return f"{folder.name} does not list its files, as those of earlier versions do not"
     if others := sorted(_files_in(folder) - files.keys()):
@@ -249,8 +249,6 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
             f"{resumed}: nothing is left to train, it has {checkpoint.step} steps and the run {settings['steps']}: "
             "give more --max_train_steps"
         )
-    if settings.get("steps") == checkpoint.step:
-        say(f"{checkpoint.folder} has all {checkpoint.step} steps: nothing is trained, and the result is written anew")
     earlier = settings | {name: value for name, value in defaults().items() if name in settings} | checkpoint.settings
     if settings.get("lr_scheduler") in ENDLESS:
         earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.command_line.console import doing
+from dreambooth.command_line.console import doing, say
 from dreambooth.command_line.flags import Flags
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
@@ -166,6 +166,8 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     run = Run(flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule)
     settings = flag_settings(flags, schedule, seed=seed, precision=precision, resolution=resolution)
     run.settle("settings", settings)
+    if checkpoint is not None and checkpoint.step == schedule.steps:
+        say(f"{checkpoint.folder} has all steps of the run: nothing is left to train")
     return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
 
 
