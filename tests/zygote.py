@@ -304,9 +304,9 @@ def main() -> None:
         serve(anew)
         return
     anew.close()
-    with nothing_begun_on_gpus():
+    with nothing_begun_on_gpus(), contextlib.suppress(ImportError):  # as above
         import datasets  # noqa: F401
-
+    with nothing_begun_on_gpus():
         import inference  # noqa: F401
         import train_dreambooth  # noqa: F401
         import train_dreambooth_colossalai  # noqa: F401

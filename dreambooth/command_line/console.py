@@ -19,8 +19,11 @@ from tqdm import tqdm
 
 from dreambooth.command_line.imports import put_off, put_off_no_more
 
-# How long a rank waits for another one to tell an error. torchrun ends it as soon as the other has left.
+# How long a rank waits for another one to tell an error.
 OTHERS_SPEAK_FIRST_S = 5
+# How long one that has no error of its own lets the others leave first: torchrun takes the first to leave for the
+# cause, and then ends all that are left.
+OTHERS_LEAVE_FIRST_S = 30
 # How often a log gets a line of progress.
 LOGGED_EVERY_S = 30
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -183,6 +186,8 @@ def _report(program: str, error: BaseException) -> int:
         _tell(program, str(error))
         return error.status
     if isinstance(error, ToldByRank0):
+        if _error_file():
+            time.sleep(OTHERS_LEAVE_FIRST_S)
         return error.args[0]
     # Not at the top: warnings are silenced before torch is imported.
     from dreambooth.command_line.limits import explain
@@ -190,7 +195,7 @@ def _report(program: str, error: BaseException) -> int:
     if told := explain(error):
         _tell(program, one_line(told))
     elif _misses_a_rank(error):
-        time.sleep(OTHERS_SPEAK_FIRST_S)
+        time.sleep(OTHERS_LEAVE_FIRST_S if _error_file() else OTHERS_SPEAK_FIRST_S)
         print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
     elif isinstance(error, OSError) and error.filename:
         _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
@@ -223,9 +228,14 @@ def _misses_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
+def _error_file() -> str | None:
+    """Returns the file in which torchrun looks for an error, if it has started this process."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
 def _leave_to_torchrun(error: str) -> None:
-    """Writes the error to the file that torchrun names in the environment; it shows the first one of all ranks."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    """Writes the error to the file that torchrun looks into; it shows the first one of all ranks."""
+    if path := _error_file():
         details = {"py_callstack": error, "timestamp": str(int(time.time()))}
         with open(path, "w") as file:
             json.dump({"message": {"message": error, "extraInfo": details}}, file)
