@@ -119,6 +119,7 @@ OTHERS = (
     Run(Strategy("low_level_zero", "cuda", "bf16", (CHECKPOINTING,))),
     Run(Strategy("low_level_zero", "cuda", "bf16", (CHECKPOINTING,)), gpus=2),
     Run(Strategy("gemini", "cuda", "bf16", (CHECKPOINTING,)), gpus=2),
+    Run(Strategy("gemini", "cuda", "bf16", (CHECKPOINTING,)), card=24, gpus=2),
     Run(Strategy("gemini", "auto", "bf16", (CHECKPOINTING,)), card=16),
     Run(Strategy("gemini", "cpu", "bf16", (CHECKPOINTING,)), card=8, on_disk=True),
     Run(Strategy("low_level_zero", "cpu", "fp16", (CHECKPOINTING,)), card=16, gpus=2),  # as two T4

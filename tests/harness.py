@@ -93,7 +93,8 @@ def connect(name: str, *, on_gpu: bool = False) -> socket.socket:
     alive = Path(os.environ["ZYGOTE"], "alive")
     folder = alive.with_name("gpu" if on_gpu else "cpu")
     folder.mkdir(exist_ok=True)
-    env = {"PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "0.1"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": paths, "TQDM_MININTERVAL": "0.1"}
     env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
     with FileLock(folder / "lock"):
