@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
+from colossalai.zero.gemini.chunk import Chunk
 
 from dreambooth.engine.offload import ORDINARY, HostAdamW
 from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of
-from dreambooth.engine.plugins import AheadZeroOptimizer, ShardAdamW, changed_inside
+from dreambooth.engine.plugins import AheadZeroOptimizer, LastingChunk, ShardAdamW, changed_inside
 from dreambooth.engine.strategy import Strategy
 
 
@@ -87,3 +89,30 @@ def test_weights_that_take_more_than_a_fifth_of_a_gpu_are_fetched_with_auto(plug
     """Of Stable Diffusion's UNet, in half precision, on GPUs of 8 and of 12 GB."""
     strategy = Strategy(plugin, placement, "bf16")
     assert [strategy.fetches_weights(860_000_000, memory) for memory in (8_000_000_000, 12_000_000_000)] == fetches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Chunk, LastingChunk])
+def test_a_chunk_keeps_its_memory_until_it_has_been_read(kind):
+    """While its gradients are shared in another stream, what is computed next does not get hold of it."""
+    size, device = 2**20, torch.device("cuda")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda:0"))
+    try:
+        chunk = Chunk(size, dist.group.WORLD, torch.bfloat16)
+        chunk.append_tensor(torch.zeros(size, dtype=torch.bfloat16, device=device))
+        chunk.close_chunk()
+        chunk.__class__ = kind
+        chunk.access_chunk()
+        chunk.cuda_global_chunk.fill_(1)
+        shares = torch.cuda.Stream()
+        shares.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(shares):
+            torch.cuda._sleep(10**8)  # it has other work to do first
+            chunk.reduce(async_op=True)
+            chunk.wait_async_reduce()
+        after = [torch.full([size], 2, dtype=torch.bfloat16, device=device) for _ in range(4)]
+        torch.cuda.synchronize()
+        found = set(chunk.cuda_shard.tolist())
+    finally:
+        dist.destroy_process_group()
+    assert len(after) == 4 and found == ({2} if kind is Chunk else {1}), "ColossalAI's own is overwritten"

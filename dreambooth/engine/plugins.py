@@ -198,6 +198,42 @@ class AheadZeroOptimizer(LowLevelZeroOptimizer):
         return None if divisor == 1 else torch.full((), divisor, device=norm.device)
 
 
+class LastingChunk(Chunk):
+    """Gemini's chunk, whose memory goes to nobody else before each stream is done with it.
+
+    Gemini shares gradients in a stream of its own. As soon as it has asked for that it frees what this stream is going
+    to read, which belongs to the stream that computes: the next tensor may be laid over it, and where a card is full
+    its pages are taken away. Once torch's collectives saw to it that this had to wait. Now they hold on to the tensor,
+    which Gemini leaves without memory.
+    """
+
+    def access_chunk(self, async_access: bool = False) -> dist.Work | None:
+        self._is_used_here()
+        return super().access_chunk(async_access)
+
+    def release_chunk(self) -> None:
+        self._is_used_here()
+        super().release_chunk()
+
+    def reduce(self, async_op: bool = False) -> None:
+        """Shares the gradients, in the stream in which it is called: there Gemini would wait for the end at once."""
+        self._is_used_here()
+        super().reduce()
+
+    def init_grad_chunk(self) -> Chunk:
+        if self.grad_chunk is not None:
+            self.grad_chunk._is_used_here()
+        made = super().init_grad_chunk()
+        made.__class__ = LastingChunk
+        return made
+
+    def _is_used_here(self) -> None:
+        """Has the memory wait for what the current stream has been given to do when it is freed."""
+        for tensor in (self.cuda_global_chunk, self.cuda_shard):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream())
+
+
 class WritingGeminiOptimizer(GeminiOptimizer):
     """Gemini's optimizer, where AdamW writes the weights in half precision, if their fp32 masters are in host memory.
 
@@ -307,6 +343,8 @@ def take_over(optimizer: OptimizerWrapper, memory: Memory) -> None:
         optimizer.module._logger = logging.getLogger("colossalai")
         optimizer.optim.host = HostAdamW(memory)
         offloaded = []
+        for chunk in optimizer.chunk16_set:
+            chunk.__class__ = LastingChunk
         for chunk in {chunk.paired_chunk for chunk in optimizer.chunk16_set}:
             if chunk.device_type == "cpu":
                 # Those that Gemini has made on the GPU, and moved away from there later.
