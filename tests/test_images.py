@@ -544,21 +544,23 @@ def test_each_crop_that_a_run_takes_is_encoded_once(tiny_model, photos, capfd):
 
 
 @pytest.mark.parametrize(
-    "steps, room, places",
+    "steps, room, dtype, places",
     [
-        (1, 29, {2}),
+        (1, 29, torch.bfloat16, {2}),
         # Each photo is taken 16 times; that of 8 crops shows 7 of them on average, that of 11 crops 8.6.
-        (16, 29, {1, 2, 3, 4}),
-        (10**9, 29, {0, 1, 2, 3, 4}),
-        (10**9, 7, {1, 2}),
+        (16, 29, torch.bfloat16, {1, 2, 3, 4}),
+        (10**9, 29, torch.bfloat16, {0, 1, 2, 3, 4}),
+        (10**9, 7, torch.bfloat16, {1, 2}),
+        (1, 29, torch.float32, {0, 1, 2, 3, 4}),
+        (10**9, 7, torch.float32, {1, 2}),
     ],
 )
-def test_latents_are_cached_where_it_halves_the_encoding(steps, room, places, tiny_model, photos, monkeypatch):
-    """On average, and as far as there is room. Where the run goes on makes no difference."""
+def test_latents_are_cached_where_it_halves_the_encoding(steps, room, dtype, places, tiny_model, photos, monkeypatch):
+    """On average, or costs nothing, and as far as there is room. Where the run goes on makes no difference."""
     monkeypatch.setattr(latents, "CACHE_BYTES", room * 2 * 4 * 4 * 16 * 16)
     for first_step in (0, steps - 1):
         dataset, vae = to_be_cached(tiny_model, photos)
-        is_complete = cache_latents(dataset, vae, CPU, Schedule(5, 1, steps), first_step)
+        is_complete = cache_latents(dataset, vae, CPU, Schedule(5, 1, steps), first_step, dtype=dtype)
         assert is_complete == (len(places) == 5)
         assert {place for place, _ in dataset.sets[0].moments} == places
 

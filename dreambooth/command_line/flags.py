@@ -233,9 +233,9 @@ class InstanceFlags:
     )
     cache_latents: str = flag(
         "auto",
-        "encode the crops that the run will take once, before training: auto those of square images, and of others "
-        "where that at least halves the encoding, up to 2 GiB of host memory; on (or nothing after the flag) all; off "
-        "none",
+        "encode the crops that the run will take once, before training: auto up to 2 GiB of them, all where the VAE "
+        "computes in fp32, else those of square images, and of others where that at least halves the encoding; on (or "
+        "nothing after the flag) all; off none",
         choices=("auto", "on", "off"),
         alone="on",
     )

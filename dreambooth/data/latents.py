@@ -52,7 +52,7 @@ def cache_latents(
     """
     images = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
     # A run that goes on caches what the one before it did.
-    cached = _worth_caching(dataset, len(schedule.samples())) if which == "auto" else images * (which == "on")
+    cached = _worth_caching(dataset, len(schedule.samples()), dtype) if which == "auto" else images * (which == "on")
     started = time.monotonic()
     batches = _batches(dataset, cached, schedule, first_step)
     if batches:
@@ -73,13 +73,15 @@ def cache_latents(
     return len(cached) == len(images)
 
 
-def _worth_caching(dataset: DreamBoothDataset, samples: int) -> list[tuple[Examples, int]]:
+def _worth_caching(dataset: DreamBoothDataset, samples: int, dtype: torch.dtype) -> list[tuple[Examples, int]]:
     """Returns the images whose crops `auto` caches in a run of so many samples, as (examples, place).
 
-    They are those with one crop, and those of which the steps take each crop at least twice on average: caching at
+    They are all, where steps would encode in fp32 as the cache does. Where they do so in half precision, which is
+    faster, those with one crop, and those of which the steps take each crop at least twice on average: caching at
     least halves the VAE's work. The first of them, as far as CACHE_BYTES go.
     """
     found, room = [], CACHE_BYTES
+    least = 1 if dtype == torch.float32 else 2
     for examples in dataset.sets:
         taken = samples / len(examples.photos)
         for place in range(len(examples.photos)):
@@ -87,7 +89,7 @@ def _worth_caching(dataset: DreamBoothDataset, samples: int) -> list[tuple[Examp
             # How many different ones are among so many that are drawn, on average.
             crops = min(taken, possible * (1 - (1 - 1 / possible) ** taken))
             size = crops * 2 * 4 * math.prod(examples.latent_shape)
-            if (possible == 1 or taken >= 2 * crops) and size <= room:
+            if (possible == 1 or taken >= least * crops) and size <= room:
                 found.append((examples, place))
                 room -= size
     return found
