@@ -88,14 +88,14 @@ def zygote_for_all() -> Iterator[None]:
 def connect(name: str, *, on_gpu: bool = False) -> socket.socket:
     """Returns a connection to a zygote's socket of that name; it is started when it is first wanted.
 
-    One zygote sees no GPU. The other sees all, and asks the driver which there are: by CUDA no fork could ask again.
+    One zygote sees no GPU, the other all that there are.
     """
     alive = Path(os.environ["ZYGOTE"], "alive")
     folder = alive.with_name("gpu" if on_gpu else "cpu")
     folder.mkdir(exist_ok=True)
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {"PYTHONPATH": paths, "TQDM_MININTERVAL": "0.1"}
-    env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    env |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
     with FileLock(folder / "lock"):
         if not (folder / "log").exists():

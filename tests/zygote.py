@@ -16,6 +16,7 @@ Where it sees GPUs, it begins nothing on them, since a fork could not go on with
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -28,22 +29,19 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-# All that takes long and does not import huggingface_hub.
-import matplotlib.pyplot  # noqa: F401
-import pandas  # noqa: F401
-import pyarrow  # noqa: F401
-import torch._dynamo
-import torch._inductor.select_algorithm
-import torch.distributed.run
-import torch.distributed.tensor
-import torch.utils.tensorboard  # noqa: F401
-import torchvision  # noqa: F401
-from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+import torch
+
+# What takes long and does not import huggingface_hub; and what does. Those that need one that is missing say so.
+LIBRARIES = (
+    *("matplotlib.pyplot", "pandas", "pyarrow", "torch._dynamo", "torch._inductor.select_algorithm"),
+    *("torch.distributed.run", "torch.distributed.tensor", "torch.utils.tensorboard", "torchvision", "bitsandbytes"),
+)
+PROJECT = ("datasets", "inference", "train_dreambooth", "train_dreambooth_colossalai")
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,8 @@ class Forked(subprocess.Popen):
 
 def fork_ranks() -> None:
     """Has torchrun's agent in this process start forks."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
     SubprocessHandler._popen = lambda self, args, env: Forked(args, env=env, start_new_session=True)
 
 
@@ -252,19 +252,36 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
+def gpus() -> list[tuple[int, ...]]:
+    """Returns the compute capability of each GPU that programs see, asked of another program."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names == "":
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", *(["--id", names] if names else [])]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return [tuple(int(number) for number in one.split(".")) for one in told]
+
+
 @contextlib.contextmanager
 def nothing_begun_on_gpus() -> Iterator[None]:
-    """Within it, what libraries ask of the GPU when they are imported is answered without beginning anything on it."""
-    if not torch.cuda.is_available():
+    """Within it, what libraries ask of GPUs when they are imported is answered without asking CUDA or its driver.
+
+    A fork could ask neither again: NCCL then finds the driver's own library, NVML, blocked.
+    """
+    if not (found := gpus()):
         yield
         return
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    capability = tuple(int(number) for number in first.split("."))
-    answers = {"current_device": lambda: 0, "get_device_capability": lambda device=None: capability}
+    answers = {"is_available": lambda: True, "device_count": lambda: len(found), "current_device": lambda: 0}
+    answers["get_device_capability"] = lambda device=None: found[0]
     with mock.patch.multiple("torch.cuda", **answers):
         yield
     assert not torch.cuda.is_initialized()
+
+
+def import_all(names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def warm_up() -> None:
@@ -295,22 +312,17 @@ def freeze() -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    with nothing_begun_on_gpus():
+        import_all(LIBRARIES)
     assert "huggingface_hub" not in sys.modules
     anew = listen(folder / "anew")
-    with nothing_begun_on_gpus(), contextlib.suppress(ImportError):  # those that need it say so
-        import bitsandbytes  # noqa: F401
     freeze()
     if os.fork():
         serve(anew)
         return
     anew.close()
-    with nothing_begun_on_gpus(), contextlib.suppress(ImportError):  # as above
-        import datasets  # noqa: F401
     with nothing_begun_on_gpus():
-        import inference  # noqa: F401
-        import train_dreambooth  # noqa: F401
-        import train_dreambooth_colossalai  # noqa: F401
-
+        import_all(PROJECT)
         warm_up()
     freeze()
     serve(listen(folder / "socket"))
