@@ -420,3 +420,32 @@ def test_too_little_shared_memory_is_one_line(flags):
     done = train(COLOSSALAI, flags | more, before=small_disk("/dev/shm", "256k"), check=False)
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert "/dev/shm has 0.2 MiB. Start the container with a larger --shm-size" in done.error_lines[0]
+
+
+NCCL_FAILED = """\
+NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, unhandled system error (run with NCCL_DEBUG=INFO
+for details), NCCL version 2.28.9
+{kind}: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+nvmlInit_v2() failed: GPU access blocked by the operating system
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "ncclSystemError",
+            "x: error: NCCL, which connects the GPUs, says: nvmlInit_v2() failed: GPU access blocked by ",
+        ),
+        ("ncclRemoteError", "x: rank 0 ends, because another rank has"),
+    ],
+)
+def test_what_nccl_says_is_told_unless_another_rank_has_ended(kind, told, tmp_path):
+    raises = f"raise torch.distributed.DistBackendError({NCCL_FAILED.format(kind=kind)!r})"
+    (tmp_path / "x.py").write_text(
+        f"import torch.distributed\nfrom dreambooth.command_line.console import run_program\n"
+        f"def main():\n    {raises}\nrun_program(main, 'x')\n"
+    )
+    done = run([sys.executable, tmp_path / "x.py"], env={"PYTHONPATH": str(ROOT), "RANK": "0"}, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1

@@ -194,6 +194,9 @@ def _report(program: str, error: BaseException) -> int:
 
     if told := explain(error):
         _tell(program, one_line(told))
+    elif told := _of_nccl(error):
+        time.sleep(OTHERS_SPEAK_FIRST_S)  # it may have failed for want of another rank, which then speaks by now
+        _tell(program, f"NCCL, which connects the GPUs, says: {told} (NCCL_DEBUG=INFO has it say more)")
     elif _misses_a_rank(error):
         time.sleep(OTHERS_LEAVE_FIRST_S if _error_file() else OTHERS_SPEAK_FIRST_S)
         print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
@@ -219,6 +222,16 @@ def _tell(program: str, line: str) -> None:
         time.sleep(OTHERS_SPEAK_FIRST_S)
     print(f"{program}: error: {line}", file=sys.stderr)
     _leave_to_torchrun(line)
+
+
+def _of_nccl(error: Exception) -> str | None:
+    """Returns the last words of NCCL where it has failed, and not because another rank has ended."""
+    import torch.distributed as dist  # as above
+
+    text = str(error).strip()
+    if isinstance(error, dist.DistBackendError) and text.startswith("NCCL error") and "ncclRemoteError" not in text:
+        return one_line(text.splitlines()[-1].strip())
+    return None
 
 
 def _misses_a_rank(error: Exception) -> bool:
