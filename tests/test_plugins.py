@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.low_level.bookkeeping import BucketStore
 
 from dreambooth.engine.offload import ORDINARY, HostAdamW
 from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of
-from dreambooth.engine.plugins import AheadZeroOptimizer, LastingChunk, ShardAdamW, changed_inside
+from dreambooth.engine.plugins import AheadZeroOptimizer, InPlaceBucket, LastingChunk, ShardAdamW, changed_inside
 from dreambooth.engine.strategy import Strategy
 
 
@@ -89,6 +90,28 @@ def test_weights_that_take_more_than_a_fifth_of_a_gpu_are_fetched_with_auto(plug
     """Of Stable Diffusion's UNet, in half precision, on GPUs of 8 and of 12 GB."""
     strategy = Strategy(plugin, placement, "bf16")
     assert [strategy.fetches_weights(860_000_000, memory) for memory in (8_000_000_000, 12_000_000_000)] == fetches
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[12], [11], [12, 6]])
+def test_a_flat_gradient_is_shared_where_it_lies(sizes, ranks):
+    """In the order of ColossalAI's own; one that is filled up for the ranks is another tensor already."""
+
+    def flattened(kind) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        bucket = kind.__new__(kind)  # its own groups and streams are not needed
+        bucket._world_size = ranks
+        bucket.reset_all()
+        gradients = [torch.arange(size, dtype=torch.bfloat16) for size in sizes]
+        for gradient in gradients:
+            parameter = torch.nn.Parameter(torch.zeros_like(gradient))
+            parameter.grad = gradient
+            bucket.add_param_grad(0, parameter, -gradient.numel() % ranks)
+        bucket.build_grad_in_bucket()
+        return bucket.get_flatten_grad(), gradients
+
+    (found, gradients), (wanted, _) = flattened(InPlaceBucket), flattened(BucketStore)
+    assert torch.equal(found, wanted)
+    assert (found.data_ptr() == gradients[0].data_ptr()) == (len(sizes) == 1 and sizes[0] % ranks == 0)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from colossalai.interface import OptimizerWrapper
 from colossalai.zero.gemini import GeminiOptimizer, gemini_optimizer
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level import LowLevelZeroOptimizer
-from colossalai.zero.low_level.bookkeeping import GradientStore
+from colossalai.zero.low_level.bookkeeping import BucketStore, GradientStore
 
 from dreambooth.command_line.console import RunError, warn
 from dreambooth.engine.offload import HostAdamW, Memory, StreamedAdamW
@@ -40,6 +40,7 @@ def other_colossalai(found: str) -> RunError:
 # Of the source of the classes that the rest of this file builds on, in ColossalAI 0.5.0.
 SOURCES = {
     LowLevelZeroOptimizer: "0c842aaed52f3de2",
+    BucketStore: "0105c02392e25d44",
     GradientStore: "bc13ac9887f74919",
     GeminiOptimizer: "1f06236f23fa2594",
     Chunk: "7afc94a92d1b0b23",
@@ -127,6 +128,23 @@ class HeldGradScaler(DynamicGradScaler):
             raise other_colossalai("did not say whether the gradients overflowed")
         super().update(self.overflow)
         self.overflow = None
+
+
+class InPlaceBucket(BucketStore):
+    """low_level_zero's bucket, which has the gradient of a flat parameter shared where it lies.
+
+    ColossalAI's copies what is in a bucket, to put what belongs to the same rank side by side. A single gradient is so
+    already. Where gradients stay in place for a recording, the copies would take as much of the GPU again.
+    """
+
+    def get_flatten_grad(self) -> torch.Tensor:
+        """Returns (elements of all gradients,): the part of each rank after that of the one before."""
+        slices = [one for of_rank in self.get_grad().values() for one in of_rank]
+        first = slices[0]
+        lie_so = [one.data_ptr() - first.data_ptr() for one in slices]
+        if lie_so != [number * first.nbytes for number in range(len(slices))] or len(slices) != self.world_size:
+            return super().get_flatten_grad()
+        return first.as_strided([len(slices) * first.numel()], [1])
 
 
 class AheadZeroOptimizer(LowLevelZeroOptimizer):
@@ -330,6 +348,8 @@ def take_over(optimizer: OptimizerWrapper, memory: Memory) -> None:
     if isinstance(optimizer, LowLevelZeroOptimizer):
         assert optimizer.num_param_groups == 1 and isinstance(optimizer.optim, AdamW)
         optimizer.__class__ = AheadZeroOptimizer
+        for bucket in optimizer.pg_to_bucket_store.values():
+            bucket.__class__ = InPlaceBucket
         if optimizer._cpu_offload:
             (device,) = {weights.device for weights in optimizer._working_param_groups[0]}
             optimizer.updates = StreamedAdamW(device, optimizer.dtype, memory)
