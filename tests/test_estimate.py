@@ -129,8 +129,8 @@ OTHERS = [
     (on_gpu("torch_ddp", batch=1, examples=2, records=True), 16.7),
     (on_gpu("torch_ddp", batch=1, examples=2, recomputes=True, use_8bit_adam=True), 11.2),
 ]
-# Stable Diffusion XL at 1024 px, batch 1, on H200: allocated, and reserved of graphs. The last three on H100. Not that of
-# low_level_zero, recorded, on two: it was 30.5, with a copy of the gradients that is no longer made.
+# Stable Diffusion XL at 1024 px, batch 1, on H200: allocated, and reserved of graphs. The last three on H100. Not that
+# of low_level_zero, recorded, on two: it was 30.5, with a copy of the gradients that is no longer made.
 ADAPTERS = {"lora": LoraFlags(lora_rank=16), "recomputes": True, "batch": 1}
 OF_XL = [
     (on_gpu("torch_ddp", batch=1, records=True), 49.2),

@@ -489,6 +489,21 @@ def test_validation_images_that_are_not_finite_end_nothing(script, flags, tiny_m
     assert (flags["output_dir"] / "model_index.json").exists() and not (flags["output_dir"] / "validation").exists()
 
 
+@BOTH
+def test_validation_images_that_find_no_memory_end_nothing(script, flags):
+    """Also where a library says so, in words of its own."""
+    fails = (
+        "import dreambooth.run.validation as validation\n"
+        "def fails(*others): raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')\n"
+        "validation._draw = fails"
+    )
+    flags |= {"max_train_steps": 1, "validation_prompt": "dog", "num_validation_images": 1}
+    done = train(script, flags, before=fails)
+    (warning,) = (line for line in done.stderr.splitlines() if line.startswith("warning: no valid"))
+    assert "no validation images of step 1: out of GPU memory while drawing validation images: " in warning
+    assert (flags["output_dir"] / "model_index.json").exists()
+
+
 # Latents and prompts -------------------------------------------------------------------------------------------------
 
 

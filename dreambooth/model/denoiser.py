@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, say
+from dreambooth.command_line.limits import is_out_of_gpu_memory
 from dreambooth.model.components import dropout_of
 from dreambooth.model.family import Conditioning, Family
 from dreambooth.model.libraries import checkpoint_activations, name_in_file
@@ -138,7 +139,7 @@ class Denoiser(torch.nn.Module):
             gradients: `in_place`, `accumulates` and `share` of `Recording`.
 
         Raises:
-            torch.OutOfMemoryError: see above.
+            RuntimeError: see above; torch's of memory, or a library's.
             UserError: if it is insisted on for a model that draws random numbers again as it recomputes.
         """
         from dreambooth.model.channels_last import keep_channels_last  # Triton is not there without a GPU
@@ -158,8 +159,8 @@ class Denoiser(torch.nn.Module):
             rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
             self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients)
             del rest
-        except torch.OutOfMemoryError:
-            if insist:
+        except RuntimeError as error:
+            if insist or not is_out_of_gpu_memory(error):
                 raise
             if undo:
                 undo()

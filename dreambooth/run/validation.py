@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import UserError, doing, is_rank_0, say, warn
 from dreambooth.command_line.flags import ValidationFlags
-from dreambooth.command_line.limits import explain
+from dreambooth.command_line.limits import explain, is_out_of_gpu_memory
 from dreambooth.data.class_images import one_cpu_thread
 from dreambooth.data.images import NotFinite, pictures_of
 from dreambooth.data.randomness import Stream, starting_points
@@ -93,7 +93,9 @@ def validate(
             pictures = pictures_of(_draw(device, flags.validation_prompt, flags.num_validation_images, seed))
     except NotFinite as error:
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_gpu_memory(error):
+            raise
         reason = explain(error)
     device.clear()
     if reason:
