@@ -76,7 +76,7 @@ def finish(returncode: int, stdout: str, stderr: str, started: float, check: boo
 
 @contextlib.contextmanager
 def zygote_for_all() -> Iterator[None]:
-    """Within it this process and those that it starts share zygotes (zygote.py), which end with it."""
+    """Within it this process and those that it starts share a zygote (zygote.py), which ends with it."""
     with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
         os.environ["ZYGOTE"] = folder
         os.mkfifo(Path(folder, "alive"))
@@ -85,17 +85,12 @@ def zygote_for_all() -> Iterator[None]:
         os.close(alive)
 
 
-def connect(name: str, *, on_gpu: bool = False) -> socket.socket:
-    """Returns a connection to a zygote's socket of that name; it is started when it is first wanted.
-
-    One zygote sees no GPU, the other all that there are.
-    """
-    alive = Path(os.environ["ZYGOTE"], "alive")
-    folder = alive.with_name("gpu" if on_gpu else "cpu")
-    folder.mkdir(exist_ok=True)
+def connect(name: str) -> socket.socket:
+    """Returns a connection to the zygote's socket of that name; it is started when it is first wanted."""
+    folder = Path(os.environ["ZYGOTE"])
+    alive = folder / "alive"
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": paths, "TQDM_MININTERVAL": "0.1"}
-    env |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    env = {"PYTHONPATH": paths, "TQDM_MININTERVAL": "0.1", "CUDA_VISIBLE_DEVICES": ""}
     env["TORCH_WARM_POOL"] = "0"  # or torch's compiler starts threads when it is imported
     with FileLock(folder / "lock"):
         if not (folder / "log").exists():
@@ -134,7 +129,7 @@ class Running:
             variables of huggingface_hub in `env`, which it reads when it is imported.
         before: lines of Python that each process, or torchrun, executes first.
         cwd: the working directory.
-        on_gpu: whether it sees the GPUs of this machine.
+        on_gpu: whether it sees the GPUs of this machine; its processes are no forks then, and `before` is passed over.
     """
 
     unfinished: list["Running"] = []
@@ -160,9 +155,11 @@ class Running:
         if torchrun is not None:
             program, nproc = ["torchrun", f"--nproc_per_node={nproc}", *torchrun, *program], 1
         order = {"program": program, "nproc": nproc, "env": env or {}, "cwd": str(cwd), "before": before}
-        order |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
+        order |= {"stdout": str(self.stdout), "stderr": str(self.stderr), "as_new": on_gpu}
+        if on_gpu:
+            order["env"] = order["env"] | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
         anew = anew or any(name.startswith("HF_") for name in order["env"])
-        with connect("anew" if anew else "socket", on_gpu=on_gpu) as connection:
+        with connect("anew" if anew else "socket") as connection:
             connection.sendall(f"{json.dumps(order)}\n".encode())
             self.answers = connection.makefile()
         self.pids = json.loads(self.answers.readline())

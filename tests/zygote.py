@@ -10,7 +10,8 @@ always does, but the processes that it starts are forks too.
 Runs that connect to FOLDER/anew instead are forks of a process that has not imported the project, nor huggingface_hub,
 which reads variables of the environment when it is imported, nor what imports that.
 
-Where it sees GPUs, it begins nothing on them, since a fork could not go on with that: each process does, as ever.
+It sees no GPU: a fork could not go on with what libraries begin there when they are imported. A run that is to use one
+is made of new processes.
 """
 
 import atexit
@@ -29,10 +30,9 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -50,20 +50,22 @@ class Order:
 
     Args:
         program: a script and the words after it, or "-m" and a module, or "torchrun".
-        env: is added to the environment.
+        env: is added to the environment; None takes away.
         cwd: the working directory.
         stdout, stderr: files that the outputs are added to.
         nproc: the number of processes.
         before: lines of Python that each process executes first; they know all names of this file.
+        as_new: whether each process executes Python instead, without `before`.
     """
 
     program: list[str]
-    env: dict[str, str]
+    env: dict[str, str | None]
     cwd: str
     stdout: str
     stderr: str
     nproc: int = 1
     before: str = ""
+    as_new: bool = False
 
 
 def execute(program: list[str], before: str = "") -> None:
@@ -165,8 +167,13 @@ def start(order: Order, environment: dict) -> int:
         for number, path in enumerate((os.devnull, order.stdout, order.stderr)):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.environ.update(environment)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         os.chdir(order.cwd)
+        if order.as_new:
+            os.execv(sys.executable, [sys.executable, *order.program])
         tempfile.tempdir = None  # another one, if TMPDIR is
         execute(order.program, order.before)
     except OSError:  # of the files for what it says
@@ -252,32 +259,6 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def gpus() -> list[tuple[int, ...]]:
-    """Returns the compute capability of each GPU that programs see, asked of another program."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names == "":
-        return []
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", *(["--id", names] if names else [])]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return [tuple(int(number) for number in one.split(".")) for one in told]
-
-
-@contextlib.contextmanager
-def nothing_begun_on_gpus() -> Iterator[None]:
-    """Within it, what libraries ask of GPUs when they are imported is answered without asking CUDA or its driver.
-
-    A fork could ask neither again: NCCL then finds the driver's own library, NVML, blocked.
-    """
-    if not (found := gpus()):
-        yield
-        return
-    answers = {"is_available": lambda: True, "device_count": lambda: len(found), "current_device": lambda: 0}
-    answers["get_device_capability"] = lambda device=None: found[0]
-    with mock.patch.multiple("torch.cuda", **answers):
-        yield
-    assert not torch.cuda.is_initialized()
-
-
 def import_all(names: Iterable[str]) -> None:
     for name in names:
         with contextlib.suppress(ImportError):
@@ -312,8 +293,7 @@ def freeze() -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with nothing_begun_on_gpus():
-        import_all(LIBRARIES)
+    import_all(LIBRARIES)
     assert "huggingface_hub" not in sys.modules
     anew = listen(folder / "anew")
     freeze()
@@ -321,9 +301,8 @@ def main() -> None:
         serve(anew)
         return
     anew.close()
-    with nothing_begun_on_gpus():
-        import_all(PROJECT)
-        warm_up()
+    import_all(PROJECT)
+    warm_up()
     freeze()
     serve(listen(folder / "socket"))
 
