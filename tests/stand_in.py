@@ -18,7 +18,7 @@ process = f"/proc/{os.getpid()}/fd"
 order = {"program": program, "env": dict(os.environ), "cwd": os.getcwd()}
 order |= {"stdout": f"{process}/1", "stderr": f"{process}/2"}
 connection = socket.socket(socket.AF_UNIX)
-connection.connect(os.path.join(os.environ["ZYGOTE"], "cpu", "socket"))
+connection.connect(os.path.join(os.environ["ZYGOTE"], "socket"))
 connection.sendall(f"{json.dumps(order)}\n".encode())
 answers = connection.makefile()
 (pid,) = json.loads(answers.readline())
