@@ -110,7 +110,8 @@ ON_H200 = [
     (on_gpu("gemini", recomputes=True), 15.33),
 ]
 # From benchmarks/four_h200.json: what torch had reserved with graphs, which is more than is allocated, and what it had
-# allocated under Gemini, which has none.
+# allocated under Gemini, which has none. Those of low_level_zero on several GPUs have a copy of the gradients that is
+# no longer made.
 ON_FOUR_H200 = [
     (on_gpu(dtype=FP32, encodes=FP32), 38.40),
     (on_gpu(records=True), 26.9),
