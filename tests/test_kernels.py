@@ -152,7 +152,7 @@ def test_a_unet_with_flat_parameters_can_keep_channels_last():
     assert_close(found, plain(latents, timesteps, prompt).sample, 1e-3 if DEVICE == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "tiny-v2", "tiny-xl"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny-xl"])
 def test_a_unet_with_channels_last_computes_the_same(shape):
     """Its prediction and all gradients, in fp32; and it can be made what it was."""
     torch.manual_seed(0)

@@ -522,8 +522,7 @@ def make_adapters_count(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.skipif(triton.__version__ < "3.2", reason="the interpreter of Triton 3.1 computes nonsense")
-@pytest.mark.parametrize("targets", ["attention", "all"])
-@MODELS
+@pytest.mark.parametrize(("model", "targets"), [("xl_model", "attention"), ("tiny_model", "all")])
 def test_a_unet_with_adapters_keeps_channels_last(model, targets, request):
     """It predicts the same, with all gradients of adapters: a layer that has one is left as it is."""
     folder = request.getfixturevalue(model)

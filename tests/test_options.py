@@ -386,8 +386,10 @@ def test_stable_diffusion_2_at_768_pixels(short, tiny_v2, photos, tmp_path):
         train(script, flags | {"output_dir": tmp_path / script})
         found[script] = losses(tmp_path / script)
     np.testing.assert_allclose(found[COLOSSALAI], found[TRADITIONAL], rtol=1e-5)
-    train(COLOSSALAI, flags | {"external_unet_path": tmp_path / TRADITIONAL / "unet", "max_train_steps": 1})
-    assert losses(short["output_dir"])[0] != found[COLOSSALAI][0]
+    small = {"resolution": 32, "max_train_steps": 1}
+    for unet in (None, tmp_path / TRADITIONAL / "unet"):
+        train(COLOSSALAI, flags | small | {"external_unet_path": unet, "output_dir": tmp_path / f"from {bool(unet)}"})
+    assert losses(tmp_path / "from True") != losses(tmp_path / "from False")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / COLOSSALAI)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     pipeline.set_progress_bar_config(disable=True)
