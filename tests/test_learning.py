@@ -138,8 +138,8 @@ def learned(changes: dict[str, torch.Tensor]) -> None:
 
 
 def test_the_subject_is_learned_and_the_class_is_kept(changes_by):
-    # The seed is one with which so few steps are enough. With class images as a trainer draws them 0 to 3 came to +0.13,
-    # -0.03, +0.11 and +0.14, and with the launcher's 350 steps 1 and 2 came to +0.17 and +0.12.
+    # The seed is one with which so few steps are enough. With class images as a trainer draws them 0 to 3 came to
+    # +0.13, -0.03, +0.11 and +0.14, and with the launcher's 350 steps 1 and 2 came to +0.17 and +0.12.
     learned(changes_by("with prior", **PRIOR, max_train_steps=120))
 
 
