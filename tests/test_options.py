@@ -457,9 +457,9 @@ def test_gradient_checkpointing_needs_less_memory(short):
     """Activations of many images are a good part of what a tiny model's run holds."""
     peaks = {}
     for checkpointing in (False, True):
-        flags = short | {"resolution": 128, "train_batch_size": 16, "max_train_steps": 1}
+        flags = short | {"resolution": 128, "train_batch_size": 8, "max_train_steps": 1}
         flags |= {"gradient_checkpointing": checkpointing}
         train(COLOSSALAI, flags)
         peaks[checkpointing] = scalars(flags["output_dir"], "peak_host_memory_gib")[-1]
         shutil.rmtree(flags["output_dir"])
-    assert peaks[True] < peaks[False] - 0.07, peaks
+    assert peaks[True] < peaks[False] - 0.03, peaks
