@@ -130,9 +130,14 @@ BAD_IMAGES = {
 }
 
 
-def no_data_set(folder: Path, flags: dict) -> dict:
-    (folder / "x.parquet").write_bytes(b"hello")
-    return {"dataset_name": folder / "x.parquet", "instance_data_dir": None}
+def no_data_set(name: str) -> Callable[[Path, dict], dict]:
+    """Returns what makes a file of that name that is no data set."""
+
+    def make(folder: Path, flags: dict) -> dict:
+        (folder / name).write_bytes(b"hello")
+        return {"dataset_name": folder / name, "instance_data_dir": None}
+
+    return make
 
 
 def with_images(files: dict[str, bytes]) -> Callable[[Path, dict], dict]:
@@ -868,7 +873,8 @@ CAPTIONS = {
     "metadata of a number for a caption": Case(metadata(caption_for(5)), "line 1: the caption is no text"),
     "metadata of a blank caption": Case(metadata(caption_for(" \u200b")), "line 1: the caption is blank"),
     "metadata of half a letter": Case(metadata(caption_for("a \ud83d dog")), "the caption is not valid UTF-8"),
-    "data set that is none": Case(no_data_set, "x.parquet cannot be loaded: "),
+    "data set that is none": Case(no_data_set("x.parquet"), "x.parquet cannot be loaded: "),
+    "data set of another ending": Case(no_data_set("x.pq"), "x.pq: files of data sets end in .parquet, .arrow, .json"),
     "two captions": Case(
         with_images({"0.txt": b"a dog", "metadata.jsonl": json.dumps(caption_for("a cat")).encode()}),
         "0.png has two captions, in metadata.jsonl and in 0.txt: remove one",

@@ -105,7 +105,7 @@ def test_what_changes_the_loss_is_declared_so():
 def test_what_words_alone_tell_is_told_before_libraries_are_imported(script, words):
     done = run([sys.executable, "-X", "importtime", script, *words], check=False)
     if words == ["--help"]:
-        assert done.returncode == 0 and done.stdout.startswith("usage: ")
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: {script} ")
     else:
         assert done.returncode == 2 and f"{script}: error: argument --seed: 'x' is" in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]

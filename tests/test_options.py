@@ -123,18 +123,19 @@ def test_a_data_set_is_a_folder_with_captions(script, short, photos, tmp_path):
     sets = tmp_path / "set" / "data"
     sets.mkdir(parents=True)
     parquet(sets / "train-00000-of-00001.parquet", photos, library=True)
-    parquet(tmp_path / "other.parquet", photos, library=False, columns=("picture", "caption"))
-    renamed = {"image_column": "picture", "caption_column": "caption"}
+    parquet(tmp_path / "other.PARQUET", photos, library=False, columns=("picture", "caption"))
+    renamed = {"image_column": "picture", "caption_column": "caption", "dataset_config_name": "one"}
     sources = {
         "folder": {"instance_data_dir": folder},
         "parquet folder": {"instance_data_dir": None, "dataset_name": tmp_path / "set"},
-        "parquet file": {"instance_data_dir": None, "dataset_name": tmp_path / "other.parquet"} | renamed,
+        "parquet file": {"instance_data_dir": None, "dataset_name": tmp_path / "other.PARQUET"} | renamed,
         "imagefolder": {"instance_data_dir": None, "dataset_name": folder},
     }
     del short["instance_prompt"]
     for name, changed in sources.items():
-        train(script, short | changed | {"output_dir": tmp_path / name})
+        done = train(script, short | changed | {"output_dir": tmp_path / name})
         assert losses(tmp_path / name) == losses(tmp_path / "folder")
+        assert ("--dataset_config_name one: no effect" in done.stderr) == ("dataset_config_name" in changed)
 
 
 def test_a_data_set_has_configurations(short, photos, tmp_path):

@@ -442,10 +442,23 @@ nvmlInit_v2() failed: GPU access blocked by the operating system
     ],
 )
 def test_what_nccl_says_is_told_unless_another_rank_has_ended(kind, told, tmp_path):
-    raises = f"raise torch.distributed.DistBackendError({NCCL_FAILED.format(kind=kind)!r})"
+    said = said_of(f"torch.distributed.DistBackendError({NCCL_FAILED.format(kind=kind)!r})", tmp_path)
+    assert said.startswith(told) and len(said.splitlines()) == 1
+
+
+def test_a_failure_of_the_compiler_is_one_line(tmp_path):
+    said = said_of("torch._inductor.exc.CppCompileError(['g++', 'x.cpp'], 'x.cpp:1: error: what')", tmp_path)
+    assert (
+        said == "x: error: torch's compiler, which --compile asks for, has failed, leave it out: C++ compile error\n"
+    )
+
+
+def said_of(error: str, tmp_path) -> str:
+    """Returns what a program says that an error has ended, a Python expression."""
     (tmp_path / "x.py").write_text(
-        f"import torch.distributed\nfrom dreambooth.command_line.console import run_program\n"
-        f"def main():\n    {raises}\nrun_program(main, 'x')\n"
+        f"import torch._inductor.exc\nfrom dreambooth.command_line.console import run_program\n"
+        f"def main():\n    raise {error}\nrun_program(main, 'x')\n"
     )
     done = run([sys.executable, tmp_path / "x.py"], env={"PYTHONPATH": str(ROOT), "RANK": "0"}, check=False)
-    assert done.returncode == 1 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1
+    return done.stderr

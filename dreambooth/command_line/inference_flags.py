@@ -1,5 +1,7 @@
 """The flags of inference.py."""
 
+import argparse
+
 from dreambooth.command_line.flags import MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
@@ -8,7 +10,7 @@ from dreambooth.command_line.paths import path
 def inference_parser(description: str) -> Parser:
     """Returns a parser of them; `description` is the program's, for --help."""
     positive = number(int, 1)
-    parser = Parser(description)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         type=path,

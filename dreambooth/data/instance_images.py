@@ -20,6 +20,8 @@ from dreambooth.processes.environment import Place
 from dreambooth.processes.threads import cores_of, in_threads
 
 METADATA = "metadata.jsonl"
+# Files of --dataset_name by their endings, and what the library calls them.
+KINDS_OF_FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 # Files that other tools keep captions in.
 LOOK_LIKE_CAPTIONS = (*CAPTION_SUFFIXES, ".captions", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -208,15 +210,21 @@ def _load_dataset(flags: InstanceFlags):
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it cannot read is told below
     name, config = flags.dataset_name, flags.dataset_config_name
     flag = f"--dataset_name {name}"
+    on_disk = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
+    kind = KINDS_OF_FILES.get(Path(name).suffix.lower()) if os.path.isfile(name) else None
     if not os.path.exists(name):
         if not can_be_hub_id(name):
             raise UserError(f"{flag} is neither a folder nor a file")
         _ask_the_hub(name, flag)
+    elif os.path.isfile(name) and not kind:  # the library would ask the Hub for a data set named like the ending
+        raise UserError(f"{flag}: files of data sets end in {', '.join(KINDS_OF_FILES)}")
+    if config and (on_disk or kind):
+        warn(f"--dataset_config_name {config}: no effect, {name} has no others")
     try:
-        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+        if on_disk:
             splits = datasets.load_from_disk(name)
-        elif os.path.isfile(name):
-            splits = datasets.load_dataset(Path(name).suffix[1:], config, data_files=name)
+        elif kind:
+            splits = datasets.load_dataset(kind, data_files=name)
         else:
             splits = datasets.load_dataset(name, config)
     except Exception as error:  # The library raises whatever its readers and the network lead it to.
