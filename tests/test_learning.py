@@ -37,7 +37,7 @@ FLAGS = {
     "learning_rate": 5e-4,
     "seed": 0,
 }
-PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": 24}
+PRIOR = {"with_prior_preservation": True, "class_prompt": CLASS, "num_class_images": len(PLACES) * len(SEEDS)}
 ADAPTERS = {"lora_rank": 16, "lora_target_modules": "all", "learning_rate": 7e-3, "lr_scheduler": "cosine"}
 
 
@@ -88,7 +88,7 @@ def before(once):
 
 @pytest.fixture(scope="module")
 def class_images_of_dogs(once):
-    """The class images of all trainings on the CPU, in a tenth of the steps that a trainer takes to draw them."""
+    """The class images of all trainings on the CPU, in fewer steps than a trainer takes to draw them."""
 
     def make(folder):
         folder.mkdir()

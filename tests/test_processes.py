@@ -448,9 +448,8 @@ def test_what_nccl_says_is_told_unless_another_rank_has_ended(kind, told, tmp_pa
 
 def test_a_failure_of_the_compiler_is_one_line(tmp_path):
     said = said_of("torch._inductor.exc.CppCompileError(['g++', 'x.cpp'], 'x.cpp:1: error: what')", tmp_path)
-    assert (
-        said == "x: error: torch's compiler, which --compile asks for, has failed, leave it out: C++ compile error\n"
-    )
+    assert said.startswith("x: error: torch's compiler has failed: C++ compile error. --compile asks for it, and ")
+    assert len(said.splitlines()) == 1
 
 
 def said_of(error: str, tmp_path) -> str:

@@ -195,7 +195,8 @@ def _report(program: str, error: BaseException) -> int:
     if told := explain(error):
         _tell(program, one_line(told))
     elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        _tell(program, f"torch's compiler, which --compile asks for, has failed, leave it out: {first_line(error)}")
+        asks = "--compile asks for it, and --use_8bit_adam without a GPU: leave that out"
+        _tell(program, f"torch's compiler has failed: {first_line(error)}. {asks}")
     elif told := _of_nccl(error):
         time.sleep(OTHERS_SPEAK_FIRST_S)  # it may have failed for want of another rank, which then speaks by now
         _tell(program, f"NCCL, which connects the GPUs, says: {told} (NCCL_DEBUG=INFO has it say more)")

@@ -210,7 +210,7 @@ def _load_dataset(flags: InstanceFlags):
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it cannot read is told below
     name, config = flags.dataset_name, flags.dataset_config_name
     flag = f"--dataset_name {name}"
-    on_disk = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
+    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
     kind = KINDS_OF_FILES.get(Path(name).suffix.lower()) if os.path.isfile(name) else None
     if not os.path.exists(name):
         if not can_be_hub_id(name):
@@ -218,10 +218,10 @@ def _load_dataset(flags: InstanceFlags):
         _ask_the_hub(name, flag)
     elif os.path.isfile(name) and not kind:  # the library would ask the Hub for a data set named like the ending
         raise UserError(f"{flag}: files of data sets end in {', '.join(KINDS_OF_FILES)}")
-    if config and (on_disk or kind):
-        warn(f"--dataset_config_name {config}: no effect, {name} has no others")
+    if config and (saved or kind):
+        warn(f"--dataset_config_name {config}: no effect, {name} has no configurations")
     try:
-        if on_disk:
+        if saved:
             splits = datasets.load_from_disk(name)
         elif kind:
             splits = datasets.load_dataset(kind, data_files=name)
