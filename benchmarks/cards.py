@@ -68,6 +68,7 @@ COLUMNS = (
     "estimate",
     "reserved before the steps",
     "host GiB",
+    "of its own",
     "estimate",
 )
 
@@ -187,7 +188,7 @@ def table(rows: list[dict]) -> str:
             steps = row["seconds_per_step"]
             seconds = [f"{statistics.median(steps[len(steps) // 2 :]):.3f}", f"{steps[0]:.1f}"]
             names = ("whole_s", "reserved_gib", "in_tensors_gib", "estimate_gib", "before_steps_gib")
-            names += ("peak_host_memory_gib", "estimate_host_gib")
+            names += ("peak_host_memory_gib", "own_host_gib", "estimate_host_gib")
             cells += seconds + [f"{row[name]:.1f}" if row.get(name) else "–" for name in names]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@
 
 runs a trainer with its flags, saving included, as on a card of 12 GB; on the GPU as it is where the size is 0. Its
 last line is JSON of rank 0: GiB that torch's allocator had reserved at most before the steps, and from then on, and
-how much was in tensors. `benchmarks.cards` calls it.
+how much was in tensors, and GiB of host memory of its own. `benchmarks.cards` calls it.
 """
 
 from dreambooth.command_line.console import before_imports
@@ -15,11 +15,13 @@ import importlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
 from dreambooth.command_line.console import is_rank_0, run_program
+from dreambooth.command_line.limits import host_memory_gib
 from dreambooth.processes.environment import find_place
 from dreambooth.run.estimate import GIB
 from dreambooth.run.memory import SEEN_OF_A_CARD
@@ -27,6 +29,7 @@ from dreambooth.run.memory import SEEN_OF_A_CARD
 # What CUDA takes of a card beside torch's allocator, NCCL's buffers included: nvidia-smi's figure of a process on an
 # H100, less what torch had reserved.
 BESIDE_TORCH = 1.3 * GIB
+POLLED_EVERY_S = 0.2
 
 
 class Smaller:
@@ -80,15 +83,31 @@ class Peaks:
         return {"before_steps_gib": before, "reserved_gib": max(later), "in_tensors_gib": max(self.in_tensors[1:])}
 
 
+class HostMemory:
+    """How much host memory this process had at most of its own, in GiB: without what the system keeps of files.
+
+    Linux keeps a peak only of both together, so this looks time and again.
+    """
+
+    def __init__(self):
+        self.own_gib = 0.0
+        threading.Thread(target=self._poll, daemon=True).start()
+
+    def _poll(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(POLLED_EVERY_S):
+            self.own_gib = max(self.own_gib, host_memory_gib("RssAnon"))
+
+
 def main() -> None:
     card, script, *flags = sys.argv[1:]
-    peaks = Peaks() if torch.cuda.is_available() else None
+    host, peaks = HostMemory(), Peaks() if torch.cuda.is_available() else None
     if peaks and int(card):
         hold(int(card))
     trainer = importlib.import_module(Path(script).stem)
     trainer.main(flags)
     if is_rank_0():
-        print(json.dumps(peaks.told() if peaks else {}), flush=True)
+        print(json.dumps({"own_host_gib": host.own_gib} | (peaks.told() if peaks else {})), flush=True)
 
 
 if __name__ == "__main__":

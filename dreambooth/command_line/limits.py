@@ -79,7 +79,8 @@ def host_memory_gib(what: str) -> float:
     The system calls that tell a process's peak tell that of the program which has started it, too.
 
     Args:
-        what: "VmHWM", the largest resident set that it had; "RssFile", what is resident of files.
+        what: "VmHWM", the largest resident set that it had; "RssFile", what is resident of files; "RssAnon", of
+            its own.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / GIB
