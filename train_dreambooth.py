@@ -36,6 +36,7 @@ from dreambooth.engine.optimizer import (
     build_adamw,
     build_lr_scheduler,
     clip,
+    load_torch_scaler,
     resume_lr_scheduler,
     resume_optimizer,
     state_bytes,
@@ -71,8 +72,10 @@ def launch(place: Place, precision: str) -> tuple[Accelerator, Ranks]:
     else:
         check_gpus(place)
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # the GPUs that are seen decide, as in all that was checked before
     accelerator = Accelerator(
         mixed_precision=precision,
+        dynamo_backend="no",  # --compile decides, whatever the environment says
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[GradScalerKwargs(init_scale=INITIAL_LOSS_SCALE)],
     )
@@ -116,7 +119,7 @@ class Training:
         resume_optimizer(self.optimizer.optimizer, self.denoiser.trained.pieces(), checkpoint)
         resume_lr_scheduler(self.lr_scheduler, checkpoint.lr_scheduler)
         if self.accelerator.scaler and checkpoint.grad_scaler:
-            self.accelerator.scaler.load_state_dict(checkpoint.grad_scaler)
+            load_torch_scaler(self.accelerator.scaler, checkpoint.grad_scaler)
 
 
 def train(training: Training, steps: Iterable[list], loss_of: Callable, callbacks: Callbacks, first_step: int) -> None:

@@ -193,6 +193,14 @@ def test_a_run_without_checkpoints_leaves_one_every_few_minutes(long_run_alone, 
     report("killed where no checkpoint was asked for", resumed=1, equal=1)
 
 
+def test_an_interim_checkpoint_takes_the_place_of_none_that_was_asked_for(flags):
+    """There is one after every few steps here, and the limit is for the others."""
+    flags |= {"save_steps": 12, "save_minutes": 1e-5, "checkpoints_total_limit": 1, "max_train_steps": 23}
+    done = train(TRADITIONAL, flags, before="from dreambooth.run import tracker\ntracker.SHARE_OF_SAVING = 1e9")
+    assert max(int(step) for step in re.findall(r"checkpoint-(\d+) saved", done.stdout)) > 12
+    assert [folder.name for folder in flags["output_dir"].glob("checkpoint-*")] == ["checkpoint-12"]
+
+
 @BOTH
 def test_a_loss_that_is_no_number_ends_the_run(script, flags, photos, report):
     """Step 2 starts from weights that step 1, with an absurd learning rate, has blown up."""
@@ -267,6 +275,39 @@ def test_a_disk_that_fills_up_loses_no_trained_pipeline(flags, tmp_path, report)
     assert done.returncode == 1 and f"the trained pipeline is whole in {saved} instead" in error
     assert StableDiffusionPipeline.from_pretrained(saved).unet.num_parameters() > 0
     report("disk full")
+
+
+# The model's folder is gone when the training begins.
+LOSES_ITS_MODEL = """
+import shutil
+from dreambooth.run import stages
+found = stages.loss_by
+def loss_by(run, *others):
+    shutil.rmtree(run.flags.model.pretrained_model_name_or_path, ignore_errors=True)
+    return found(run, *others)
+stages.loss_by = loss_by
+"""
+
+
+@pytest.mark.parametrize(("script", "nproc"), [(COLOSSALAI, 2), (TRADITIONAL, 1)])
+def test_what_was_trained_is_kept_where_the_rest_cannot_be_read_any_more(
+    script, nproc, flags, tiny_model, tmp_path, report
+):
+    """Validation images that cannot be had end nothing, and at the end the trained UNet is in a folder that stays."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    flags |= {"pretrained_model_name_or_path": model, "train_batch_size": 2 // nproc, "max_train_steps": 4}
+    flags |= {"validation_prompt": "a dog", "validation_steps": 2}
+    done = train(script, flags, nproc=nproc, before=LOSES_ITS_MODEL, check=False)
+    kept = flags["output_dir"] / "pipeline-step-4"
+    (error,) = done.error_lines
+    assert done.returncode == 1 and "model_index.json" in error and error.endswith(f"what was trained is in {kept}")
+    assert done.stderr.count("warning: no validation images of step 2: ") == 1 and "Traceback" not in done.stderr
+    assert not list(flags["output_dir"].glob(".*"))
+    again = flags | {"pretrained_model_name_or_path": tiny_model, "validation_prompt": None, "max_train_steps": 1}
+    train(script, again | {"external_unet_path": kept / "unet", "learning_rate": 0})
+    trained, begun = (unet_weights(folder / "unet") for folder in (kept, flags["output_dir"]))
+    assert trained.keys() == begun.keys() and all(torch.equal(trained[name], begun[name]) for name in begun)
+    report("model folder gone at the end")
 
 
 def test_figures_that_cannot_be_written_end_nothing(tmp_path, capsys):

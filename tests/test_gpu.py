@@ -342,10 +342,21 @@ def test_a_run_of_two_gpus_goes_on_on_one(strategy, flags, report, tmp_path):
     report("resumed on one GPU", strategy, *resume_at_half_time(strategy, flags, tmp_path / "resumed", nproc=1))
 
 
-def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> tuple[list[float], list[float]]:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("traditional-cuda-fp16", "low_level_zero-cuda-fp16"), ("gemini-cuda-fp16", "torch_ddp_fp16-cuda-fp16")],
+)
+def test_in_fp16_another_plugin_goes_on(first, second, flags, tmp_path):
+    """With the loss scale of the one before, of which each plugin counts in its own way."""
+    by_name = {strategy.name: strategy for strategy in STRATEGIES}
+    resume_at_half_time(by_name[first], flags, tmp_path / "resumed", nproc=NPROC, second=by_name[second])
+
+
+def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int, second=None) -> tuple[list[float], list[float]]:
     """Repeats the second half of a run of NPROC processes on `nproc`, and returns its losses and those of the first.
 
-    It starts from the exact fp32 state; what differs afterwards is the order in which GPUs add.
+    It starts from the exact fp32 state; what differs afterwards is the order in which GPUs add, and the strategy if
+    there is a `second`.
     """
     flags |= strategy_flags(strategy) | {"max_train_steps": 4, "save_steps": 2}
     whole = flags["output_dir"]
@@ -356,7 +367,9 @@ def resume_at_half_time(strategy, flags: dict, resumed, *, nproc: int) -> tuple[
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     flags |= {"train_batch_size": flags["train_batch_size"] * NPROC // nproc}
     flags |= {"output_dir": resumed, "resume_from_checkpoint": "latest"}
-    train(strategy.script, flags, nproc=nproc, on_gpu=True)
+    second = second or strategy
+    flags = {name: value for name, value in flags.items() if name not in ("plugin", "placement")}
+    train(second.script, flags | strategy_flags(second), nproc=nproc, on_gpu=True)
     moved = weights - flatten(unet_weights(whole / "checkpoint-2" / "unet"))
     error = flatten(unet_weights(resumed / "unet")) - weights
     assert error.norm() < 0.1 * moved.norm()

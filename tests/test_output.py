@@ -244,7 +244,10 @@ def test_only_half_written_folders_of_ours_are_removed(tmp_path):
     enter(tmp_path)
     assert files_in(tmp_path) == before
     with pytest.raises(ZeroDivisionError), folders.written_whole(tmp_path / "checkpoint-3", 0):
-        raise ZeroDivisionError  # leaves it
+        raise ZeroDivisionError
+    assert files_in(tmp_path) == before
+    with pytest.raises(KeyboardInterrupt), folders.written_whole(tmp_path / "checkpoint-3", 0):
+        raise KeyboardInterrupt  # leaves it
     assert len(files_in(tmp_path)) == len(before) + 1
     enter(tmp_path)
     assert files_in(tmp_path) == before

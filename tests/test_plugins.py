@@ -3,14 +3,42 @@
 import pytest
 import torch
 import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level.bookkeeping import BucketStore
 
 from dreambooth.engine.offload import ORDINARY, HostAdamW
-from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of
-from dreambooth.engine.plugins import AheadZeroOptimizer, InPlaceBucket, LastingChunk, ShardAdamW, changed_inside
+from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, load_torch_scaler, new_state, norm_of
+from dreambooth.engine.plugins import (
+    AheadZeroOptimizer,
+    HeldGradScaler,
+    InPlaceBucket,
+    LastingChunk,
+    ShardAdamW,
+    changed_inside,
+)
 from dreambooth.engine.strategy import Strategy
+
+
+def test_a_loss_scale_goes_on_under_every_plugin(monkeypatch):
+    """Torch's and ColossalAI's take up each other's scale, and how many steps it has been good for; and their own."""
+    for name, found in {"get_current_device": torch.device("cpu"), "device_count": 1}.items():
+        monkeypatch.setattr(type(get_accelerator()), name, lambda self, found=found: found)
+    theirs, ours = torch.amp.GradScaler("cpu", init_scale=2.0**9), HeldGradScaler(initial_scale=2.0**11)
+    ours._growth_step, ours._hysteresis_step = 7, 1
+    kept = ours.state()
+    load_torch_scaler(theirs, kept)
+    theirs.scale(torch.ones(()))  # it makes its tensors now
+    assert theirs.get_scale() == 2.0**11 and theirs.state_dict()["_growth_tracker"] == 7
+    again, other = torch.amp.GradScaler("cpu"), HeldGradScaler(initial_scale=1.0)
+    load_torch_scaler(again, theirs.state_dict())
+    again.scale(torch.ones(()))
+    assert again.state_dict() == theirs.state_dict()
+    other.load_state(theirs.state_dict())
+    assert other.state() == {"scale": 2.0**11, "_growth_step": 7, "_hysteresis_step": 0}
+    other.load_state(kept)
+    assert other.state() == kept
 
 
 def test_colossalai_is_the_one_that_this_builds_on():

@@ -113,6 +113,16 @@ def test_what_accelerate_launch_asks_for_acts_or_is_told(script, flags):
     assert "precision no" in done.stdout
 
 
+def test_no_variable_of_accelerate_compiles_a_run(flags):
+    """--compile does, and what accelerate would compile is the whole denoiser, adapters too."""
+    asked = {"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_USE_CPU": "true"}
+    counts = "import torch\ntorch.compile = lambda *args, **how: print('COMPILED') or args[0]"
+    done = train(TRADITIONAL, flags | {"max_train_steps": 1}, env=asked, before=counts)
+    assert "COMPILED" not in done.stdout
+    for name, value in asked.items():
+        assert f"{name}={value}: no effect" in done.stderr
+
+
 SEVERAL_RUNS = """
 import importlib, sys
 main = importlib.import_module(sys.argv[1].removesuffix(".py")).main

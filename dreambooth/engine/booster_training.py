@@ -18,6 +18,7 @@ from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import (
     adam_step,
     clip,
+    load_torch_scaler,
     resume_lr_scheduler,
     resume_optimizer,
     state_bytes,
@@ -248,6 +249,6 @@ class BoosterTraining:
         if self.strategy.precision != "fp16" or not state:
             return
         if not self.strategy.shards:
-            self.optimizer.scaler.load_state_dict(state)
+            load_torch_scaler(self.optimizer.scaler, state)
             return
         grad_scaler(self.optimizer).load_state(state)

@@ -268,6 +268,17 @@ def build_lr_scheduler(flags: OptimizerFlags, optimizer: torch.optim.Optimizer, 
     )
 
 
+def steps_since_growth(state: dict) -> int:
+    """Returns how many steps in a row had not overflowed, in the state of a loss scaler: ColossalAI's, or torch's."""
+    return state["_growth_step"] if "_growth_step" in state else state["_growth_tracker"]
+
+
+def load_torch_scaler(scaler: torch.amp.GradScaler, state: dict) -> None:
+    """Has torch's loss scaler go on where another one was, or ColossalAI's."""
+    taken = {"scale": state["scale"], "_growth_tracker": steps_since_growth(state)}
+    scaler.load_state_dict(scaler.state_dict() | taken)
+
+
 def resume_lr_scheduler(lr_scheduler: LambdaLR, state: dict) -> None:
     """Puts a new scheduler where another one was, with its own learning rates and their course."""
     rates, factors = lr_scheduler.base_lrs, lr_scheduler.lr_lambdas

@@ -25,7 +25,7 @@ from colossalai.zero.low_level.bookkeeping import BucketStore, GradientStore
 
 from dreambooth.command_line.console import RunError, warn
 from dreambooth.engine.offload import HostAdamW, Memory, StreamedAdamW
-from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of
+from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, new_state, norm_of, steps_since_growth
 from dreambooth.model.trainable import Shard
 
 
@@ -115,10 +115,11 @@ class HeldGradScaler(DynamicGradScaler):
         return {"scale": self.scale.item()} | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state(self, state: dict) -> None:
-        """Takes up what `state` has returned."""
+        """Takes up what `state` has returned, or that of torch's scaler, which counts no overflows."""
         self.scale.fill_(state["scale"])
+        known = state | {"_growth_step": steps_since_growth(state)}
         for name in self.COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, known.get(name, getattr(self, name)))
 
     def update(self, overflow: bool) -> None:
         self.overflow = overflow

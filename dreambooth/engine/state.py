@@ -20,7 +20,7 @@ class Progress:
     Args:
         adam_step: updates that AdamW has made.
         lr_scheduler: what its `state_dict` returns.
-        grad_scaler: what a loss scaler's `state_dict` returns; empty where there is none.
+        grad_scaler: the state of a loss scaler, torch's or ColossalAI's; empty where there is none.
     """
 
     adam_step: int

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -224,7 +224,7 @@ def write_single_file(
         "architecture": ARCHITECTURES[kind] + ("-768-v" if kind == "v2" and is_v else "-512" if kind == "v2" else ""),
         "implementation": "https://github.com/Stability-AI/generative-models",
         "title": title,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "resolution": f"{resolution}x{resolution}",
         "prediction_type": "v" if is_v else "epsilon",
     }

@@ -286,7 +286,8 @@ def save_checkpoint(
 ) -> None:
     """Writes checkpoint-N, then removes those beyond --checkpoints_total_limit; to be called on every rank.
 
-    Each rank writes what it holds. An `interim` one, which no flag asks for, goes when there is a later one.
+    Each rank writes what it holds. An `interim` one, which no flag asks for, goes when there is a later one; until
+    then it is one more than the limit.
 
     Raises:
         RunError: on rank 0, if it cannot be written, or the weights are not finite; earlier ones stay as they are.
@@ -316,7 +317,7 @@ def save_checkpoint(
         return
     say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
     remove_interim_checkpoints(output_dir, before=step)
-    if flags.checkpoints_total_limit:
+    if flags.checkpoints_total_limit and not interim:
         remove_checkpoints(list_checkpoints(output_dir)[: -flags.checkpoints_total_limit])
 
 

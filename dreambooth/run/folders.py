@@ -111,7 +111,8 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
         size: of what is going to be written, in bytes.
 
     Raises:
-        RunError: if there is no room, or writing fails; what was written is removed, and `folder` is as it was.
+        RunError: if there is no room, or writing fails; then, and at any other error, what was written is removed, and
+            `folder` is as it was.
     """
     partial, old = beside(folder, PARTIAL), beside(folder, OLD)
     try:
@@ -135,6 +136,10 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the next start tries again
             _put_right(old, partial)
         raise RunError(f"cannot write {folder}, which needs {readable(size)}: {first_line(error)}") from error
+    except Exception:
+        with contextlib.suppress(OSError):
+            _put_right(old, partial)
+        raise
 
 
 @contextlib.contextmanager

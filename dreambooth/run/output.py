@@ -228,14 +228,16 @@ def save_pipeline(
 
     Raises:
         RunError: saying where the pipeline is; if it cannot be put in place, in a folder that no run removes; if the
-            disk takes no more, in the system's folder for temporary files. It is raised on rank 0.
+            disk takes no more, in the system's folder for temporary files. If the rest of the pipeline cannot be had
+            any more, what was trained is in such a folder alone. It is raised on rank 0.
         ToldByRank0: then, on the others.
     """
     hub_id = None if os.path.exists(base) else base
 
-    def write_files(folder: Path) -> None:
+    def write_files(folder: Path, *, whole: bool) -> None:
         write_trained(folder, training, ranks, dtype)
-        from_rank_0(lambda: write_the_rest(folder))
+        if whole:
+            from_rank_0(lambda: write_the_rest(folder))
 
     def write_the_rest(folder: Path) -> None:
         trained = {name: empty_copy(component) for name, component in training.denoiser.named_children()}
@@ -277,7 +279,7 @@ def save_lora(
     adapters = training.denoiser.adapters
     weights = {name: weight.to(dtype) for name, weight in gather_adapters(training, ranks).items()}
 
-    def write_files(folder: Path) -> None:
+    def write_files(folder: Path, *, whole: bool) -> None:
         from_rank_0(lambda: write(folder))
 
     def write(folder: Path) -> None:
@@ -292,7 +294,7 @@ def save_lora(
 
 def _save(
     output_dir: Path,
-    write_files: Callable[[Path], None],
+    write_files: Callable[..., None],
     what: str,
     *,
     size: int,
@@ -304,15 +306,16 @@ def _save(
 
     Args:
         output_dir, size, step, settings: as of `save_pipeline`.
-        write_files: writes them into a folder; called on every rank.
+        write_files: writes them into a folder, or if they are not to be `whole` what was trained alone; called on
+            every rank.
         what: messages call them.
         hub_id: of the model that was trained, if it has one.
     """
     origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
 
-    def write(folder: Path) -> None:
+    def write(folder: Path, *, whole: bool = True) -> None:
         with written_by_all(folder, size) as partial:
-            write_files(partial)
+            write_files(partial, whole=whole)
             from_rank_0(lambda: write_listing(partial))
 
     def write_listing(folder: Path) -> None:
@@ -324,15 +327,19 @@ def _save(
     staged = from_rank_0(lambda: _unused(output_dir / name))
     try:
         write(staged)
-    except (RunError, ToldByRank0) as error:
+    except Exception as error:  # What was trained is not to be lost, whatever a library finds in the rest.
+        cannot_write = isinstance(error, RunError)
+        whole = from_rank_0(lambda: cannot_write)
+        elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
+        kept = elsewhere if whole else staged
         try:
-            elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
-            write(elsewhere)
+            write(kept, whole=whole)
         except RunError as second:
-            raise RunError(f"{error}; {first_line(second)}") from error
+            raise RunError(f"{first_line(error)}; {first_line(second)}") from error
         if not is_rank_0():
-            raise
-        raise RunError(f"{error}; the trained {what} is whole in {elsewhere} instead") from error
+            raise ToldByRank0(RunError.status) from error
+        left = f"the trained {what} is whole in {kept} instead" if whole else f"what was trained is in {kept}"
+        raise RunError(f"{first_line(error)}; {left}") from error
     from_rank_0(lambda: _put_all_in_place(staged, output_dir, what))
 
 

@@ -397,6 +397,8 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
     form = Form.of(flags.output, flags.lora)
 
     def write_more(folder: Path) -> None:
+        if not form.more:
+            return
         from dreambooth.model.single_file import write_single_file  # with a loader that takes time to import
 
         for name in form.more:

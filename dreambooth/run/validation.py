@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.command_line.console import UserError, doing, is_rank_0, say, warn
+from dreambooth.command_line.console import UserError, doing, first_line, is_rank_0, say, warn
 from dreambooth.command_line.flags import ValidationFlags
 from dreambooth.command_line.limits import explain, is_out_of_gpu_memory
 from dreambooth.data.class_images import one_cpu_thread
@@ -93,6 +93,8 @@ def validate(
             pictures = pictures_of(_draw(device, flags.validation_prompt, flags.num_validation_images, seed))
     except NotFinite as error:
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
+    except UserError as error:  # the rest of the pipeline is not there any more
+        reason = first_line(error)
     except RuntimeError as error:
         if not is_out_of_gpu_memory(error):
             raise
