@@ -17,6 +17,7 @@ from dreambooth.command_line.inference_flags import inference_parser
 
 before_imports(__name__, lambda: inference_parser(__doc__).parse_args())
 
+import argparse
 import functools
 import os
 import sys
@@ -31,6 +32,7 @@ from PIL import Image, ImageOps
 
 from dreambooth.command_line.console import RunError, counted, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
+from dreambooth.command_line.paths import is_model_file, kind_on_disk
 from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import readers_of
@@ -117,6 +119,24 @@ def find_lora(name: str | None, scale: float | None) -> Lora | None:
     return read_lora(name, "--lora", scale=1.0 if scale is None else scale)
 
 
+def check_flags(args: argparse.Namespace, name: str) -> None:
+    """Tells of flags that have no effect.
+
+    Args:
+        args: the flags.
+        name: of the model that --revision and --single_file_config are of.
+
+    Raises:
+        UserError: if --single_file_config has nothing that it could be of.
+    """
+    if args.single_file_config and not is_model_file(name):
+        raise UserError(f"--single_file_config is of a model that is one file, and {name} is none")
+    if args.revision and (kind := kind_on_disk(name)):
+        warn(f"--revision: no effect on a local {kind}")
+    if args.negative_prompt is not None and args.guidance_scale <= 1:
+        warn(f"--negative_prompt: no effect without guidance, which a --guidance_scale of {args.guidance_scale:g} is")
+
+
 def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     """Yields the images of each prompt, one at a time, each from a seed of its own.
 
@@ -197,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = args.dtype or ("fp16" if device == "cuda" else "fp32")
     photos = find_images(args.instance_data_dir, "--instance_data_dir") if args.instance_data_dir else []
     chosen = {"revision": args.revision, "variant": args.variant, "configuration": args.single_file_config}
+    check_flags(args, args.compare_with or name)
     models = find_models(name, args.compare_with, chosen, lora)
     drawing = Drawing(
         prompts=args.prompt,

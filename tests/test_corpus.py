@@ -805,6 +805,7 @@ PROMPTS = {
     "prompt of line ends": Case({"instance_prompt": "\n\r\n"}, rf"--instance_prompt '\n\r\n' {NOTHING}"),
     "prompt of control characters": Case({"instance_prompt": "\x01\x1b\x7f"}, NOTHING),
     "prompt of no width": Case({"instance_prompt": "\u200b\ufeff"}, NOTHING),
+    "output folder that is no text": Case({"output_dir": os.fsdecode(b"out\xff")}, "is not valid UTF-8: name another"),
     "prompt that is no text": Case({"instance_prompt": os.fsdecode(b"a \xff dog")}, "is not valid UTF-8"),
     "prompt that looks like a flag": Case({"instance_prompt": "-dog"}, "--instance_prompt: expected one argument"),
     "class prompt of spaces": Case(

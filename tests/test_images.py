@@ -78,6 +78,16 @@ def test_a_caption_beside_an_image(name, tmp_path, capfd):
     assert told.out == "captions: 1 of 2 images have one\n" and not told.err
 
 
+def test_captions_go_by_names_in_any_case_of_letters(tmp_path, capfd):
+    """But not where two images differ by that alone."""
+    files = {"IMG_1.JPG": None, "img_2.png": None, "a.png": None, "A.png": None}
+    captions = {"img_1.txt": "a dog", "IMG_2.PNG.TXT": "a cat", "a.txt": "a hat"}
+    photos = find_instance_images(folder_of(tmp_path / "set", files | captions), ALONE)
+    prompts = {Path(photo.name).name: photo.prompt for photo in photos}
+    assert prompts == {"IMG_1.JPG": "a dog", "img_2.png": "a cat", "a.png": "a hat", "A.png": "a sks dog"}
+    assert not capfd.readouterr().err
+
+
 def test_two_captions_of_an_image_are_an_error(tmp_path):
     flags = folder_of(tmp_path / "set", {"1.png": None, "1.txt": "a dog", "1.caption": "a cat"})
     with pytest.raises(UserError, match=r"1\.png has two captions, in 1\.caption and in 1\.txt: remove one"):

@@ -87,6 +87,10 @@ SLIPS = {
     "a folder of the name": (["--output", "{folder}/a.png"], "--output {folder}/a.png is a folder; name a file"),
     "a long name": (["--output", "x" * 250 + ".png"], "cannot be made: File name too long"),
     "no photos": (["--instance_data_dir", "{folder}/none"], "--instance_data_dir {folder}/none is not a folder"),
+    "a configuration of a folder": (
+        ["--single_file_config", "{folder}"],
+        "is of a model that is one file, and .* is none",
+    ),
     "no such variant": (["--variant", "fp16"], r"--variant fp16: MODEL \S+ has no weights named \*.fp16.safetensors"),
 }
 
@@ -168,6 +172,14 @@ def test_pictures_are_those_of_diffusers():
         images[1, 2, 3, 0] = value
         with pytest.raises(ValueError, match="image 1 "):
             images_module.pictures_of(images)
+
+
+def test_flags_without_effect_are_told(tiny_model, tmp_path, capsys):
+    words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    words += ["--revision", "main", "--negative_prompt", "cats", "--guidance_scale", "1"]
+    inference.main([str(tiny_model), *words])
+    revision, negative = (line for line in capsys.readouterr().err.splitlines() if "no effect" in line)
+    assert revision == "warning: --revision: no effect on a local folder" and "--negative_prompt" in negative
 
 
 def test_a_sheet_that_its_format_cannot_hold_is_kept_as_another(tmp_path):

@@ -513,6 +513,9 @@ def test_adapters_follow_from_the_seed(tiny_model):
 def test_a_base_on_the_hub_is_told(tiny_model):
     _, adapters = model_with_adapters(tiny_model)
     assert adapters.metadata()["base_model"] == "org/model"
+    unet = {"unet": load_part(STABLE_DIFFUSION, "unet", tiny_model)}
+    nobodys = adapters_of(LoraFlags(lora_rank=RANK), unet, base=None, instance_prompt=None)
+    assert "base_model" not in nobodys.metadata()
 
 
 def make_adapters_count(module: torch.nn.Module) -> None:

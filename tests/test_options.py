@@ -125,11 +125,14 @@ def test_a_data_set_is_a_folder_with_captions(script, short, photos, tmp_path):
     parquet(sets / "train-00000-of-00001.parquet", photos, library=True)
     parquet(tmp_path / "other.PARQUET", photos, library=False, columns=("picture", "caption"))
     renamed = {"image_column": "picture", "caption_column": "caption", "dataset_config_name": "one"}
+    lines = [f'photos/{file.name},"{text}"' for file, text in zip(sorted(photos.iterdir()), CAPTIONS, strict=True)]
+    (tmp_path / "paths.csv").write_text("\n".join(["image,text", *lines]))
     sources = {
         "folder": {"instance_data_dir": folder},
         "parquet folder": {"instance_data_dir": None, "dataset_name": tmp_path / "set"},
         "parquet file": {"instance_data_dir": None, "dataset_name": tmp_path / "other.PARQUET"} | renamed,
         "imagefolder": {"instance_data_dir": None, "dataset_name": folder},
+        "paths in a file": {"instance_data_dir": None, "dataset_name": tmp_path / "paths.csv"},
     }
     del short["instance_prompt"]
     for name, changed in sources.items():
@@ -158,7 +161,13 @@ DATASET_PROBLEMS = {
         {"caption_column": "caption"},
         "has no column 'caption' but image, text",
     ),
-    "no image in the column": ("set.parquet", {"image_column": "text"}, "row 0: the column 'text' holds no image"),
+    "a caption column mistyped": (
+        "set.parquet",
+        {"caption_column": "captoin", "instance_prompt": "a dog"},
+        "has no column 'captoin' but image, text",
+    ),
+    "no image in the column": ("set", {"image_column": "text"}, "row 0: the column 'text' holds no image"),
+    "no path in the column": ("set.parquet", {"image_column": "text"}, "row 0: No such file or directory"),
     "no parquet": ("broken.parquet", {}, "cannot be loaded"),
     "empty folder": ("empty", {}, "cannot be loaded"),
     "two sources": ("set.parquet", {"instance_data_dir": "."}, "name one of them"),
@@ -169,6 +178,8 @@ DATASET_PROBLEMS = {
 def test_a_data_set_that_does_not_serve_is_one_line(case, short, photos, tmp_path):
     name, changed, expected = DATASET_PROBLEMS[case]
     parquet(tmp_path / "set.parquet", photos, library=False)
+    (tmp_path / "set").mkdir()
+    shutil.copy(tmp_path / "set.parquet", tmp_path / "set")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1" + bytes(100))
     (tmp_path / "empty").mkdir()
     source = {"instance_data_dir": None, "instance_prompt": None, "dataset_name": tmp_path / name}

@@ -1,6 +1,7 @@
 """Files and folders that flags name: what stands in the way of writing to them, known before any work."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -13,6 +14,16 @@ MODEL_FILES = (".safetensors", *PICKLES)
 def path(text: str) -> str:
     """Returns what a flag names, with ~ as the home directory: in --flag=~/folder a shell leaves it."""
     return os.path.expanduser(text)
+
+
+def kind_on_disk(name: str) -> str | None:
+    """Returns what a model on this machine is, "folder" or "file"; None of one that is not there."""
+    return ("folder" if os.path.isdir(name) else "file") if os.path.exists(name) else None
+
+
+def not_utf_8(flag: str, folder: str) -> list[str]:
+    """Returns what is wrong with a folder that gets a log of TensorBoard, which takes no other names."""
+    return [f"{flag} {folder} is not valid UTF-8: name another folder"] if re.search("[\ud800-\udfff]", folder) else []
 
 
 def same_folder(one: str, other: str) -> bool:

@@ -7,10 +7,9 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
-from dreambooth.command_line.paths import is_model_file, same_folder, unwritable
+from dreambooth.command_line.paths import is_model_file, kind_on_disk, not_utf_8, same_folder, unwritable
 
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
 
@@ -68,6 +67,7 @@ def _no_instance_images(flags: Flags) -> Iterator[str]:
 
 def _unfit_output_dir(flags: Flags) -> Iterator[str]:
     folder = flags.output.output_dir
+    yield from not_utf_8("--output_dir", folder)
     yield from unwritable("--output_dir", folder)
     if os.path.isfile(os.path.join(folder, "validation")):
         yield f"--output_dir {folder} has a file named validation, where a folder goes"
@@ -77,6 +77,7 @@ def _unfit_output_dir(flags: Flags) -> Iterator[str]:
 
 def _unfit_logging_dir(flags: Flags) -> Iterator[str]:
     output_dir, logs = flags.output.output_dir, flags.output.logging_dir
+    yield from not_utf_8("--logging_dir", logs)
     if os.path.normpath(logs).split(os.sep)[0] == os.pardir:
         yield f"--logging_dir {logs} leads out of --output_dir: name a folder inside, or a whole path"
     elif os.path.isdir(output_dir) or os.path.isabs(logs):
@@ -144,8 +145,8 @@ def _prompts_that_are_the_same(flags: Flags) -> Iterator[str]:
 
 
 def _revision_of_a_folder(flags: Flags) -> Iterator[str]:
-    if flags.model.revision and Path(flags.model.pretrained_model_name_or_path).is_dir():
-        yield "--revision: no effect on a local folder"
+    if flags.model.revision and (kind := kind_on_disk(flags.model.pretrained_model_name_or_path)):
+        yield f"--revision: no effect on a local {kind}"
 
 
 def _epochs_beside_steps(flags: Flags) -> Iterator[str]:

@@ -83,15 +83,24 @@ def _of_folder(flags: InstanceFlags, place: Place, resolution: int | None) -> tu
 
 
 def _captions_beside(files: list[Path]) -> dict[Path, list[Path]]:
-    """Returns by each image the files that have captions of it: NAME.txt, NAME.png.txt, or .caption, in any case."""
-    named = collections.defaultdict(list)
-    for file in files:
-        if file.suffix.lower() in CAPTION_SUFFIXES:
-            named[file.with_suffix("")].append(file)
+    """Returns by each image the files that have captions of it: NAME.txt, NAME.png.txt, or .caption, in any case.
+
+    Of images whose names differ by nothing but the case of letters, each has those of its very name.
+    """
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    return collections.defaultdict(
-        list, {image: named.get(image.with_suffix(""), []) + named.get(image, []) for image in images}
-    )
+    called = collections.defaultdict(list)  # by the names that their captions may have
+    for image in images:
+        for name in (image.with_suffix("").name, image.name):
+            called[name.lower()].append((name, image))
+    beside = collections.defaultdict(list)
+    for file in files:
+        name = file.with_suffix("").name
+        if file.suffix.lower() not in CAPTION_SUFFIXES:
+            continue
+        found = called[name.lower()]
+        for image in {image for of_name, image in found if of_name == name or len(found) == 1}:
+            beside[image].append(file)
+    return beside
 
 
 def _warn_of_what_is_not_read(folder: Path, files: list[str]) -> None:
@@ -181,22 +190,23 @@ def _of_dataset(flags: InstanceFlags, place: Place, resolution: int | None) -> t
     if flags.image_column not in columns:
         raise UserError(f"{flag} has no column {flags.image_column!r} but {', '.join(columns)}: see --image_column")
     has_captions = flags.caption_column in columns
-    if not has_captions and flags.instance_prompt is None:
+    if not has_captions and (flags.instance_prompt is None or flags.caption_column != InstanceFlags.caption_column):
         raise UserError(
             f"{flag} has no column {flags.caption_column!r} but {', '.join(columns)}: "
-            "see --caption_column, or give all images an --instance_prompt"
+            "see --caption_column, or leave it out and give all images an --instance_prompt"
         )
     wanted = images_to_use(len(rows), flags.test_run)
     if not wanted:
         raise UserError(f"{flag} has no rows")
     images = rows.select_columns([flags.image_column])
     captions = rows.select_columns([flags.caption_column]) if has_captions else None
+    folder = Path(flags.dataset_name).parent if os.path.isfile(flags.dataset_name) else None
 
     def photo(number: int) -> Photo:
         name = f"{flags.dataset_name} row {number}"
         caption = None if captions is None else captions[number][flags.caption_column]
         prompt = "" if caption is None else _checked(caption, name)
-        found = Photo(name, prompt, functools.partial(_file_in, images, number, flags.image_column))
+        found = Photo(name, prompt, functools.partial(_file_in, images, number, flags.image_column, folder))
         return look_at(found, resolution) if number % place.world_size == place.rank else found
 
     return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
@@ -256,9 +266,14 @@ def _ask_the_hub(name: str, flag: str) -> None:
         ) from error
 
 
-def _file_in(rows, number: int, column: str) -> bytes:
-    """Returns the image file in a row: its bytes, or those of the path that stands for them."""
+def _file_in(rows, number: int, column: str, folder: Path | None) -> bytes:
+    """Returns the image file in a row: its bytes, or those of the path that stands for them.
+
+    Where the rows are in a file, such as a .csv, the path may be a plain word, and begins at the file's `folder`.
+    """
     image = rows[number][column]
+    if folder and isinstance(image, str):
+        return Path(folder, image).read_bytes()
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return image["bytes"]
     if isinstance(image, dict) and isinstance(image.get("path"), str):

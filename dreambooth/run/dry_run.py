@@ -17,6 +17,7 @@ def tell_plan(
     *,
     first_step: int,
     sizes: Sizes,
+    is_cached: bool,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 
@@ -26,6 +27,7 @@ def tell_plan(
         ranks: of the run.
         first_step: steps that an earlier run has done.
         sizes: of what the run would write.
+        is_cached: whether the model is read from a cache, which this run may have put it into.
     """
     steps = max(0, tracker.schedule.steps - first_step)
     say(f"steps: {tracker.schedule}, {steps} of them to do")
@@ -44,7 +46,7 @@ def tell_plan(
         warn(too_little(flags.output_dir, room))
     if flags.push_to_hub:
         say(f"upload: {readable(sizes.pipeline)} to {hub_name(flags)}")
-    say("nothing was written")
+    say(f"nothing was written{', but for the model in its cache' * is_cached}")
 
 
 def duration(seconds: float) -> str:

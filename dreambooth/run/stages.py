@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import doing, say
 from dreambooth.command_line.flags import Flags
+from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
 from dreambooth.data.instance_images import find_instance_images
@@ -234,8 +235,10 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
         What they are, and the sizes of what the run writes.
     """
     flags, components = run.flags, {name: model.components[name] for name in names}
-    origin = {"base": flags.model.pretrained_model_name_or_path, "instance_prompt": flags.instance.instance_prompt}
-    adapters = adapters_of(flags.lora, components, **origin)
+    base = flags.model.pretrained_model_name_or_path
+    if flags.model.external_unet_path or flags.model.revision:
+        base = None  # by its name another UNet would be had
+    adapters = adapters_of(flags.lora, components, base=base, instance_prompt=flags.instance.instance_prompt)
     add_adapters(components, adapters, run.seed)
     model.family.freeze_unread(model.components)
     if run.checkpoint is not None:
@@ -391,7 +394,8 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
     flags, ranks = run.flags, run.ranks
     tracker.finish()
     if flags.training.dry_run:
-        tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
+        is_cached = kind_on_disk(flags.model.pretrained_model_name_or_path) != "folder"
+        tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes, is_cached=is_cached)
         return leave()
     origin = {"step": run.schedule.steps, "base": flags.model.pretrained_model_name_or_path, "settings": run.settings}
     form = Form.of(flags.output, flags.lora)
