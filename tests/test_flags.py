@@ -54,7 +54,7 @@ CHANGES = {
 }
 # Where the other flags are seen to act; the tests name them.
 ELSEWHERE = {
-    "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id", "logging_dir"],
+    "test_hub": ["revision", "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo", "logging_dir"],
     "test_options": [
         *("dataset_name", "dataset_config_name", "image_column", "caption_column", "report_to"),
         *("dataloader_num_workers", "dry_run", "validation_prompt", "num_validation_images", "validation_steps"),

@@ -9,6 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from diffusers import StableDiffusionPipeline
 from harness import COLOSSALAI, TRADITIONAL, train
+from huggingface_hub import ModelCard
+
+from dreambooth.run.upload import model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
@@ -23,6 +26,8 @@ class Hub(ThreadingHTTPServer):
         self.fetched: list[str] = []
         self.uploaded: dict[str, bytes] = {}
         self.tokens: set[str] = set()
+        self.created: dict = {}
+        self.has_card = False
         self.takes_commits = True
         self.slow_s = 0.0  # to take a commit
 
@@ -61,6 +66,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.fetched.append(name)
             body = self.server.files[name].read_bytes()
             self.answer(body, ETag=f'"{abs(hash((name, len(body)))):x}"')
+        elif path.startswith("/someone/out/resolve/") and not self.server.has_card:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+        elif path.startswith("/someone/out/resolve/"):
+            self.answer(b"mine", ETag='"1"')
         else:
             self.send_error(404)
 
@@ -71,7 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization", ""))
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
             self.answer(json.dumps({"url": f"{self.server.url}/someone/{json.loads(body)['name']}"}).encode())
+        elif self.path == "/api/validate-yaml":
+            self.answer(json.dumps({"errors": [], "warnings": []}).encode())
         elif self.path.startswith("/api/models/someone/out/preupload"):
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self.answer(json.dumps({"files": files}).encode())
@@ -127,11 +141,19 @@ def test_of_another_vae_no_more_is_fetched(hub, hub_env, flags, tmp_path):
 def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
     """All of it, and nothing else: no checkpoints, logs or files of the user, no path of this machine, no token."""
     flags |= {"max_train_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "logging_dir": "./logs/"}
-    flags |= {"hub_model_id": "out", "output_dir": tmp_path / "mine"}
+    flags |= {"hub_model_id": "out", "output_dir": tmp_path / "mine", "hub_private_repo": script == COLOSSALAI}
     flags["output_dir"].mkdir()
     (flags["output_dir"] / "notes.txt").write_text("mine")
     done = train(script, flags, env=hub_env)
-    assert hub.tokens == {f"Bearer {TOKEN}"}
+    asked = hub.created.get("private"), hub.created.get("visibility") == "private"  # before its release 2, and since
+    assert hub.tokens == {f"Bearer {TOKEN}"} and any(asked) == (script == COLOSSALAI)
+    card = ModelCard(hub.uploaded.pop("README.md").decode())
+    assert card.data.instance_prompt == flags["instance_prompt"] and "dreambooth" in card.data.tags
+    assert (
+        card.data.base_model is None
+        and "in 2\nsteps.\n" in card.text
+        and 'from_pretrained("someone/out")' in card.text
+    )
     for name, content in hub.uploaded.items():
         (tmp_path / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pushed" / name).write_bytes(content)
@@ -145,11 +167,26 @@ def test_the_pipeline_is_pushed(script, hub, hub_env, flags, tmp_path):
 def test_an_upload_that_fails_is_one_line(hub, hub_env, flags):
     """The pipeline is there."""
     hub.takes_commits = False
+    hub.has_card = True
     flags |= {"max_train_steps": 1, "push_to_hub": True, "hub_token": TOKEN}
     done = train(COLOSSALAI, flags, env=hub_env, check=False)
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert f"the pipeline is whole in {flags['output_dir']}" in done.error_lines[0]
     StableDiffusionPipeline.from_pretrained(flags["output_dir"])
+
+
+def test_adapters_are_pushed_beside_a_card_that_is_there(hub, hub_env, flags):
+    hub.has_card = True
+    flags |= {"max_train_steps": 1, "push_to_hub": True, "hub_token": TOKEN, "lora_rank": 2}
+    train(TRADITIONAL, flags | {"pretrained_model_name_or_path": "someone/tiny"}, env=hub_env)
+    assert hub.uploaded.keys() == {"pytorch_lora_weights.safetensors"}
+    card = ModelCard(model_card(flags["output_dir"], "someone/out", None))
+    assert (
+        card.data.base_model == "someone/tiny"
+        and "lora" in card.data.tags
+        and "from someone/tiny, in 1\nsteps." in card.text
+    )
+    assert 'from_pretrained("someone/tiny")\npipeline.load_lora_weights("someone/out")' in card.text
 
 
 def test_a_model_that_is_not_there_is_one_line(hub, hub_env, flags):

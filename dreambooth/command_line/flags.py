@@ -487,6 +487,9 @@ class OutputFlags:
     hub_model_id: str | None = flag(
         None, "repository of the upload", shown="the name of --output_dir", needs="push_to_hub"
     )
+    hub_private_repo: bool = flag(
+        False, "make the repository a private one, if it is not there yet", needs="push_to_hub"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -422,4 +422,4 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
 def publish(run: Run) -> None:
     """Uploads what was saved, if the flags say so; it may take long, and keeps no other rank waiting."""
     if run.repo_id:
-        upload(run.flags.output, run.repo_id)
+        upload(run.flags.output, run.repo_id, run.flags.instance.instance_prompt)
