@@ -44,6 +44,7 @@ from dreambooth.model.prompts import warn_of_cut_prompts
 from dreambooth.run.grid import captioned_grid
 from dreambooth.run.image_file import check_image_file, save_image
 
+SIDES = 8  # of which diffusers' pipelines want multiples, in pixels
 # What may help where images are not finite.
 HINTS = {
     "fp16": "try --dtype bf16 or fp32",
@@ -82,6 +83,8 @@ class Drawing:
     num_images: int = 1
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
     seed: int = 0
 
     @property
@@ -127,8 +130,11 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
         name: of the model that --revision and --single_file_config are of.
 
     Raises:
-        UserError: if --single_file_config has nothing that it could be of.
+        UserError: if --single_file_config has nothing that it could be of, or the images cannot be of the size wanted.
     """
+    for side in ("height", "width"):
+        if (getattr(args, side) or 0) % SIDES:
+            raise UserError(f"--{side} {getattr(args, side)} is no multiple of {SIDES}, as the sides of images are")
     if args.single_file_config and not is_model_file(name):
         raise UserError(f"--single_file_config is of a model that is one file, and {name} is none")
     if args.revision and (kind := kind_on_disk(name)):
@@ -172,6 +178,8 @@ def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeli
         negative_prompt=drawing.negative_prompt,
         num_inference_steps=drawing.num_inference_steps,
         guidance_scale=drawing.guidance_scale,
+        height=drawing.height,
+        width=drawing.width,
         generator=torch.Generator().manual_seed((drawing.seed + number) % (MAX_SEED + 1)),
         output_type="np",
     ).images
@@ -227,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_images=args.num_images,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
         seed=args.seed,
     )
 

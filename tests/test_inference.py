@@ -174,6 +174,14 @@ def test_pictures_are_those_of_diffusers():
             images_module.pictures_of(images)
 
 
+def test_an_image_of_another_size(tiny_model, tmp_path):
+    words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    inference.main([str(tiny_model), *words, "--height", "64", "--width", "40"])
+    assert Image.open(tmp_path / "x.png").size == (40, 64)
+    with pytest.raises(UserError, match="--width 42 is no multiple of 8"):
+        inference.main([str(tiny_model), *words, "--width", "42"])
+
+
 def test_flags_without_effect_are_told(tiny_model, tmp_path, capsys):
     words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
     words += ["--revision", "main", "--negative_prompt", "cats", "--guidance_scale", "1"]

@@ -83,6 +83,13 @@ def inference_parser(description: str) -> Parser:
         metavar="X",
         help="how strictly the prompt is followed; 1 or less is no guidance (default: 7.5)",
     )
+    for side in ("height", "width"):
+        parser.add_argument(
+            f"--{side}",
+            type=positive,
+            metavar="PIXELS",
+            help="of an image, such as the --resolution of its training (default: the model's)",
+        )
     parser.add_argument(
         "--seed",
         type=number(int, 0, highest=MAX_SEED),
