@@ -305,7 +305,7 @@ def test_killed_at_any_moment_one_checkpoint_of_the_name_is_whole(tmp_path):
         assert list_checkpoints(output_dir) == [folder]
         if not killed:
             break
-    assert number > 8
+    assert number > 5  # in Python 3.10; more later, where pathlib calls more of what is counted
 
 
 def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
@@ -341,7 +341,7 @@ def test_killed_at_any_moment_both_pipelines_are_whole(tmp_path):
             assert names <= {"model_index.json", "dreambooth.json", "unet", "vae", "checkpoint-2"}
         if not killed:
             break
-    assert seen == {"earlier", "new"} and number > 20
+    assert seen == {"earlier", "new"} and number > 15
 
 
 @dataclass
