@@ -20,6 +20,7 @@ before_imports(__name__, lambda: inference_parser(__doc__).parse_args())
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,15 +124,19 @@ def find_lora(name: str | None, scale: float | None) -> Lora | None:
 
 
 def check_flags(args: argparse.Namespace, name: str) -> None:
-    """Tells of flags that have no effect.
+    """Finds flags that cannot be, and tells of those that have no effect.
 
     Args:
         args: the flags.
         name: of the model that --revision and --single_file_config are of.
 
     Raises:
-        UserError: if --single_file_config has nothing that it could be of, or the images cannot be of the size wanted.
+        UserError: if --single_file_config has nothing that it could be of, the images cannot be of the size wanted, or
+            a prompt is no text.
     """
+    for flag, texts in (("prompt", args.prompt), ("negative_prompt", [args.negative_prompt or ""])):
+        if any(re.search("[\ud800-\udfff]", text) for text in texts):
+            raise UserError(f"--{flag} is not valid UTF-8")
     for side in ("height", "width"):
         if (getattr(args, side) or 0) % SIDES:
             raise UserError(f"--{side} {getattr(args, side)} is no multiple of {SIDES}, as the sides of images are")
@@ -186,14 +191,18 @@ def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeli
 
 
 def sheet(drawing: Drawing, models: list[Model], photos: list) -> Image.Image:
-    """Returns the images that were drawn, with the instance images below; white where one is missing."""
+    """Returns the images that were drawn, with the instance images below; white where one is missing.
+
+    All are of the size of the first; those of a model that draws in another are scaled to fit, on white.
+    """
     shown = [model for model in models if model.pictures]
     size = shown[0].pictures[0].size
     total, each = drawing.total, drawing.num_images
     if len(shown) == total == 1 and not photos:
         return shown[0].pictures[0]
     white = Image.new("RGB", size, "white")
-    columns = [[*model.pictures, *[white] * (total - len(model.pictures))] for model in reversed(shown)]
+    fit = functools.partial(ImageOps.pad, size=size, color="white")
+    columns = [[*map(fit, model.pictures), *[white] * (total - len(model.pictures))] for model in reversed(shown)]
     rows = [
         [picture for pictures in columns for picture in pictures[first : first + each]]
         for first in range(0, total, each)

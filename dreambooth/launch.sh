@@ -103,12 +103,14 @@ train_and_compare() {
           fail "${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the training; set COMPARISON= for none"
         fi
         ;;
+      --dataset_name | --dataset_name=*) fail "--dataset_name: set INSTANCE_DIR, or call $script itself for a data set" ;;
       --dry_run) compared="" ;;  # there is nothing to compare afterwards
       --help | -h) COMPARISON= NPROC=1 ;;  # torchrun would import torch first
     esac
   done
   if [ -n "$COMPARISON" ]; then  # known now, and not after the training
-    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.run.image_file "$COMPARISON"
+    # A dreambooth.py of the user's own in this folder is not meant.
+    PYTHONSAFEPATH=1 PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.run.image_file "$COMPARISON"
   fi
   if [ "$NPROC" -gt 1 ]; then  # one process needs no launcher, and then no process group either
     launcher=(torchrun --standalone --nproc_per_node "$NPROC")

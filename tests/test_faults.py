@@ -401,6 +401,27 @@ def test_a_rank_that_fails_in_generating_class_images(flags, prior, report):
     report("one rank fails: in generating class images")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_alone_with_an_error_in_saving(rank, flags, report):
+    """As when it has no memory for a copy: the others are not kept waiting."""
+    before = (
+        "from dreambooth.model import slices\n"
+        "import os\n"
+        "def fails(path, *others, write=slices._write):\n"
+        f"    if 'pipeline-step' in str(path) and os.environ['RANK'] == '{rank}':\n"
+        "        raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')\n"
+        "    return write(path, *others)\n"
+        "slices._write = fails"
+    )
+    run = Running(
+        COLOSSALAI, command_line(flags | {"max_train_steps": 2, "train_batch_size": 1}), nproc=2, before=before
+    )
+    done = run.wait(check=False, timeout=ENDS_WITHIN_S)
+    assert done.returncode == 1, "it was killed, having waited for the other"
+    assert any("out of host memory" in line for line in done.error_lines), done.stderr
+    report("one rank fails: in saving")
+
+
 def test_a_rank_that_fails_in_saving(flags, report):
     """Something else has got the name of the next checkpoint."""
     argv = command_line(flags | {"max_train_steps": 2000, "save_steps": 20})

@@ -2,6 +2,11 @@
 
 import base64
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.tokens: set[str] = set()
         self.created: dict = {}
         self.has_card = False
+        self.is_private = True
         self.takes_commits = True
         self.slow_s = 0.0  # to take a commit
 
@@ -66,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.fetched.append(name)
             body = self.server.files[name].read_bytes()
             self.answer(body, ETag=f'"{abs(hash((name, len(body)))):x}"')
+        elif path == "/api/models/someone/out":
+            self.answer(json.dumps({"id": "someone/out", "private": self.server.is_private}).encode())
         elif path.startswith("/someone/out/resolve/") and not self.server.has_card:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -172,6 +180,12 @@ def test_an_upload_that_fails_is_one_line(hub, hub_env, flags):
     done = train(COLOSSALAI, flags, env=hub_env, check=False)
     assert done.returncode == 1 and len(done.error_lines) == 1 and "Traceback" not in done.stderr
     assert f"the pipeline is whole in {flags['output_dir']}" in done.error_lines[0]
+    command = re.search(r": (python -c .*) uploads it$", done.error_lines[0])[1]
+    hub.takes_commits = True
+    words = shlex.split(command)
+    subprocess.run([sys.executable, *words[1:]], env=os.environ | hub_env | {"HF_TOKEN": TOKEN}, check=True)
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= hub.uploaded.keys()
+    assert not any(name.startswith(("logs", "checkpoint", "dreambooth.json")) for name in hub.uploaded)
     StableDiffusionPipeline.from_pretrained(flags["output_dir"])
 
 
@@ -187,6 +201,13 @@ def test_adapters_are_pushed_beside_a_card_that_is_there(hub, hub_env, flags):
         and "from someone/tiny, in 1\nsteps." in card.text
     )
     assert 'from_pretrained("someone/tiny")\npipeline.load_lora_weights("someone/out")' in card.text
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, hub_env, flags):
+    hub.is_private = False
+    flags |= {"push_to_hub": True, "hub_token": TOKEN, "hub_private_repo": True}
+    done = train(COLOSSALAI, flags, env=hub_env, check=False)
+    assert done.returncode == 2 and "--hub_private_repo: someone/out is there, and is public" in done.error_lines[0]
 
 
 def test_a_model_that_is_not_there_is_one_line(hub, hub_env, flags):

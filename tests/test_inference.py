@@ -178,8 +178,30 @@ def test_an_image_of_another_size(tiny_model, tmp_path):
     words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
     inference.main([str(tiny_model), *words, "--height", "64", "--width", "40"])
     assert Image.open(tmp_path / "x.png").size == (40, 64)
-    with pytest.raises(UserError, match="--width 42 is no multiple of 8"):
-        inference.main([str(tiny_model), *words, "--width", "42"])
+    for more, told in (
+        (["--width", "42"], "--width 42 is no multiple of 8"),
+        (["--prompt", "a dog", os.fsdecode(b"un caf\xe9")], "--prompt is not valid UTF-8"),
+    ):
+        with pytest.raises(UserError, match=told):
+            inference.main([str(tiny_model), *words, *more])
+
+
+def test_a_model_of_another_size_stands_beside():
+    """Scaled to fit, so that no image lies on another."""
+    models = [inference.Model(name, Path(name), None) for name in ("trained", "before")]
+    for model, size, colour in zip(models, ((32, 32), (64, 48)), ("red", "blue"), strict=True):
+        model.pictures = [Image.new("RGB", size, colour)] * 2
+    made = inference.sheet(inference.Drawing(prompts=["a dog"], device="cpu", dtype="fp32", num_images=2), models, [])
+    pixels = np.asarray(made).reshape(-1, 3)
+    red, blue = ((pixels == colour).all(1).sum() for colour in ((255, 0, 0), (0, 0, 255)))
+    assert red == 2 * 32 * 32 and blue == 2 * 32 * 24
+
+
+def test_a_sheet_may_be_larger_than_what_pillow_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    save_image(Image.new("RGB", (32, 32), "red"), tmp_path / "large.png")
+    check_image_file(tmp_path / "large.png", "--output")
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_flags_without_effect_are_told(tiny_model, tmp_path, capsys):

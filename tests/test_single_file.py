@@ -83,7 +83,7 @@ def test_from_a_folder_to_a_file_to_a_folder(shape, model_of, flags, env, tmp_pa
     from_file = {"pretrained_model_name_or_path": file, "single_file_config": model, "output_dir": again}
     if shape == "tiny":
         planned = train(COLOSSALAI, still | from_file | {"dry_run": True}, env=env)
-        assert planned.stdout.splitlines()[-1] == "nothing was written, but for the model in its cache"
+        assert planned.stdout.splitlines()[-1] == "nothing was written, but into caches of models and data sets"
         assert not again.exists()
     train(COLOSSALAI, still | from_file, nproc=2 if shape == "tiny" else 1, env=env)
     assert_same(whole, kind.from_pretrained(again))
@@ -233,6 +233,7 @@ def test_what_is_turned_into_a_file_and_what_is_told_of_the_rest(tmp_path, monke
     Path("folder.ckpt").mkdir()
     save_file({"weight": torch.zeros(1)}, "named.ckpt")
     torch.save({"global_step": 3}, "none.ckpt")
+    torch.save({"state_dict": [1], 7: torch.zeros(1)}, "odd.ckpt")
     for name, told in (
         ("old", None),
         ("torn", "torn.ckpt cannot be read, it may be torn: "),
@@ -244,6 +245,7 @@ def test_what_is_turned_into_a_file_and_what_is_told_of_the_rest(tmp_path, monke
         ("missing", "missing.ckpt is not there: name a file of weights"),
         ("folder", "folder.ckpt is a folder: name a file of weights"),
         ("none", "none.ckpt has no weights"),
+        ("odd", "odd.ckpt has no weights"),
     ):
         monkeypatch.setattr("sys.argv", ["unpickle", f"{name}.ckpt"])
         if told is None:

@@ -346,7 +346,9 @@ class TrainingFlags:
         shown="that of the checkpoint that the run goes on from, else drawn and printed",
         limits=(0, MAX_SEED),
     )
-    local_rank: int | None = flag(None, "accepted for old launchers; the environment's LOCAL_RANK decides")
+    local_rank: int | None = flag(
+        None, "accepted for old launchers; the environment's LOCAL_RANK decides", aliases=["--local-rank"]
+    )
     always_so: tuple[str, ...] = flag(
         (), "accepted for commands of other trainers; always so", shown="on", each_of=ALWAYS_SO
     )

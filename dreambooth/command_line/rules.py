@@ -184,7 +184,7 @@ def _settings_of_accelerate(flags: Flags) -> Iterator[str]:
 
 def _another_local_rank(flags: Flags) -> Iterator[str]:
     local_rank = flags.training.local_rank
-    if local_rank is not None and local_rank != int(os.environ.get("LOCAL_RANK", "0")):
+    if local_rank is not None and str(local_rank) != (os.environ.get("LOCAL_RANK") or "0"):
         yield f"--local_rank {local_rank}: no effect, LOCAL_RANK of the environment decides"
 
 

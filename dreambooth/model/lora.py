@@ -92,7 +92,7 @@ def adapters_of(
     Args:
         flags: with a rank.
         components: that get them, by their names.
-        base: the model, a Hub id or where it is on this machine; the latter is told nobody. None where no name tells.
+        base: the model's Hub id, where it has one.
         instance_prompt: where there is one for all images.
 
     Raises:
@@ -107,7 +107,7 @@ def adapters_of(
             f"--lora_target_modules {flags.lora_target_modules}: the UNet has no linear layer and no convolution "
             f"of the name {(missing or [''])[0]!r}; such as {', '.join(ATTENTION)}"
         )
-    origin = {"base_model": None if base is None or os.path.exists(base) else base, "instance_prompt": instance_prompt}
+    origin = {"base_model": base, "instance_prompt": instance_prompt}
     return Adapters(
         rank=flags.lora_rank,
         alpha=flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha,

@@ -17,6 +17,7 @@ from dreambooth.command_line.paths import content_of
 before_imports(__name__)
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -42,12 +43,17 @@ def main() -> None:
     except Exception as error:  # what a file leads torch to has no limit
         raise UserError(f"{path} cannot be read, it may be torn: {first_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    tensors = {name: one.clone().contiguous() for name, one in found.items() if isinstance(one, torch.Tensor)}
+    named = found.items() if isinstance(found, dict) else []
+    tensors = {
+        name: one.clone().contiguous()
+        for name, one in named
+        if isinstance(name, str) and isinstance(one, torch.Tensor)
+    }
     if not tensors:
         raise UserError(f"{path} has no weights")
     try:
         save_file(tensors, target, metadata={"format": "pt"})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from error
     say(f"{len(tensors)} tensors written to {target}")
 

@@ -1,8 +1,9 @@
 """What a run would take, told by a --dry_run."""
 
 from dreambooth.command_line.console import say, warn
-from dreambooth.command_line.flags import OutputFlags
+from dreambooth.command_line.flags import Flags
 from dreambooth.command_line.limits import host_memory_gib
+from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.processes.ranks import Ranks
 from dreambooth.run.folders import readable
 from dreambooth.run.room import Sizes, room_of, too_little
@@ -11,23 +12,21 @@ from dreambooth.run.upload import hub_name
 
 
 def tell_plan(
-    flags: OutputFlags,
+    flags: Flags,
     tracker: Tracker,
     ranks: Ranks,
     *,
     first_step: int,
     sizes: Sizes,
-    is_cached: bool,
 ) -> None:
     """Prints steps, time, memory and disk space, from what the steps of a dry run have shown.
 
     Args:
-        flags: of what a run would write.
+        flags: of the run.
         tracker: that has seen the steps; the last one is what others are taken to be like.
         ranks: of the run.
         first_step: steps that an earlier run has done.
         sizes: of what the run would write.
-        is_cached: whether the model is read from a cache, which this run may have put it into.
     """
     steps = max(0, tracker.schedule.steps - first_step)
     say(f"steps: {tracker.schedule}, {steps} of them to do")
@@ -40,13 +39,17 @@ def tell_plan(
             mapped = host_memory_gib("RssFile")
             before, after = "", f", {mapped:.1f} GiB of it mapped files, which the estimate leaves out"
         say(f"memory: {before}{tracker.peak_host_memory_gib:.1f} GiB of host memory for each process{after}")
-    room = room_of(flags, tracker.schedule, sizes, first_step=first_step)
+    output, model = flags.output, flags.model
+    room = room_of(output, tracker.schedule, sizes, first_step=first_step)
     say(f"disk: {room}")
     if room.free < room.needed:
-        warn(too_little(flags.output_dir, room))
-    if flags.push_to_hub:
-        say(f"upload: {readable(sizes.pipeline)} to {hub_name(flags)}")
-    say(f"nothing was written{', but for the model in its cache' * is_cached}")
+        warn(too_little(output.output_dir, room))
+    if output.push_to_hub:
+        say(f"upload: {readable(sizes.pipeline)} to {hub_name(output)}")
+    sources = [model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path, model.tokenizer_name]
+    sources += [model.external_unet_path, flags.instance.dataset_name]
+    is_cached = any(name and kind_on_disk(name) != "folder" for name in sources)
+    say(f"nothing was written{', but into caches of models and data sets' * is_cached}")
 
 
 def duration(seconds: float) -> str:

@@ -5,11 +5,12 @@
 checks that images can be written to a file, as the launchers do before they train.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -28,8 +29,18 @@ def format_of(path: Path) -> str:
 def encoded(image: Image.Image, format: str) -> bytes:
     """Returns an image file with a mark of this program, and of the pixels that a reader sees in it."""
     plain = _encode(image, format, "")
-    with Image.open(io.BytesIO(plain)) as seen:
+    with _of_any_size(), Image.open(io.BytesIO(plain)) as seen:
         return _encode(image, format, _mark(seen))
+
+
+@contextlib.contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Within it Pillow opens images of any size; a sheet may be larger than it takes for good, from somebody else."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _encode(image: Image.Image, format: str, software: str) -> bytes:
@@ -47,7 +58,7 @@ def _mark(image: Image.Image) -> str:
 def is_ours(file: Path | io.BytesIO) -> bool:
     """Whether an image file is as `save_image` has written it: not another's, and not edited since."""
     try:
-        with Image.open(file) as image:
+        with _of_any_size(), Image.open(file) as image:
             software = image.getexif().get(SOFTWARE)
             return software is not None and software == _mark(image)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError):

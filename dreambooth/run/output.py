@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dreambooth.command_line.console import (
@@ -54,6 +55,12 @@ def check_logging_dir(output_dir: str, logging_dir: str) -> None:
     inside = os.path.relpath(os.path.join(output_dir, logging_dir), output_dir)
     if {*Path(inside).parts[:1]} & {*PIPELINE}:
         raise UserError(f"--logging_dir {logging_dir}: the trained pipeline's folder of that name replaces it")
+
+
+class NoRest(UserError):
+    """What is not trained of a pipeline cannot be had, or not be written for another reason than the disk's."""
+
+    status = RunError.status
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ def save_pipeline(
     *,
     size: int,
     step: int,
-    base: str,
+    base: str | None,
     settings: dict,
     dtype: torch.dtype = torch.float32,
     write_more: Callable[[Path], None] = lambda folder: None,
@@ -221,7 +228,7 @@ def save_pipeline(
         ranks: of the run.
         size: of the pipeline, in bytes.
         step: optimizer steps done.
-        base: the model that was trained, a Hub id or a folder; the latter is told nobody.
+        base: Hub id of the model that was trained, if it has one.
         settings: of the run.
         dtype: of its weights.
         write_more: adds files to the folder of the whole pipeline, on rank 0.
@@ -232,7 +239,6 @@ def save_pipeline(
             any more, what was trained is in such a folder alone. It is raised on rank 0.
         ToldByRank0: then, on the others.
     """
-    hub_id = None if os.path.exists(base) else base
 
     def write_files(folder: Path, *, whole: bool) -> None:
         write_trained(folder, training, ranks, dtype)
@@ -240,17 +246,25 @@ def save_pipeline(
             from_rank_0(lambda: write_the_rest(folder))
 
     def write_the_rest(folder: Path) -> None:
+        try:
+            write_frozen(folder)
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # what was trained is not to be lost, whatever a library finds in the rest
+            raise NoRest(first_line(error)) from error
+
+    def write_frozen(folder: Path) -> None:
         trained = {name: empty_copy(component) for name, component in training.denoiser.named_children()}
         pipeline = load_pipeline(**trained)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(dtype)
         write_pipeline(pipeline, folder, without=trained)
-        leave_out_paths(folder, hub_id)
+        leave_out_paths(folder, base)
         write_more(folder)
 
     check_finite(training.weights())
-    _save(output_dir, write_files, "pipeline", size=size, step=step, hub_id=hub_id, settings=settings)
+    _save(output_dir, write_files, "pipeline", size=size, step=step, base=base, settings=settings)
 
 
 def save_lora(
@@ -261,7 +275,7 @@ def save_lora(
     kohya: bool,
     size: int,
     step: int,
-    base: str,
+    base: str | None,
     settings: dict,
     dtype: torch.dtype,
 ) -> None:
@@ -288,8 +302,7 @@ def save_lora(
         if kohya:
             save_file(as_kohya_names(weights), folder / KOHYA_WEIGHTS, metadata=kohya_metadata(adapters))
 
-    hub_id = None if os.path.exists(base) else base
-    _save(output_dir, write_files, "LoRA", size=size, step=step, hub_id=hub_id, settings=settings)
+    _save(output_dir, write_files, "LoRA", size=size, step=step, base=base, settings=settings)
 
 
 def _save(
@@ -299,19 +312,18 @@ def _save(
     *,
     size: int,
     step: int,
-    hub_id: str | None,
+    base: str | None,
     settings: dict,
 ) -> None:
     """Has files be written into a folder of their own, lists them, and puts them in place.
 
     Args:
-        output_dir, size, step, settings: as of `save_pipeline`.
+        output_dir, size, step, base, settings: as of `save_pipeline`.
         write_files: writes them into a folder, or if they are not to be `whole` what was trained alone; called on
             every rank.
         what: messages call them.
-        hub_id: of the model that was trained, if it has one.
     """
-    origin = {"written_at": time.time(), "step": step, "base_model": hub_id, "settings": settings}
+    origin = {"written_at": time.time(), "step": step, "base_model": base, "settings": settings}
 
     def write(folder: Path, *, whole: bool = True) -> None:
         with written_by_all(folder, size) as partial:
@@ -327,9 +339,9 @@ def _save(
     staged = from_rank_0(lambda: _unused(output_dir / name))
     try:
         write(staged)
-    except Exception as error:  # What was trained is not to be lost, whatever a library finds in the rest.
-        cannot_write = isinstance(error, RunError)
-        whole = from_rank_0(lambda: cannot_write)
+    except (RunError, NoRest, ToldByRank0) as error:  # which all ranks have; one that is alone with an error leaves
+        can_be_had = not isinstance(error, NoRest)
+        whole = from_rank_0(lambda: can_be_had)
         elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
         kept = elsewhere if whole else staged
         try:

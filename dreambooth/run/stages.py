@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import doing, say
-from dreambooth.command_line.flags import Flags
+from dreambooth.command_line.flags import Flags, ModelFlags
 from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
@@ -228,6 +228,12 @@ def prepare_model(run: Run) -> PreparedModel:
     return PreparedModel(**vars(model), trained=trained, adapters=adapters, load_pipeline=load, sizes=sizes)
 
 
+def hub_id_of(model: ModelFlags) -> str | None:
+    """Returns the Hub id by which anybody has the model that is trained; None without, and where flags change it."""
+    name = model.pretrained_model_name_or_path
+    return None if kind_on_disk(name) or model.external_unet_path or model.revision else name
+
+
 def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[Adapters, Sizes]:
     """Gives components of a model adapters, those of the checkpoint if there is one.
 
@@ -235,10 +241,8 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
         What they are, and the sizes of what the run writes.
     """
     flags, components = run.flags, {name: model.components[name] for name in names}
-    base = flags.model.pretrained_model_name_or_path
-    if flags.model.external_unet_path or flags.model.revision:
-        base = None  # by its name another UNet would be had
-    adapters = adapters_of(flags.lora, components, base=base, instance_prompt=flags.instance.instance_prompt)
+    told = {"base": hub_id_of(flags.model), "instance_prompt": flags.instance.instance_prompt}
+    adapters = adapters_of(flags.lora, components, **told)
     add_adapters(components, adapters, run.seed)
     model.family.freeze_unread(model.components)
     if run.checkpoint is not None:
@@ -394,10 +398,9 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
     flags, ranks = run.flags, run.ranks
     tracker.finish()
     if flags.training.dry_run:
-        is_cached = kind_on_disk(flags.model.pretrained_model_name_or_path) != "folder"
-        tell_plan(flags.output, tracker, ranks, first_step=run.first_step, sizes=model.sizes, is_cached=is_cached)
+        tell_plan(flags, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
         return leave()
-    origin = {"step": run.schedule.steps, "base": flags.model.pretrained_model_name_or_path, "settings": run.settings}
+    origin = {"step": run.schedule.steps, "base": hub_id_of(flags.model), "settings": run.settings}
     form = Form.of(flags.output, flags.lora)
 
     def write_more(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The trained pipeline's copy on the Hub: --push_to_hub."""
 
+import shlex
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
@@ -41,16 +42,20 @@ def prepare_hub(flags: OutputFlags) -> str | None:
         The repository's full name; None where nothing is to be uploaded.
 
     Raises:
-        UserError: if the Hub cannot be reached or refuses.
+        UserError: if the Hub cannot be reached or refuses, or has a public repository where it is to be private.
     """
     if not flags.push_to_hub or not is_rank_0():
         return None
     name = hub_name(flags)
     try:
         api = HfApi(token=flags.hub_token)
-        return api.create_repo(name, private=flags.hub_private_repo or None, exist_ok=True).repo_id
+        repo_id = api.create_repo(name, private=flags.hub_private_repo or None, exist_ok=True).repo_id
+        is_public = flags.hub_private_repo and not api.repo_info(repo_id).private
     except Exception as error:  # Whatever the network and the Hub can answer: nothing has been done yet.
         raise UserError(f"--push_to_hub: cannot create {name} on the Hub: {hub_reason(error, writes=True)}") from error
+    if is_public:
+        raise UserError(f"--hub_private_repo: {repo_id} is there, and is public: make it private, or name another one")
+    return repo_id
 
 
 def model_card(output_dir: Path, repo_id: str, instance_prompt: str | None) -> str:
@@ -101,9 +106,10 @@ def upload(flags: OutputFlags, repo_id: str, instance_prompt: str | None) -> Non
         api.create_commit(repo_id=repo_id, operations=added, commit_message="DreamBooth training")
     except Exception as error:  # whatever the network and the Hub can answer
         parts = sorted({PurePosixPath(name).parts[0] for name in files})
-        include = " ".join(part if (output_dir / part).is_file() else f"'{part}/*'" for part in parts)
+        patterns = [part if (output_dir / part).is_file() else f"{part}/*" for part in parts]
         what = "LoRA" if WEIGHTS in files else "pipeline"
+        call = f"upload_folder(repo_id={repo_id!r}, folder_path={str(output_dir)!r}, allow_patterns={patterns})"
         raise RunError(
             f"--push_to_hub: {hub_reason(error, writes=True)}; the {what} is whole in {output_dir}: "
-            f"hf upload {repo_id} {output_dir} . --include {include} uploads it"
+            f"python -c {shlex.quote(f'from huggingface_hub import *; {call}')} uploads it"
         ) from error
