@@ -189,6 +189,20 @@ def test_where_nothing_was_trained_there_is_nothing_to_compare(words, tmp_path):
     assert len(commands(tmp_path, {}, *words)) == 1
 
 
+def test_a_data_set_is_not_for_launchers(tmp_path):
+    for words in (["--dataset_name", "x"], ["--dataset_name=x"]):
+        done = launch("dreambooth.sh", tmp_path, {}, *words, check=False)
+        assert done.returncode == 2 and "set INSTANCE_DIR, or call train_dreambooth.py" in done.error_lines[0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python heeds PYTHONSAFEPATH since 3.11")
+def test_a_module_of_the_user_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "dreambooth.py").write_text("raise SystemExit('mine')")
+    (tmp_path / "comparison.png").write_bytes(b"mine")
+    done = launch("colossalai.sh", tmp_path, {}, check=False)
+    assert done.returncode == 2 and "comparison.png is there, and is not as this program makes" in done.error_lines[0]
+
+
 def test_a_unet_that_the_comparison_would_not_show(tmp_path):
     flags = ["--external_unet_path", "other"]
     done = launch("colossalai.sh", tmp_path, {}, *flags, check=False)
