@@ -490,7 +490,7 @@ class OutputFlags:
         None, "repository of the upload", shown="the name of --output_dir", needs="push_to_hub"
     )
     hub_private_repo: bool = flag(
-        False, "make the repository a private one, if it is not there yet", needs="push_to_hub"
+        False, "make the repository a private one; a public one that is there is refused", needs="push_to_hub"
     )
 
 
