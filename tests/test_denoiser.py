@@ -254,6 +254,32 @@ def test_flat_parameters_lie_where_they_are_wanted(tiny_model):
     assert one.trained.is_flat and all(parameter.is_meta for parameter in one.trained.parameters())
 
 
+@pytest.mark.parametrize("room_of_others", [[True, True], [True, False], [False, False]])
+@pytest.mark.parametrize("shares", [True, False])
+def test_all_ranks_record_or_none(room_of_others, shares, tiny_model, monkeypatch, capsys):
+    """And before any of them shares gradients, it is known whether the others can: graphs stand in for a GPU's."""
+    made, answers = [], iter(room_of_others)
+
+    class Graphs:
+        def __init__(self, *inputs, share, **settings):
+            made.append(share)
+
+        def release(self):
+            made.append("released")
+
+    monkeypatch.setattr("dreambooth.model.denoiser.Recording", Graphs)
+    monkeypatch.setattr("dreambooth.model.denoiser.from_all_ranks", lambda own: [own, next(answers)])
+    one, share = build(tiny_model), (lambda gradients: None) if shares else None
+    inputs = torch.zeros(1, 4, 16, 16), torch.zeros(1), {}
+    one.record(inputs, dtype=torch.float32, keep_free=8, insist=False, share=share)
+    if not room_of_others[0] or (shares and not room_of_others[1]):
+        assert one.recording is None and made[-1] == "released" and "CUDA graphs: none" in capsys.readouterr().out
+        assert share is None or made.count(share) == room_of_others[0]
+    else:
+        assert isinstance(one.recording, Graphs)
+        assert made == ([None, "released", share] if shares else [None])
+
+
 def test_gradients_are_shared_while_others_are_computed(tiny_model, monkeypatch):
     """Of each flat parameter once, when all of its weights have theirs; a recording without its graphs, on the CPU."""
     monkeypatch.setattr(trainable, "FLAT_ELEMENTS", 2**15)

@@ -360,30 +360,30 @@ def save_into(tiny_model):
     training = Untrained(Denoiser(STABLE_DIFFUSION, unet=load_part(STABLE_DIFFUSION, "unet", tiny_model)))
     load, alone = functools.partial(load_pipeline, tiny_model), Ranks(0, 1, torch.device("cpu"))
 
-    def save(folder: Path, base: str = "") -> None:
+    def save(folder: Path, base: str | None = None) -> None:
         output.save_pipeline(folder, load, training, alone, size=2**20, step=4, base=base, settings={})
 
     save.training = training
     return save
 
 
-def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(save_into, tiny_model, tmp_path):
+def test_a_pipeline_that_cannot_be_put_in_place_is_whole_elsewhere(save_into, tmp_path):
     """Something has come in its way during the run: a file, then a link. No later run removes it."""
     output_dir = tmp_path / "out"
     output_dir.mkdir()
-    save_into(output_dir, str(tiny_model))
+    save_into(output_dir)
     listing = json.loads((output_dir / "dreambooth.json").read_text())
     del listing["files"]["vae/config.json"]  # as if it were a user's
     (output_dir / "dreambooth.json").write_text(json.dumps(listing))
     earlier, staged = files_in(output_dir), output_dir / "pipeline-step-4"
     with pytest.raises(RunError, match=rf"vae/config.json is there.*; it is whole in {staged}$"):
-        save_into(output_dir, str(tiny_model))
+        save_into(output_dir)
     assert {name: body for name, body in files_in(output_dir).items() if "pipeline-step-" not in name} == earlier
     StableDiffusionPipeline.from_pretrained(output_dir)
     (output_dir / "vae").rename(tmp_path / "vae")
     (output_dir / "vae").symlink_to(tmp_path / "vae")
     with pytest.raises(RunError, match=rf"vae is a link; it is whole in {staged}-2$"):
-        save_into(output_dir, str(tiny_model))
+        save_into(output_dir)
     assert len(list((tmp_path / "vae").iterdir())) == 2
     (output_dir / "vae").unlink()
     enter(output_dir)
@@ -403,6 +403,33 @@ def test_where_nothing_can_be_written_both_reasons_are_told(save_into, monkeypat
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
     with pytest.raises(RunError, match=r"cannot write /proc/out/pipeline-step-4.*; cannot write /proc/nowhere/"):
         save_into(Path("/proc/out"))
+
+
+DISK, REST = OSError("the disk is gone"), output.NoRest("the model is gone")
+
+
+@pytest.mark.parametrize(
+    ("faults", "kept_in"), [([DISK, REST], "temporary"), ([REST, DISK], "temporary"), ([REST], "out")]
+)
+def test_what_was_trained_survives_what_fails_beside_it(faults, kept_in, tmp_path, monkeypatch):
+    """The disk, and the rest of the pipeline, one after the other."""
+    for name in ("out", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    coming = iter(faults)
+
+    def write_files(folder: Path, *, whole: bool) -> None:
+        (folder / "unet").write_text("trained")
+        if fault := next(coming, None):
+            raise fault
+        assert not whole
+
+    told = {"size": 1, "step": 4, "base": None, "settings": {}}
+    with pytest.raises(RunError, match=f"{faults[0]}.*what was trained is in {tmp_path / kept_in}/") as error:
+        output._save(tmp_path / "out", write_files, "pipeline", **told)
+    assert all(str(fault) in str(error.value) for fault in faults)
+    (kept,) = (path for path in (tmp_path / kept_in).iterdir())
+    assert (kept / "unet").read_text() == "trained" and str(error.value).endswith(str(kept))
 
 
 def test_the_index_names_a_model_of_the_hub(save_into, tmp_path):

@@ -39,6 +39,10 @@ def test_a_loss_scale_goes_on_under_every_plugin(monkeypatch):
     assert other.state() == {"scale": 2.0**11, "_growth_step": 7, "_hysteresis_step": 0}
     other.load_state(kept)
     assert other.state() == kept
+    other.load_state(theirs.state_dict() | {"_growth_tracker": 1500})
+    other.update(False)
+    other.end_step()
+    assert other.state() == {"scale": 2.0**12, "_growth_step": 0, "_hysteresis_step": 0}
 
 
 def test_colossalai_is_the_one_that_this_builds_on():

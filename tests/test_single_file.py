@@ -83,7 +83,7 @@ def test_from_a_folder_to_a_file_to_a_folder(shape, model_of, flags, env, tmp_pa
     from_file = {"pretrained_model_name_or_path": file, "single_file_config": model, "output_dir": again}
     if shape == "tiny":
         planned = train(COLOSSALAI, still | from_file | {"dry_run": True}, env=env)
-        assert planned.stdout.splitlines()[-1] == "nothing was written, but into caches of models and data sets"
+        assert planned.stdout.splitlines()[-1] == "nothing was written outside the caches of models and data sets"
         assert not again.exists()
     train(COLOSSALAI, still | from_file, nproc=2 if shape == "tiny" else 1, env=env)
     assert_same(whole, kind.from_pretrained(again))

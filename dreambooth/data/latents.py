@@ -51,7 +51,7 @@ def cache_latents(
         Whether the steps find all that they take in the cache.
     """
     images = [(one, place) for one in dataset.sets for place in range(len(one.photos))]
-    # A run that goes on caches what the one before it did.
+    # A run that goes on caches what the one before it did, if it is as long.
     cached = _worth_caching(dataset, len(schedule.samples()), dtype) if which == "auto" else images * (which == "on")
     started = time.monotonic()
     batches = _batches(dataset, cached, schedule, first_step)

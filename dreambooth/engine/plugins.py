@@ -117,7 +117,8 @@ class HeldGradScaler(DynamicGradScaler):
     def load_state(self, state: dict) -> None:
         """Takes up what `state` has returned, or that of torch's scaler, which counts no overflows."""
         self.scale.fill_(state["scale"])
-        known = state | {"_growth_step": steps_since_growth(state)}
+        # It grows at the very step, and torch's counts further.
+        known = state | {"_growth_step": min(steps_since_growth(state), self._growth_interval - 1)}
         for name in self.COUNTERS:
             setattr(self, name, known.get(name, getattr(self, name)))
 

@@ -14,6 +14,7 @@ from dreambooth.model.libraries import checkpoint_activations, name_in_file
 from dreambooth.model.lora import Adapters, adapter_weights, name_in_lora_file
 from dreambooth.model.recording import Recording
 from dreambooth.model.trainable import Trainable
+from dreambooth.processes.ranks import from_all_ranks
 
 
 class HalfGroupNorm(torch.nn.GroupNorm):
@@ -135,7 +136,7 @@ class Denoiser(torch.nn.Module):
             dtype: in which it computes.
             keep_free: bytes of the GPU's memory that the training is going to take besides.
             insist: whether to raise an error where there is not the room; otherwise a line says so, and all is as
-                before.
+                before, on every rank if one has not the room.
             gradients: `in_place`, `accumulates` and `share` of `Recording`.
 
         Raises:
@@ -154,17 +155,25 @@ class Denoiser(torch.nn.Module):
             for parameter in self.unet.parameters():
                 if parameter.ndim == 4 and not parameter.requires_grad:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        torch.cuda.empty_cache()  # of what setting up took
-        try:
-            rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
-            self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients)
-            del rest
-        except RuntimeError as error:
-            if insist or not is_out_of_gpu_memory(error):
-                raise
-            if undo:
-                undo()
-            say("CUDA graphs: none, the GPU has not the room beside gradients and optimizer state")
+        # Ranks that share gradients as they record wait for each other: before, they find out whether all can.
+        trials = [{"share": None}] if gradients.get("share") else []
+        for changed in [*trials, {}]:
+            self.release()
+            torch.cuda.empty_cache()  # of what setting up took
+            try:
+                rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
+                how = gradients | changed
+                self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **how)
+                del rest
+            except RuntimeError as error:
+                if insist or not is_out_of_gpu_memory(error):
+                    raise
+            if not all(from_all_ranks(self.recording is not None)):
+                self.release()
+                if undo:
+                    undo()
+                say("CUDA graphs: none, the GPU has not the room beside gradients and optimizer state")
+                break
         torch.cuda.empty_cache()
 
     @property

@@ -47,9 +47,9 @@ def tell_plan(
     if output.push_to_hub:
         say(f"upload: {readable(sizes.pipeline)} to {hub_name(output)}")
     sources = [model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path, model.tokenizer_name]
-    sources += [model.external_unet_path, flags.instance.dataset_name]
-    is_cached = any(name and kind_on_disk(name) != "folder" for name in sources)
-    say(f"nothing was written{', but into caches of models and data sets' * is_cached}")
+    is_cached = any(name and kind_on_disk(name) != "folder" for name in [*sources, model.external_unet_path])
+    where = " outside the caches of models and data sets"
+    say(f"nothing was written{where * (is_cached or flags.instance.dataset_name is not None)}")
 
 
 def duration(seconds: float) -> str:

@@ -337,22 +337,31 @@ def _save(
 
     name = f"{what.lower()}-step-{step}"
     staged = from_rank_0(lambda: _unused(output_dir / name))
-    try:
-        write(staged)
-    except (RunError, NoRest, ToldByRank0) as error:  # which all ranks have; one that is alone with an error leaves
-        can_be_had = not isinstance(error, NoRest)
-        whole = from_rank_0(lambda: can_be_had)
-        elsewhere = Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}")
-        kept = elsewhere if whole else staged
+    elsewhere = from_rank_0(lambda: Path(tempfile.gettempdir(), f"dreambooth-{name}-{secrets.token_hex(4)}"))
+    folder, whole, errors = staged, True, []
+    while True:
         try:
-            write(kept, whole=whole)
-        except RunError as second:
-            raise RunError(f"{first_line(error)}; {first_line(second)}") from error
-        if not is_rank_0():
-            raise ToldByRank0(RunError.status) from error
-        left = f"the trained {what} is whole in {kept} instead" if whole else f"what was trained is in {kept}"
-        raise RunError(f"{first_line(error)}; {left}") from error
+            write(folder, whole=whole)
+            break
+        except (RunError, NoRest, ToldByRank0) as error:  # which all ranks have; one that is alone with another leaves
+            errors.append(error)
+        if from_rank_0(lambda: isinstance(errors[-1], NoRest)):
+            whole = False
+        elif folder == staged:
+            folder = elsewhere
+        else:
+            raise _all_of(errors)
+    if errors:
+        left = f"the trained {what} is whole in {folder} instead" if whole else f"what was trained is in {folder}"
+        raise _all_of(errors, left)
     from_rank_0(lambda: _put_all_in_place(staged, output_dir, what))
+
+
+def _all_of(errors: list[Exception], *more: str) -> Exception:
+    """Returns what is to be raised because of errors that all ranks have, one after another."""
+    if not is_rank_0():
+        return ToldByRank0(RunError.status)
+    return RunError("; ".join([*map(first_line, errors), *more]))
 
 
 def _put_all_in_place(staged: Path, output_dir: Path, what: str) -> None:

@@ -109,6 +109,7 @@ class Run:
         seed: of every draw.
         resolution: of the training images, in pixels.
         schedule: of steps and samples.
+        base: Hub id by which anybody has the model that is trained; None without, and where flags change it.
         settings: that a run has to share to go on from this one's checkpoints; the stages add theirs.
         repo_id: on the Hub, for the upload; None for none.
     """
@@ -125,6 +126,7 @@ class Run:
     seed: int
     resolution: int
     schedule: Schedule
+    base: str | None
     settings: dict = field(default_factory=dict)
     repo_id: str | None = None
 
@@ -132,6 +134,12 @@ class Run:
     def first_step(self) -> int:
         """Steps that an earlier run has done."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def prompt(self) -> str | None:
+        """The one of all images of the subject; None where they have several."""
+        prompts = {photo.prompt for photo in self.instance_images}
+        return prompts.pop() if len(prompts) == 1 else None
 
     @property
     def output_dir(self) -> Path:
@@ -164,12 +172,19 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
     found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
-    run = Run(flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule)
+    run = Run(
+        flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule, _base(flags.model)
+    )
     settings = flag_settings(flags, schedule, seed=seed, precision=precision, resolution=resolution)
     run.settle("settings", settings)
     if checkpoint is not None and checkpoint.step == schedule.steps:
         say(f"{checkpoint.folder} has all steps of the run: nothing is left to train")
     return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
+
+
+def _base(model: ModelFlags) -> str | None:
+    name = model.pretrained_model_name_or_path
+    return None if kind_on_disk(name) or model.external_unet_path or model.revision else name
 
 
 @dataclass
@@ -228,12 +243,6 @@ def prepare_model(run: Run) -> PreparedModel:
     return PreparedModel(**vars(model), trained=trained, adapters=adapters, load_pipeline=load, sizes=sizes)
 
 
-def hub_id_of(model: ModelFlags) -> str | None:
-    """Returns the Hub id by which anybody has the model that is trained; None without, and where flags change it."""
-    name = model.pretrained_model_name_or_path
-    return None if kind_on_disk(name) or model.external_unet_path or model.revision else name
-
-
 def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[Adapters, Sizes]:
     """Gives components of a model adapters, those of the checkpoint if there is one.
 
@@ -241,8 +250,7 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
         What they are, and the sizes of what the run writes.
     """
     flags, components = run.flags, {name: model.components[name] for name in names}
-    told = {"base": hub_id_of(flags.model), "instance_prompt": flags.instance.instance_prompt}
-    adapters = adapters_of(flags.lora, components, **told)
+    adapters = adapters_of(flags.lora, components, base=run.base, instance_prompt=run.prompt)
     add_adapters(components, adapters, run.seed)
     model.family.freeze_unread(model.components)
     if run.checkpoint is not None:
@@ -400,7 +408,7 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
     if flags.training.dry_run:
         tell_plan(flags, tracker, ranks, first_step=run.first_step, sizes=model.sizes)
         return leave()
-    origin = {"step": run.schedule.steps, "base": hub_id_of(flags.model), "settings": run.settings}
+    origin = {"step": run.schedule.steps, "base": run.base, "settings": run.settings}
     form = Form.of(flags.output, flags.lora)
 
     def write_more(folder: Path) -> None:
@@ -425,4 +433,4 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
 def publish(run: Run) -> None:
     """Uploads what was saved, if the flags say so; it may take long, and keeps no other rank waiting."""
     if run.repo_id:
-        upload(run.flags.output, run.repo_id, run.flags.instance.instance_prompt)
+        upload(run.flags.output, run.repo_id, run.prompt)
