@@ -34,7 +34,7 @@ echo "== style"
 echo "== tests"
 # Their processes, which start at the same time, then find bytecode, and do not each make it.
 "$python" -c "import datasets, inference, train_dreambooth, train_dreambooth_colossalai"
-"$python" -m pytest -n 3 --dist worksteal
+"$python" -m pytest -n 2 --dist worksteal
 
 echo "== smoke runs"
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
