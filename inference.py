@@ -20,7 +20,6 @@ before_imports(__name__, lambda: inference_parser(__doc__).parse_args())
 import argparse
 import functools
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from dreambooth.command_line.console import RunError, counted, progress, say, warn
+from dreambooth.command_line.console import RunError, counted, is_utf_8, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.paths import is_model_file, kind_on_disk
 from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
@@ -135,7 +134,7 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
             a prompt is no text.
     """
     for flag, texts in (("prompt", args.prompt), ("negative_prompt", [args.negative_prompt or ""])):
-        if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        if not all(map(is_utf_8, texts)):
             raise UserError(f"--{flag} is not valid UTF-8")
     for side in ("height", "width"):
         if (getattr(args, side) or 0) % SIDES:

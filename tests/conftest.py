@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Tests run several at a time, and processes with many threads would only wait for each other. Where a trainer takes all
-# cores for the optimizer, its threads sleep while they wait, and leave the cores to others.
+# Tests run several at a time, and processes with many threads would only wait for each other. Where a trainer takes
+# all cores for the optimizer, its threads sleep while they wait, and leave the cores to others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Kernels for GPUs run in Triton's interpreter where there is none; it looks for this when it is imported.

@@ -109,8 +109,8 @@ ON_H200 = [
     (on_gpu("low_level_zero", batch=8), 18.41),
     (on_gpu("gemini", recomputes=True), 15.33),
 ]
-# From benchmarks/four_h100_batch16.json and four_h100_batch8.json: what torch had reserved with graphs, which is more than
-# is allocated, and what it had allocated under Gemini, which has none.
+# From benchmarks/four_h100_batch16.json and four_h100_batch8.json: what torch had reserved with graphs, which is more
+# than is allocated, and what it had allocated under Gemini, which has none.
 ON_FOUR_H100 = [
     (on_gpu(dtype=FP32, encodes=FP32), 38.4),
     (on_gpu(records=True), 26.9),

@@ -37,6 +37,16 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_utf_8(text: str) -> bool:
+    """Whether text can be written as UTF-8: a word of the command line that is not has surrogates in it."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether text has nothing in it that could be seen."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of what a library says, or the kind of error where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,10 @@
 """Files and folders that flags name: what stands in the way of writing to them, known before any work."""
 
 import os
-import re
 import secrets
 from pathlib import Path
+
+from dreambooth.command_line.console import is_utf_8
 
 PARTIAL = ".partial"  # ends the name of a file while it is written
 
@@ -23,7 +24,7 @@ def kind_on_disk(name: str) -> str | None:
 
 def not_utf_8(flag: str, folder: str) -> list[str]:
     """Returns what is wrong with a folder that gets a log of TensorBoard, which takes no other names."""
-    return [f"{flag} {folder} is not valid UTF-8: name another folder"] if re.search("[\ud800-\udfff]", folder) else []
+    return [] if is_utf_8(folder) else [f"{flag} {folder} is not valid UTF-8: name another folder"]
 
 
 def same_folder(one: str, other: str) -> bool:

@@ -5,9 +5,9 @@ Each yields what it has to say, in a line.
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 
+from dreambooth.command_line.console import is_blank, is_utf_8
 from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
 from dreambooth.command_line.paths import is_model_file, kind_on_disk, not_utf_8, same_folder, unwritable
 
@@ -29,7 +29,7 @@ def _blank_words(flags: Flags) -> Iterator[str]:
     """A shell gives an empty word for a variable that is not set."""
     for group in flags.groups():
         for name, text in vars(group).items():
-            if isinstance(text, str) and not any(c.isprintable() and not c.isspace() for c in text):
+            if isinstance(text, str) and is_blank(text):
                 yield f"--{name} {text!r} is blank: give it a value or leave it out"
 
 
@@ -40,7 +40,7 @@ def _broken_prompts(flags: Flags) -> Iterator[str]:
         "validation_prompt": flags.validation.validation_prompt,
     }
     for name, text in prompts.items():
-        if re.search("[\ud800-\udfff]", text or ""):
+        if not is_utf_8(text or ""):
             yield f"--{name} is not valid UTF-8"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from dreambooth.command_line.console import UserError, first_line, say, warn
+from dreambooth.command_line.console import UserError, first_line, is_blank, is_utf_8, say, warn
 from dreambooth.command_line.flags import InstanceFlags
 from dreambooth.data.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
@@ -290,9 +290,9 @@ def _checked(caption: object, where: str) -> str:
     if not isinstance(caption, str):
         raise UserError(f"{where}: the caption is no text")
     caption = " ".join(caption.split())
-    if re.search("[\ud800-\udfff]", caption):
+    if not is_utf_8(caption):
         raise UserError(f"{where}: the caption is not valid UTF-8")
-    if not any(c.isprintable() and not c.isspace() for c in caption):
+    if is_blank(caption):
         raise UserError(f"{where}: the caption is blank; write one, or remove it")
     return caption
 
