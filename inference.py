@@ -27,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dreambooth.command_line.console import RunError, counted, is_utf_8, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.paths import is_model_file, kind_on_disk
 from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
+from dreambooth.model.components import loading
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import readers_of
 from dreambooth.model.folder import INDEX, family_of, find_folder
@@ -147,6 +148,21 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
         warn(f"--negative_prompt: no effect without guidance, which a --guidance_scale of {args.guidance_scale:g} is")
 
 
+def check_steps(wanted: int, models: list[Model]) -> None:
+    """Compares --num_inference_steps with the timesteps that the models were trained with.
+
+    Raises:
+        UserError: if they are not fewer, which some samplers cannot do.
+    """
+    for model in models:
+        with loading("scheduler", model.folder):
+            trained = DDPMScheduler.load_config(model.folder / "scheduler").get("num_train_timesteps", wanted + 1)
+            if wanted >= trained:
+                raise UserError(
+                    f"--num_inference_steps {wanted}: {model.name} was trained with {trained} timesteps; give fewer"
+                )
+
+
 def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     """Yields the images of each prompt, one at a time, each from a seed of its own.
 
@@ -235,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"revision": args.revision, "variant": args.variant, "configuration": args.single_file_config}
     check_flags(args, args.compare_with or name)
     models = find_models(name, args.compare_with, chosen, lora)
+    check_steps(args.num_inference_steps, models)
     drawing = Drawing(
         prompts=args.prompt,
         device=device,

@@ -82,7 +82,7 @@ def build_optimizer(
     flags: OptimizerFlags, strategy: Strategy, denoiser: Denoiser, schedule: Schedule
 ) -> torch.optim.Optimizer:
     """Returns the strategy's AdamW over the denoiser's parameters."""
-    if strategy.placement != "cuda":
+    if strategy.placement != "cuda" or strategy.offload_optim_frac:
         # Part of it works on the CPU, of which torchrun gives each process one core.
         cores = len(os.sched_getaffinity(0)) // find_place().local_world_size
         torch.set_num_threads(max(torch.get_num_threads(), cores))

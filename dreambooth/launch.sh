@@ -19,7 +19,7 @@ count_gpus() {
   local listed
   listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
   if [ "${CUDA_VISIBLE_DEVICES-all}" != "" ] && [[ $listed == GPU* ]]; then
-    python -c 'import torch; print(torch.cuda.device_count())'
+    PYTHONSAFEPATH=1 python -c 'import torch; print(torch.cuda.device_count())'  # not a torch.py of the user's own
   else
     echo 0
   fi
@@ -86,11 +86,12 @@ declare -A SETTINGS=(
 
 # Usage: train_and_compare SCRIPT FLAG...
 train_and_compare() {
-  local script=$1 argument previous="" launcher=(python) before=() trained=("$OUTPUT_DIR") compared=yes
+  local script=$1 argument flag previous="" launcher=(python) before=() trained=("$OUTPUT_DIR") compared=yes
   shift
   for argument in "$@"; do
-    if [ -n "${SETTINGS[${argument%%=*}]:-}" ]; then
-      fail "${argument%%=*}: set ${SETTINGS[${argument%%=*}]} in the environment instead, which the comparison follows too"
+    flag=${argument%%=*}
+    if [ -n "$flag" ] && [ -n "${SETTINGS[$flag]:-}" ]; then
+      fail "$flag: set ${SETTINGS[$flag]} in the environment instead, which the comparison follows too"
     fi
     case $previous$argument in
       --revision=* | --variant=* | --single_file_config=*) before+=("$previous$argument") ;;  # of the model before the training

@@ -129,6 +129,26 @@ def test_settings_that_change_the_run_are_refused_by_name(script, long_run, tmp_
     assert len(list(long_run["class_data_dir"].iterdir())) == 7
 
 
+def test_a_model_that_reads_or_predicts_something_else_is_another_run(long_run, tmp_path):
+    """Though all its weights are the same."""
+    train(TRADITIONAL, long_run)
+    for file, changed, named in (
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "v_prediction"},
+            "prediction_type was 'epsilon' and is",
+        ),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "noise schedule was {"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 9}, "tokenizers was ['"),
+    ):
+        model = tmp_path / "another model"
+        shutil.copytree(long_run["pretrained_model_name_or_path"], model, dirs_exist_ok=True)
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changed))
+        changed = long_run | {"pretrained_model_name_or_path": model, "resume_from_checkpoint": "latest"}
+        done = train(TRADITIONAL, changed, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1 and named in done.error_lines[0]
+
+
 def test_only_whole_checkpoints_are_taken(long_run):
     """A half-written one has another name; one that lost a file is named."""
     output_dir = long_run["output_dir"]
@@ -155,6 +175,29 @@ def test_the_newest_checkpoint_is_the_one_written_last(long_run):
     shutil.copytree(output_dir.with_name("before") / "checkpoint-6", output_dir / "checkpoint-6")
     more = {"max_train_steps": 5, "resume_from_checkpoint": "latest", "resume_anyway": True}
     assert "4/5" in train(TRADITIONAL, long_run | more).stderr
+
+
+def test_the_newest_checkpoint_is_so_whatever_the_clock_says(long_run):
+    """The first was written by a machine whose clock is thirty years ahead."""
+    train(TRADITIONAL, long_run | {"max_train_steps": 4, "lr_scheduler": "constant"})
+    state = long_run["output_dir"] / "checkpoint-3" / "state.json"
+    found = json.loads(state.read_text())
+    state.write_text(json.dumps(found | {"written_at": found["written_at"] + 1e9}))
+    more = {"resume_from_checkpoint": "latest", "checkpoints_total_limit": 1, "lr_scheduler": "constant"}
+    train(TRADITIONAL, long_run | more)
+    assert [path.name for path in long_run["output_dir"].glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_interim_checkpoints_take_no_place_of_those_asked_for(flags):
+    """Also where one of a later step is left of a run that was killed."""
+    flags |= {"max_train_steps": 5, "save_steps": 2}
+    train(TRADITIONAL, flags)
+    first, interim = (flags["output_dir"] / f"checkpoint-{step}" for step in (2, 5))
+    shutil.copytree(flags["output_dir"] / "checkpoint-4", interim)
+    state = json.loads((interim / "state.json").read_text())
+    (interim / "state.json").write_text(json.dumps(state | {"step": 5, "interim": True}))
+    train(TRADITIONAL, flags | {"resume_from_checkpoint": first, "checkpoints_total_limit": 2})
+    assert {path.name for path in flags["output_dir"].glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):

@@ -13,6 +13,7 @@ from dreambooth.model.activations import discard_activations
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
+from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
 
 
 def build(folder) -> denoiser.Denoiser:
@@ -246,6 +247,27 @@ def test_what_is_frozen_within_a_component_is_whole_in_fp32(tiny_model):
     (frozen,) = trained.frozen()
     assert {frozen.name, *own} == {*start} and frozen.name not in own and frozen.is_everywhere
     assert torch.equal(frozen.values.view(frozen.shape), start[frozen.name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_frozen_computes_beside_what_is_handed_out_in_half(dtype, xl_model, monkeypatch):
+    """As the last layer of XL's first text encoder, which nobody reads; a recording without its graphs, on the CPU."""
+    monkeypatch.setattr(recording, "_copy", torch.Tensor.copy_)  # Triton's permutes convolutions' weights on GPUs
+    names = ("unet", *STABLE_DIFFUSION_XL.text_encoders)
+    parts = {name: load_part(STABLE_DIFFUSION_XL, name, xl_model) for name in names}
+    STABLE_DIFFUSION_XL.freeze_unread(parts)
+    one = denoiser.Denoiser(STABLE_DIFFUSION_XL, **parts).train()
+    assert not all(parameter.requires_grad for parameter in one.text_encoder.parameters())
+    one.cast(torch.float32, frozen=dtype)
+    one.normalize_in_half()
+
+    recorded = object.__new__(recording.Recording)  # whose constructor records
+    recorded.predict, recorded.trained, recorded.dtype = one._predict, one.trained, dtype
+    recorded.parameters = one.trained.parameters()
+    tokens = torch.zeros(1, 77, dtype=torch.long)
+    recorded.inputs = {"noisy_latents": torch.randn(1, 4, 16, 16), "timesteps": torch.tensor([3])}
+    recorded.inputs |= {"input_ids": tokens, "input_ids_2": tokens, "time_ids": torch.zeros(1, 6)}
+    assert recorded._forward().isfinite().all()
 
 
 def test_flat_parameters_lie_where_they_are_wanted(tiny_model):

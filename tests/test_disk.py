@@ -247,6 +247,14 @@ def test_only_what_is_in_host_memory_can_be_on_a_disk(monkeypatch, folder, plugi
         choose_strategy(flags)
 
 
+def test_a_disk_that_nothing_would_go_to_is_refused(monkeypatch, folder):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    of_plugin = StrategyFlags(plugin="gemini", placement="cpu", offload_optim_frac=0.0, offload_dir=str(folder))
+    flags = ColossalAIFlags(model=ModelFlags(pretrained_model_name_or_path="m"), strategy=of_plugin)
+    with pytest.raises(UserError, match="of which --offload_optim_frac 0 leaves nothing"):
+        choose_strategy(flags)
+
+
 def test_tensors_lie_beside_each_other_in_a_file_until_it_is_full(monkeypatch, folder):
     monkeypatch.setattr(disk, "MORE", 2**16)
     memory = DiskMemory(folder)

@@ -91,6 +91,7 @@ SLIPS = {
         ["--single_file_config", "{folder}"],
         "is of a model that is one file, and .* is none",
     ),
+    "more steps than timesteps": (["--num_inference_steps", "1000"], "1000: .* was trained with 1000 timesteps; give"),
     "no such variant": (["--variant", "fp16"], r"--variant fp16: MODEL \S+ has no weights named \*.fp16.safetensors"),
 }
 

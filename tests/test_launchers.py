@@ -184,6 +184,11 @@ def test_the_comparison_is_of_what_was_trained(launcher, tmp_path):
     assert comparison[6:8] == ["--revision=v2", "--variant=fp16"]
 
 
+def test_an_empty_word_is_for_the_trainer_to_tell(tmp_path):
+    done = with_stubs(tmp_path, {}, "--validation_prompt", "")
+    assert "--validation_prompt\n\n" in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("words", [["--dry_run"], ["--help"], ["-h"]])
 def test_where_nothing_was_trained_there_is_nothing_to_compare(words, tmp_path):
     assert len(commands(tmp_path, {}, *words)) == 1

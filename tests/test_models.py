@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from harness import COLOSSALAI, TRADITIONAL, Running, scalars, train, unet_weights
 from PIL import Image
 from test_hub import Hub
@@ -253,6 +258,18 @@ def test_validation_images_by_another_scheduler(flags, model):
     assert isinstance(load_pipeline(model, sampler=name).scheduler, DPMSolverMultistepScheduler)
     saved = json.loads((flags["output_dir"] / str(name) / "model_index.json").read_text())
     assert saved["scheduler"] == json.loads((model / "model_index.json").read_text())["scheduler"]
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
+def test_noise_that_no_betas_schedule_is_refused(script, scheduler, model, flags):
+    """Its UNet would be trained with noise that it has never seen."""
+    shutil.rmtree(model / "scheduler")
+    scheduler().save_pretrained(model / "scheduler")
+    change_json(model / "model_index.json", scheduler=["diffusers", scheduler.__name__])
+    done = train(script, flags | {"pretrained_model_name_or_path": model}, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1
+    assert f"a {scheduler.__name__}, has no betas" in done.error_lines[0]
 
 
 def test_settings_of_a_pipeline_stay_as_they_are(model):

@@ -32,6 +32,7 @@ from dreambooth.processes.ranks import Ranks
 from dreambooth.run import folders, in_place, listing, output
 from dreambooth.run.checkpoint import (
     LIBRARIES,
+    check_kind,
     check_names,
     check_settings,
     find_checkpoint,
@@ -585,6 +586,17 @@ def test_other_numbers_of_steps():
             continue
         with pytest.raises(UserError, match=refused):
             check_settings(checkpoint, settings, resume_anyway=False)
+
+
+def test_a_checkpoint_elsewhere_says_nothing_of_those_in_the_folder(tmp_path):
+    """Which a run of adapters that goes on from it would replace or remove, though they are of whole models."""
+    a_checkpoint(tmp_path / "out" / "checkpoint-2")
+    elsewhere = a_checkpoint(tmp_path / "elsewhere" / "checkpoint-4")
+    for wanted in (None, str(elsewhere)):
+        with pytest.raises(UserError, match="has checkpoint-2 of a run without --lora_rank"):
+            check_kind(OutputFlags(output_dir=str(tmp_path / "out"), resume_from_checkpoint=wanted), adapters=True)
+    for wanted in ("latest", "checkpoint-2", str(tmp_path / "out" / "checkpoint-2")):
+        check_kind(OutputFlags(output_dir=str(tmp_path / "out"), resume_from_checkpoint=wanted), adapters=True)
 
 
 def test_checkpoints_by_their_names(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def environment(monkeypatch):
         ("MASTER_ADDR=host MASTER_PORT=1", Place()),  # left over, and of no meaning alone
         ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=host MASTER_PORT=1", Place(1, 2, 0, 1)),  # as Kubeflow sets them
         ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=host MASTER_PORT=1", Place(5, 8, 1, 4)),
-        ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=3 MASTER_ADDR=host MASTER_PORT=1", Place(3, 4, 3, 4)),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=host MASTER_PORT=1", Place()),
     ],
 )
 def test_the_place_of_a_process(environment, words, place):
@@ -83,6 +83,11 @@ def test_an_interrupt_during_the_imports_is_quiet(script, photos):
         ("WORLD_SIZE=2", "has WORLD_SIZE of a launcher, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ("LOCAL_RANK=3", "has LOCAL_RANK of a launcher, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ("OMPI_COMM_WORLD_SIZE=2", "has OMPI_COMM_WORLD_SIZE of a launcher"),
+        # How many there are on a machine, all ranks have to know alike.
+        (
+            "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=h MASTER_PORT=1",
+            "LOCAL_RANK of a launcher, but not LOCAL_WORLD",
+        ),
         ("RANK=0 WORLD_SIZE=two MASTER_ADDR=h MASTER_PORT=1", "WORLD_SIZE=two, which is not a whole number"),
         ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2, of 2 processes, which are counted from 0"),
         ("ACCELERATE_USE_DEEPSPEED=true", "asks for DeepSpeed, which this project does not use"),
@@ -472,3 +477,29 @@ def said_of(error: str, tmp_path) -> str:
     done = run([sys.executable, tmp_path / "x.py"], env={"PYTHONPATH": str(ROOT), "RANK": "0"}, check=False)
     assert done.returncode == 1
     return done.stderr
+
+
+# Standard output and error of a run that nobody reads any more.
+GONE = {
+    "terminal": "import pty\nmaster, gone = pty.openpty()\nos.close(master)",
+    "pipe": "read, gone = os.pipe()\nos.close(read)",
+    "log on a full disk": "gone = os.open('/dev/full', os.O_WRONLY)",
+}
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_where_nobody_listens_a_run_ends_as_it_would_have(gone, flags):
+    before = f"{GONE[gone]}\nos.dup2(gone, 1), os.dup2(gone, 2)"
+    flags |= {"save_steps": 5, "checkpoints_total_limit": 1}
+    train(TRADITIONAL, flags, before=before, env={"TQDM_MININTERVAL": "0"})
+    assert (flags["output_dir"] / "model_index.json").is_file()
+    assert [path.name for path in flags["output_dir"].glob("checkpoint-*")] == ["checkpoint-10"]
+    refused = train(TRADITIONAL, flags | {"resume_from_checkpoint": "none"}, before=before, check=False)
+    assert refused.returncode == 2
+
+
+def test_an_error_is_told_though_torchrun_cannot_have_it(flags):
+    """Its file may be on a disk that is full."""
+    flags |= {"resume_from_checkpoint": "none"}
+    done = train(TRADITIONAL, flags, env={"TORCHELASTIC_ERROR_FILE": "/dev/full"}, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1 and "Traceback" not in done.stderr

@@ -245,10 +245,10 @@ def test_four_batches_on_two_ranks_are_one_of_eight_and_no_limit_clips_nothing(
 def as_if(flags, tmp_path):
     """Returns a function that takes a step or more on one rank, after some lines of Python: the finished process."""
 
-    def run(lines: str, strategy: tuple[str, str, str], steps: int = 1):
+    def run(lines: str, strategy: tuple[str, str, str], steps: int = 1, **more: object):
         script = tmp_path / "as_if.py"
         script.write_text(f"import sharding_on_cpu\n{lines}\nsharding_on_cpu.main()\n")
-        more = {"max_train_steps": steps, "lr_warmup_steps": 0, "output_dir": tmp_path / "out"}
+        more |= {"max_train_steps": steps, "lr_warmup_steps": 0, "output_dir": tmp_path / "out"}
         return train(str(script), flags | strategy_flags(*strategy) | more, check=False)
 
     return run
@@ -264,6 +264,19 @@ def test_steps_whose_gradients_overflow_are_skipped(plugin, as_if, tiny_model, t
     state = run_state(tmp_path / "out", 2)
     assert state["adam_step"] == 0
     assert state["grad_scaler"] == {"scale": 2.0**31, "_growth_step": 0, "_hysteresis_step": 2}
+
+
+@pytest.mark.parametrize("plugin", ["low_level_zero", "gemini"])
+def test_after_a_step_that_was_skipped_gradients_add_up_anew(plugin, as_if, tmp_path):
+    """The first of its two batches overflows."""
+    lines = (
+        "from dreambooth.engine.booster_training import BoosterTraining as Training\n"
+        "backward, factors = Training.backward, iter([1e38])\n"
+        "Training.backward = lambda self, loss: backward(self, loss * next(factors, 1))"
+    )
+    done = as_if(lines, (plugin, "cuda", "fp16"), steps=3, train_batch_size=1, gradient_accumulation_steps=2)
+    assert done.returncode == 0, done.stderr
+    assert np.isfinite(scalars(tmp_path / "out", "grad_norm")).tolist() == [False, True, True]
 
 
 # What another ColossalAI might do, and what is said of it then.

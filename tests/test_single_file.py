@@ -6,7 +6,10 @@ import os
 import pickle
 import re
 import shutil
+import sys
+from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import random_model
 from dreambooth.command_line.console import UserError
 from dreambooth.model import single_file
-from dreambooth.model.configurations import build_pipeline, clip_tokenizer
+from dreambooth.model.components import load_tokenizer
+from dreambooth.model.configurations import build_pipeline, clip_tokenizer, write_configuration
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
@@ -138,6 +142,22 @@ def test_the_tokenizer_is_that_of_clip():
     assert clip_tokenizer("!").pad_token_id == 0
 
 
+@pytest.mark.parametrize("kind", single_file.KINDS)
+def test_texts_are_filled_up_as_in_training(kind, tmp_path):
+    """OpenAI's by their end; those of open_clip, of Stable Diffusion 2 and XL's second encoder, by zeros."""
+    _, shape, prediction_type = single_file.KINDS[kind]
+    write_configuration(tmp_path, shape, prediction_type)
+    filled = {path.name: load_tokenizer(tmp_path / path.name).pad_token_id for path in tmp_path.glob("tokenizer*")}
+    assert (
+        filled
+        == {
+            "v1": {"tokenizer": 49407},
+            "v2": {"tokenizer": 0},
+            "xl_base": {"tokenizer": 49407, "tokenizer_2": 0},
+        }[kind]
+    )
+
+
 def test_what_is_no_such_file(tmp_path, monkeypatch):
     inpainting = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}
     refiner = {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(1)}
@@ -148,6 +168,7 @@ def test_what_is_no_such_file(tmp_path, monkeypatch):
         (inpainting, "is what diffusers calls inpainting"),
         (refiner | unet, "is what diffusers calls xl_refiner"),
         (unet, "keys of a Stable Diffusion 1.x that predicts epsilon and another shape, .*with --single_file_config$"),
+        (unet | {"edm_vpred.sigma_max": torch.zeros(1)}, "is of the EDM kind, such as CosXL"),
         (
             {
                 single_file.FIRST_OF_UNET: torch.zeros(64, 8, 3, 3),
@@ -201,6 +222,13 @@ class Runs:
         return os.system, ("touch it-ran",)
 
 
+class Callback:
+    """Of a library that is not installed here."""
+
+    def __init__(self):
+        self.best = {"loss": 0.5}
+
+
 def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path, flags, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"weight": torch.ones(2), "tied": torch.ones(2)}}, "model.ckpt")
@@ -212,10 +240,24 @@ def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path
     assert load_file("model.safetensors")["weight"].tolist() == [1, 1]
     with pytest.raises(UserError, match="is there already"):
         unpickle()
-    Path("evil.ckpt").write_bytes(pickle.dumps({"state_dict": Runs()}))
     monkeypatch.setattr("sys.argv", ["unpickle", "evil.ckpt"])
-    with pytest.raises(UserError, match="evil.ckpt holds other things than weights, such as code that would run"):
+    for evil in (pickle.dumps({"state_dict": Runs()}), pickle.dumps(Runs())):
+        Path("evil.ckpt").write_bytes(evil)
+        with pytest.raises(UserError, match="evil.ckpt "):
+            unpickle()
+    # What a trainer leaves beside the weights is of classes that are not there, and may be more than that.
+    monkeypatch.setattr(Callback, "__module__", "a.library")
+    library = mock.patch.dict(sys.modules, {"a": sys.modules[__name__], "a.library": sys.modules[__name__]})
+    beside = {"callbacks": {Callback: Callback()}, "optimizer_states": [Runs()], "precision": torch.float16}
+    weights = OrderedDict(weight=torch.ones(2), bias=torch.nn.Parameter(torch.zeros(1)))
+    monkeypatch.setattr("sys.argv", ["unpickle", "trained.ckpt"])
+    for zipped in (True, False):
+        with library:
+            torch.save(beside | {"state_dict": weights}, "trained.ckpt", _use_new_zipfile_serialization=zipped)
         unpickle()
+        found = {name: one.tolist() for name, one in load_file("trained.safetensors").items()}
+        assert found == {"weight": [1, 1], "bias": [0]}
+        Path("trained.safetensors").unlink()
     assert not Path("it-ran").exists()
 
 

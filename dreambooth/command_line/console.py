@@ -88,14 +88,28 @@ def is_rank_0() -> bool:
 def say(message: str) -> None:
     """Prints a line on rank 0, above a progress bar if there is one."""
     if is_rank_0():
-        tqdm.write(message)
-        sys.stdout.flush()
+        with unless_nobody_listens():
+            tqdm.write(message)
+            sys.stdout.flush()
 
 
 def warn(message: str) -> None:
     """Prints a warning on rank 0: a flag without an effect, a prompt that is cut."""
     if is_rank_0():
-        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+        _to_stderr(f"warning: {one_line(message)}")
+
+
+def unless_nobody_listens() -> contextlib.AbstractContextManager[None]:
+    """Within it what cannot be printed is left unsaid: a terminal may be closed, or the log's disk be full.
+
+    A run goes on, and ends as it would have.
+    """
+    return contextlib.suppress(OSError)
+
+
+def _to_stderr(line: str) -> None:
+    with unless_nobody_listens():
+        print(line, file=sys.stderr, flush=True)
 
 
 class _LineByLine:
@@ -107,11 +121,13 @@ class _LineByLine:
     def write(self, text: str) -> None:
         line = text.strip()
         if line and line != self.last:  # when a bar is closed, it writes what it has just written
-            sys.stderr.write(f"{line}\n")
+            with unless_nobody_listens():
+                sys.stderr.write(f"{line}\n")
             self.last = line
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with unless_nobody_listens():
+            sys.stderr.flush()
 
 
 def progress(total: int, *, desc: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm:
@@ -163,15 +179,15 @@ def run_program(main: Callable[[], None], program: str) -> None:
         _interrupts_end_at_once()
         status = _report(program, error)
     # Not sys.exit: a library's exit handler may wait for ranks that wait for this one.
-    sys.stderr.flush()
     os._exit(status)
 
 
 def _leave_at_once() -> None:
     """Ends a process that has succeeded; Python would take a second or two to take apart all that was imported."""
     if _succeeded.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with unless_nobody_listens():
+                stream.flush()
         os._exit(0)
 
 
@@ -186,11 +202,11 @@ def _report(program: str, error: BaseException) -> int:
     """Prints what a person has to know of what has ended a program, and returns the exit status."""
     if isinstance(error, Stopped):
         if is_rank_0():
-            print(f"{program}: {error}", file=sys.stderr)
+            _to_stderr(f"{program}: {error}")
         return STOPPED_STATUS
     if isinstance(error, KeyboardInterrupt):
         if is_rank_0():
-            print(f"{program}: interrupted", file=sys.stderr)
+            _to_stderr(f"{program}: interrupted")
         return 130  # as a shell has it
     if isinstance(error, UserError):
         _tell(program, str(error))
@@ -212,14 +228,15 @@ def _report(program: str, error: BaseException) -> int:
         _tell(program, f"NCCL, which connects the GPUs, says: {told} (NCCL_DEBUG=INFO has it say more)")
     elif _misses_a_rank(error):
         time.sleep(OTHERS_LEAVE_FIRST_S if _error_file() else OTHERS_SPEAK_FIRST_S)
-        print(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has", file=sys.stderr)
+        _to_stderr(f"{program}: rank {os.environ.get('RANK')} ends, because another rank has")
     elif isinstance(error, OSError) and error.filename:
         _tell(program, f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
     elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
         _tell(program, f"while {getattr(error, 'doing', 'setting up the run')}: {error.strerror}")
     else:
-        traceback.print_exception(error)
-        _leave_to_torchrun("".join(traceback.format_exception(error)))
+        told = "".join(traceback.format_exception(error))
+        _to_stderr(told.rstrip("\n"))
+        _leave_to_torchrun(told)
     return 1
 
 
@@ -233,7 +250,7 @@ def _tell(program: str, line: str) -> None:
     """Prints an error, on another rank than 0 once that had its chance."""
     if not is_rank_0():
         time.sleep(OTHERS_SPEAK_FIRST_S)
-    print(f"{program}: error: {line}", file=sys.stderr)
+    _to_stderr(f"{program}: error: {line}")
     _leave_to_torchrun(line)
 
 
@@ -263,7 +280,7 @@ def _leave_to_torchrun(error: str) -> None:
     """Writes the error to the file that torchrun looks into; it shows the first one of all ranks."""
     if path := _error_file():
         details = {"py_callstack": error, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w") as file:  # on a disk that may be full
             json.dump({"message": {"message": error, "extraInfo": details}}, file)
 
 

@@ -269,7 +269,7 @@ class PriorFlags:
     prior_generation_precision: str | None = flag(
         None,
         "arithmetic in which class images are generated; no is fp32",
-        shown="half precision on GPUs, fp32 on the CPU",
+        shown="the run's on GPUs, fp32 on the CPU",
         choices=("no", "fp32", "fp16", "bf16"),
         needs=PRIOR,
     )

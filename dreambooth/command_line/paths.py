@@ -27,7 +27,7 @@ def not_utf_8(flag: str, folder: str) -> list[str]:
     return [] if is_utf_8(folder) else [f"{flag} {folder} is not valid UTF-8: name another folder"]
 
 
-def same_folder(one: str, other: str) -> bool:
+def same_folder(one: str | Path, other: str | Path) -> bool:
     """Whether two names are of one folder that is there."""
     try:
         return os.path.samefile(one, other)
@@ -55,6 +55,14 @@ def unwritable(flag: str, folder: str) -> list[str]:
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         return [f"{flag} {folder} cannot be used: no permission to read and write {existing}"]
     return []
+
+
+def write_through(file: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk, before it gets another name, which may be there first."""
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def partial_name(file: Path) -> Path:

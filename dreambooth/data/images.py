@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 
 from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import PriorFlags
-from dreambooth.command_line.paths import partial_name
+from dreambooth.command_line.paths import partial_name, write_through
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import from_all_ranks
 from dreambooth.processes.threads import cores_of, in_threads
@@ -409,7 +409,7 @@ def save_new(content: bytes, path: Path) -> bool:
         Whether it was written.
     """
     with _partial(path) as partial:
-        partial.write_bytes(content)
+        write_through(partial, content)
         try:
             os.link(partial, path)
         except FileExistsError:

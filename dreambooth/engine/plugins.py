@@ -259,7 +259,15 @@ class WritingGeminiOptimizer(GeminiOptimizer):
 
     It writes them where the GPU fetches them from, and where their gradients came to. ColossalAI's has the GPU fetch
     the masters instead, twice the bytes, make the weights of them, and bring these back.
+
+    A step that is skipped ends an accumulation as any other does. After ColossalAI's the next gradients would be added
+    to those that overflowed, and overflow too.
     """
+
+    def step(self, *args: object, **more: object) -> object:
+        done = super().step(*args, **more)
+        self.module.chunk_manager.accumulating_grads = False
+        return done
 
     def _set_grad_ptr(self) -> None:
         super()._set_grad_ptr()

@@ -114,6 +114,8 @@ def choose_strategy(of_run: ColossalAIFlags) -> Strategy:
                 "--offload_dir goes with --plugin low_level_zero or gemini and --placement cpu, "
                 f"not with {chosen} and --placement {flags.placement}"
             )
+        if not offload:
+            raise UserError("--offload_dir holds what is offloaded, of which --offload_optim_frac 0 leaves nothing")
         check_folder(flags.offload_dir)
     precision = "fp16" if plugin == "torch_ddp_fp16" else choose_precision(training.mixed_precision)
     return Strategy(plugin, flags.placement, precision, offload, flags.offload_dir)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -204,10 +205,16 @@ def load_noise_scheduler(model: Path) -> DDPMScheduler:
     """Loads the noise schedule that the checkpoint was trained with.
 
     Raises:
-        UserError: if its UNet predicts something that this project has no loss for.
+        UserError: if it has none, or its UNet predicts something that this project has no loss for.
     """
     with loading("scheduler", model):
-        noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+        config = DDPMScheduler.load_config(model / "scheduler")
+        if not {"beta_start", "trained_betas"} & config.keys() or config.get("use_flow_sigmas"):
+            raise UserError(
+                f"the scheduler of {model}, a {config.get('_class_name')}, has no betas: this project trains models "
+                "whose noise is scheduled by betas, not by flow matching or by sigmas alone"
+            )
+        noise_scheduler = DDPMScheduler.from_config(config)
         if not noise_scheduler.alphas_cumprod.isfinite().all() or not len(noise_scheduler.alphas_cumprod):
             raise ValueError("its noise schedule is empty or not finite")
     prediction_type = noise_scheduler.config.prediction_type
@@ -228,6 +235,20 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
     """Returns (channels, height, width) of the latents of a square image of `resolution` pixels."""
     side = resolution // vae_factor(vae)
     return vae.config.latent_channels, side, side
+
+
+def noise_settings(noise_scheduler: DDPMScheduler) -> dict:
+    """Returns what a run takes of its noise scheduler."""
+    config = noise_scheduler.config
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    noise = {name: config.get(name) for name in ("num_train_timesteps", *betas)}
+    return {"prediction_type": config.prediction_type, "noise schedule": noise}
+
+
+def fingerprint_of_tokens(tokenizer: CLIPTokenizer) -> str:
+    """Returns what tells tokenizers of other tokens apart: hexadecimal digits."""
+    tokens = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.model_max_length]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def fingerprint(*parts: torch.nn.Module) -> str:

@@ -42,6 +42,7 @@ SHAPE_OF_1 = {
     "unet": dict(**BLOCKS, attention_head_dim=8, cross_attention_dim=768, sample_size=64),
 }
 SHAPE_OF_2 = {
+    "pad_token": "!",  # as open_clip's texts, with which it was trained, end in zeros
     # The last of its 24 layers is not read, and not there.
     "text": dict(
         hidden_size=1024,
@@ -126,12 +127,12 @@ def build_pipeline(
     """Returns a pipeline of random weights; Stable Diffusion XL where the shape has two texts.
 
     Args:
-        shape: of its parts, such as SHAPE_OF_1.
+        shape: of its parts, such as SHAPE_OF_1; with what its texts are filled up, if not with their end.
         make_tokenizer: returns a tokenizer with a `pad_token`.
         prediction_type: of its scheduler.
         ends_in_noise: whether the last timestep of its scheduler is all noise.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(**{name: shape[name] for name in ("pad_token",) if name in shape})
     depth = len(shape["vae"]["block_out_channels"])
     own = {
         "tokenizer": tokenizer,

@@ -92,13 +92,12 @@ class Denoiser(torch.nn.Module):
         return {name: component for name, component in self.named_children() if name in self.family.text_encoders}
 
     def cast(self, dtype: torch.dtype, frozen: torch.dtype) -> None:
-        """Has what is trained be of `dtype`; beside adapters, what is frozen be of the dtype `frozen`."""
-        if self.adapters is None:
-            self.to(dtype)
-            return
-        trained = {id(parameter) for component in self.children() for parameter in adapter_weights(component).values()}
+        """Has what is trained be of `dtype`, and what is frozen beside it of the dtype `frozen`.
+
+        Frozen are a UNet beside adapters, and layers of a text encoder whose output nobody reads: they compute too.
+        """
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype if id(parameter) in trained else frozen)
+            parameter.data = parameter.data.to(dtype if parameter.requires_grad else frozen)
 
     def normalize_in_half(self) -> None:
         """Keeps autocast from widening normalizations to fp32."""
@@ -160,14 +159,15 @@ class Denoiser(torch.nn.Module):
         for changed in [*trials, {}]:
             self.release()
             torch.cuda.empty_cache()  # of what setting up took
+            rest = None
             try:
                 rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
                 how = gradients | changed
                 self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **how)
-                del rest
             except RuntimeError as error:
                 if insist or not is_out_of_gpu_memory(error):
                     raise
+            del rest
             if not all(from_all_ranks(self.recording is not None)):
                 self.release()
                 if undo:

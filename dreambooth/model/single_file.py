@@ -38,11 +38,15 @@ KINDS = {
 }
 # Keys without weights by which files of XL say that they predict v, and that their last timestep is all noise.
 V_PREDICTION, ENDS_IN_NOISE = "v_pred", "ztsnr"
+BY_SIGMAS = "edm_vpred."  # what the names of two others begin with, of models whose noise no betas schedule
 OF_UNET = "model.diffusion_model."
 # What the UNet and the VAE's decoder begin with: both read latents, but for UNets that read more besides.
 FIRST_OF_UNET, FIRST_OF_DECODER = f"{OF_UNET}input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"
 # In the metadata of files, by the conventions of https://github.com/Stability-AI/ModelSpec.
 ARCHITECTURES = {"v1": "stable-diffusion-v1", "v2": "stable-diffusion-v2", "xl_base": "stable-diffusion-xl-v1-base"}
+
+
+WAY = 2  # of unpacking; another number unpacks anew what an earlier release has in the cache
 
 
 def cache_folder() -> Path:
@@ -103,6 +107,10 @@ def _described(
             raise UserError(
                 f"{flag} {name} is what diffusers calls {kind}, which this project does not train: "
                 f"use a {', '.join(title for title, *_ in KINDS.values())}"
+            )
+        if any(key.startswith(BY_SIGMAS) for key in shapes):
+            raise UserError(
+                f"{flag} {name} is of the EDM kind, such as CosXL, whose noise this project does not schedule"
             )
         title, shape, prediction_type = KINDS[kind]
         if V_PREDICTION in shapes:
@@ -166,9 +174,10 @@ def _load(name: str, configuration: Path, dtype: torch.dtype) -> DiffusionPipeli
 
 
 def _key(path: Path, configuration: str | None) -> str:
-    """Returns what tells a file from another: where it is, its size and when it was written."""
+    """Returns what tells a file from another: where it is, its size, when it was written, and how it is unpacked."""
     status = path.stat()
     told = (
+        WAY,
         str(path.resolve()),
         status.st_size,
         status.st_mtime_ns,

@@ -3,13 +3,13 @@
     python -m dreambooth.model.unpickle model.ckpt
 
 writes model.safetensors beside it. Of a pickle, in PyTorch's format of today or the one before, only tensors and plain
-containers are read.
+containers are read. What else is in it, such as the callbacks of whoever trained the model, becomes nothing.
 """
 
 import argparse
+import pickle
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 from dreambooth.command_line.console import UserError, before_imports, first_line, run_program, say
 from dreambooth.command_line.paths import content_of
@@ -19,6 +19,39 @@ before_imports(__name__)
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+# What pickles call to make tensors, and the dictionary that weights come in.
+ALLOWED = {
+    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"),
+    "collections": ("OrderedDict",),
+}
+
+
+class Nothing:
+    """Takes the place of any other class or function, does nothing, and takes whatever a pickle gives it."""
+
+    def __init__(self, *args: object, **more: object):
+        pass
+
+    append = extend = add = __setitem__ = __setstate__ = __init__
+
+
+class Unpickler(pickle.Unpickler):
+    """Python's, which runs no more than what makes tensors."""
+
+    def find_class(self, module: str, name: str) -> object:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        return super().find_class(module, name) if is_dtype or name in ALLOWED.get(module, ()) else Nothing
+
+    @classmethod
+    def load_from(cls, file, **how: object) -> object:
+        return cls(file, **how).load()
+
+
+class PickleModule:
+    """What torch.load wants in the place of Python's module."""
+
+    Unpickler, load = Unpickler, Unpickler.load_from
 
 
 def main() -> None:
@@ -33,13 +66,10 @@ def main() -> None:
     try:
         if (content := content_of(path)) not in ("a zip", "a pickle"):
             raise UserError(f"{path} is {content}, and no file of weights in PyTorch's format")
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        how = {"weights_only": False, "pickle_module": PickleModule, "mmap": zipfile.is_zipfile(path)}
+        found = torch.load(path, map_location="cpu", **how)
     except UserError:
         raise
-    except UnpicklingError as error:
-        raise UserError(
-            f"{path} holds other things than weights, such as code that would run: it is not read"
-        ) from error
     except Exception as error:  # what a file leads torch to has no limit
         raise UserError(f"{path} cannot be read, it may be torn: {first_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}

@@ -7,6 +7,8 @@ from dreambooth.command_line.console import UserError
 
 # What torchrun sets, and what PyTorch needs of it; a platform such as Kubeflow sets these alone.
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Its place among the processes of its machine, and their number.
+LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Of mpirun, whose processes would each take themselves for a whole run.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Engines that `accelerate launch` asks for by its configuration.
@@ -30,7 +32,8 @@ class Place:
 def find_place() -> Place:
     """Reads this process's place from the environment; without a launcher's variables it is alone.
 
-    Where LOCAL_RANK and LOCAL_WORLD_SIZE are missing, it is the only process of its machine.
+    Where LOCAL_RANK and LOCAL_WORLD_SIZE are missing, it is the only process of its machine. One of them alone does
+    not tell how many there are, which all have to know alike.
 
     Raises:
         UserError: if the variables are not whole or contradict each other, or another engine is asked for.
@@ -42,7 +45,7 @@ def find_place() -> Place:
                 "train_dreambooth_colossalai.py splits and offloads by --plugin and --placement"
             )
     mpi = [name for name in MPI_SIZES if os.environ.get(name, "1") != "1"]
-    present = [name for name in (*NEEDED[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE", *mpi) if os.environ.get(name)]
+    present = [name for name in (*NEEDED[:2], *LOCAL, *mpi) if os.environ.get(name)]
     if not present:
         return Place()
     missing = [name for name in NEEDED if not os.environ.get(name)]
@@ -51,9 +54,13 @@ def find_place() -> Place:
             f"the environment has {', '.join(present)} of a launcher, but not {', '.join(missing)}: "
             "start with torchrun, which sets them all, or unset what is left over"
         )
-    numbers = {name.lower(): _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
-    local_rank = numbers.setdefault("local_rank", 0)
-    place = Place(**numbers, local_world_size=_number("LOCAL_WORLD_SIZE", local_rank + 1))
+    place = Place(**{name.lower(): _number(name) for name in (*NEEDED[:2], *LOCAL) if os.environ.get(name)})
+    missing = [name for name in LOCAL if not os.environ.get(name)]
+    if place.world_size > 1 and len(missing) == 1:
+        raise UserError(
+            f"the environment has {', '.join(present)} of a launcher, but not {missing[0]}: "
+            "set it too, or start with torchrun, which sets them all"
+        )
     _number("MASTER_PORT")
     for name, value, size in (
         ("RANK", place.rank, place.world_size),
@@ -64,8 +71,8 @@ def find_place() -> Place:
     return place
 
 
-def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name) or default
+def _number(name: str) -> int:
+    text = os.environ[name]
     try:
         value = int(text)
     except ValueError:

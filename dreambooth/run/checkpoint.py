@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth.command_line.console import RunError, UserError, first_line, is_rank_0, say, warn
 from dreambooth.command_line.flags import Flags, OutputFlags, defaults, idle
+from dreambooth.command_line.paths import same_folder
 from dreambooth.data.images import Photo
 from dreambooth.data.randomness import shared_seed
 from dreambooth.data.schedule import Schedule
@@ -178,15 +179,17 @@ def check_kind(flags: OutputFlags, *, adapters: bool) -> None:
     """Finds checkpoints of the other kind of run, which this one would write over or remove; on rank 0.
 
     Args:
-        flags: name the folder. Where they name a checkpoint to go on from, its settings tell more.
+        flags: name the folder. Where they name a checkpoint in it to go on from, its settings tell more.
         adapters: whether the run trains adapters alone.
 
     Raises:
         UserError: naming one.
     """
-    if not is_rank_0() or flags.resume_from_checkpoint:
+    if not is_rank_0():
         return
-    output_dir = Path(flags.output_dir)
+    output_dir, wanted = Path(flags.output_dir), flags.resume_from_checkpoint
+    if wanted and (wanted == "latest" or same_folder(_folder_to_resume(wanted, output_dir).parent, output_dir)):
+        return
     if other := next((path for path in list_checkpoints(output_dir) if (path / LORA).exists() != adapters), None):
         raise UserError(
             f"--output_dir {output_dir} has {other.name} of a run with{'out' * adapters} --lora_rank, which this one "
@@ -318,7 +321,8 @@ def save_checkpoint(
     say(f"checkpoint-{step} saved in {time.monotonic() - started:.1f} s, {readable(size)}")
     remove_interim_checkpoints(output_dir, before=step)
     if flags.checkpoints_total_limit and not interim:
-        remove_checkpoints(list_checkpoints(output_dir)[: -flags.checkpoints_total_limit])
+        wanted = [folder for folder in list_checkpoints(output_dir) if not _state_of(folder).get("interim")]
+        remove_checkpoints(wanted[: -flags.checkpoints_total_limit])
 
 
 def _check_name(folder: Path) -> None:
@@ -330,7 +334,10 @@ def _write_state(folder: Path, state: dict) -> None:
     leave_out_paths(folder)
     # Weights are known by their sizes: their digests would take as long as writing them.
     files = {name: asdict(Written.now(folder / name, read_up_to=PART)) for name in sorted(_files_in(folder))}
-    (folder / STATE).write_text(json.dumps({"written_at": time.time()} | state | {"files": files}, indent=1))
+    # After all that are there, whatever the clock says: another machine's may be ahead, and one may be put back.
+    newest = max((_state_of(other)["written_at"] for other in list_checkpoints(folder.parent)), default=0)
+    written_at = max(time.time(), newest + 0.001)
+    (folder / STATE).write_text(json.dumps({"written_at": written_at} | state | {"files": files}, indent=1))
 
 
 def remove_interim_checkpoints(output_dir: Path, before: float = math.inf) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from dreambooth.command_line.console import RunError, UserError, first_line, run_program
-from dreambooth.command_line.paths import partial_name, unwritable
+from dreambooth.command_line.paths import partial_name, unwritable, write_through
 
 SOFTWARE = 0x0131  # the EXIF tag that names the program that made an image
 
@@ -105,7 +105,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     partial = partial_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(encoded(image, format_of(path)))
+        write_through(partial, encoded(image, format_of(path)))
         os.replace(partial, file)
     except (OSError, ValueError) as error:
         partial.unlink(missing_ok=True)

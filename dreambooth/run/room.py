@@ -172,13 +172,12 @@ def reserve(folder: str, size: int, ranks: Ranks) -> DiskMemory:
 
 
 def _agree_on_room(folder: str, share: int, problem: str | None) -> None:
-    """Ends the run on all ranks if one has a problem with its share of --offload_dir."""
-    if found := [one for one in from_all_ranks(problem) if one]:
+    """Ends the run on all ranks if one has a problem with its share of --offload_dir, a disk of its own machine."""
+    told = problem and f"{readable(shutil.disk_usage(folder).free)} are free: {problem}"
+    if found := [one for one in from_all_ranks(told) if one]:
         if not is_rank_0():
             raise ToldByRank0(UserError.status)
-        free = readable(shutil.disk_usage(folder).free)
-        needs = f"each process needs {readable(share)} there, and {free} are free"
-        raise UserError(f"--offload_dir {folder}: {needs}: {found[0]}")
+        raise UserError(f"--offload_dir {folder}: each process needs {readable(share)} there, and {found[0]}")
 
 
 def available_memory() -> int:

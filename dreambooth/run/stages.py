@@ -20,7 +20,13 @@ from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_load
 from dreambooth.data.schedule import Schedule, plan
 from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.state import Checkpoint, Training
-from dreambooth.model.components import fingerprint, latent_shape, warn_of_dropout
+from dreambooth.model.components import (
+    fingerprint,
+    fingerprint_of_tokens,
+    latent_shape,
+    noise_settings,
+    warn_of_dropout,
+)
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import Conditioning, Model, dtype_of_vae
@@ -226,6 +232,8 @@ def prepare_model(run: Run) -> PreparedModel:
     frozen = [model.components[name] for name in ("vae", *model.text_encoders, "unet") if name not in keeps]
     compare("model weights", functools.partial(fingerprint, *model.components.values()))
     run.settle("frozen parts", {"frozen parts": fingerprint(*frozen)})
+    run.settle("noise schedule", noise_settings(model.noise_scheduler))
+    run.settle("tokenizers", {"tokenizers": [fingerprint_of_tokens(one) for one in model.tokenizers.values()]})
     form = Form.of(flags.output, flags.lora)
     in_8_bits, of_pipeline = flags.optimizer.use_8bit_adam, form.bytes_of_a_weight
     sizes = Sizes.of(model.components, trained, use_8bit_adam=in_8_bits, of_pipeline=of_pipeline)

@@ -91,7 +91,8 @@ class Tracker:
         self.dataset = dataset
         self.skips = skips
         self.request = StopRequest()
-        self.stop_since = self.save_since = self.slow_since = self.failed_since = math.inf  # steps
+        self.stop_since = self.save_since = self.failed_since = math.inf  # steps
+        self.slow: set[int] = set()  # those that are not yet known to all
         self.save_every_s = 60 * save_minutes or math.inf
         self.save_due_at = math.inf  # on the clock of rank 0
         self.skipped = self.skipped_in_a_row = 0
@@ -190,7 +191,8 @@ class Tracker:
         # By figures that all ranks have, whichever others this one has already.
         known = step - LAG if self.device.type == "cuda" else step
         self._take(known)
-        if self.slow_since <= known:
+        if known in self.slow:
+            self.slow.remove(known)
             known = step
             self._take(known)
         if self.failed_since <= known:
@@ -245,7 +247,7 @@ class Tracker:
             loss, stop, save, slow, grad_norm = figures.tolist()
             self.stop_since = min(self.stop_since, step if stop else math.inf)
             self.save_since = min(self.save_since, step if save else math.inf)
-            self.slow_since = min(self.slow_since, step if slow else math.inf)
+            self.slow |= {step} if slow else set()
             self._watch(step, loss, grad_norm)
             if self.shown:
                 self._show(step, {"loss": loss, "lr": lr} | ({"grad_norm": grad_norm} if has_norm else {}), mark)
