@@ -1,5 +1,8 @@
 """What is trained: the UNet, and with --train_text_encoder the text encoders, as one module."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
@@ -154,26 +157,22 @@ class Denoiser(torch.nn.Module):
             for parameter in self.unet.parameters():
                 if parameter.ndim == 4 and not parameter.requires_grad:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        # Ranks that share gradients as they record wait for each other: before, they find out whether all can.
-        trials = [{"share": None}] if gradients.get("share") else []
-        for changed in [*trials, {}]:
-            self.release()
-            torch.cuda.empty_cache()  # of what setting up took
-            rest = None
-            try:
-                rest = torch.empty(keep_free, dtype=torch.uint8, device=inputs[0].device)
-                how = gradients | changed
-                self.recording = Recording(self._predict, self.trained, *inputs, dtype=dtype, **how)
-            except RuntimeError as error:
-                if insist or not is_out_of_gpu_memory(error):
-                    raise
-            del rest
-            if not all(from_all_ranks(self.recording is not None)):
-                self.release()
-                if undo:
-                    undo()
-                say("CUDA graphs: none, the GPU has not the room beside gradients and optimizer state")
-                break
+        self.release()
+        made: list[Recording] = []
+
+        def try_out() -> None:
+            made.append(Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients))
+
+        # Ranks that record how they share gradients wait for each other: before, they find out whether all can.
+        has_room = functools.partial(_all_ranks_have_room, beside=keep_free, device=inputs[0].device, insist=insist)
+        if has_room(try_out) and has_room(lambda: made[0].record()):
+            self.recording = made.pop()
+        else:
+            while made:
+                made.pop().release()
+            if undo:
+                undo()
+            say("CUDA graphs: none, the GPU has not the room beside gradients and optimizer state")
         torch.cuda.empty_cache()
 
     @property
@@ -206,3 +205,22 @@ class Denoiser(torch.nn.Module):
     def draws(self) -> bool:
         """Whether it draws random numbers, for dropout."""
         return dropout_of(*self.children()) > 0
+
+
+def _all_ranks_have_room(work: Callable[[], None], beside: int, device: torch.device, *, insist: bool) -> bool:
+    """Does work that takes a GPU's memory while so many bytes are held beside it; returns whether all ranks could.
+
+    Raises:
+        RuntimeError: if this rank could not, and that is insisted on; or for another reason.
+    """
+    torch.cuda.empty_cache()  # of what setting up took
+    rest, had_room = None, True
+    try:
+        rest = torch.empty(beside, dtype=torch.uint8, device=device)
+        work()
+    except RuntimeError as error:
+        if insist or not is_out_of_gpu_memory(error):
+            raise
+        had_room = False
+    del rest
+    return all(from_all_ranks(had_room))

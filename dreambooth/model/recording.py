@@ -5,9 +5,10 @@ gradient goes to its place as soon as it is there. So the gradients of all weigh
 some weights while others are computed.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ class Recording:
     Inputs are copied to where the graphs read them, so that all have to be of the shapes of the recording. A
     prediction, and gradients that are handed on, are the graphs' own memory: the next replay overwrites them.
 
+    Making one takes a first pass, which shares nothing with other ranks, and shows whether there is the room. `record`
+    makes the graphs.
+
     Args:
         predict: takes latents, timesteps and conditioning, and returns a prediction; it reads the weights where their
             owners have them.
@@ -99,28 +103,48 @@ class Recording:
             for parameter in self.parameters
         ]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        try:
-            self._record()
-        finally:
-            self._take_back()
-            torch.cuda.empty_cache()  # of what the recording took besides the graphs' own memory
-
-    def _record(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a first call, at which libraries choose and set up what they use
+        self.is_recorded, self.stream = False, torch.cuda.Stream()
+        with self._all_put_back(), self._beside_others():  # at first libraries choose and set up what they use
             prediction = self._forward()
             self._backward(prediction, torch.zeros_like(prediction))
             del prediction
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()
-        capture = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward_graph, **capture):
-            prediction = self._forward()
-        self.gradient = torch.zeros_like(prediction)
-        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **capture):
-            self._backward(prediction, self.gradient)
-        self.prediction = prediction.detach()
+
+    def record(self) -> None:
+        """Makes the graphs; on all ranks that share gradients, or on none.
+
+        Raises:
+            torch.OutOfMemoryError: if the GPU has not the room; then nothing is changed.
+        """
+        capture = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        with self._all_put_back():
+            if self.share:
+                with self._beside_others():  # what sharing sets up at first cannot be recorded
+                    for whole in self.gradients:
+                        self.share(whole)()
+            with torch.cuda.graph(self.forward_graph, **capture):
+                prediction = self._forward()
+            self.gradient = torch.zeros_like(prediction)
+            with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **capture):
+                self._backward(prediction, self.gradient, self.share)
+            self.prediction = prediction.detach()
+        self.is_recorded = True
+
+    @contextlib.contextmanager
+    def _all_put_back(self) -> Iterator[None]:
+        """Afterwards weights are where they were, and the memory is free that is not the graphs' own."""
+        try:
+            yield
+        finally:
+            self._take_back()
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _beside_others(self) -> Iterator[None]:
+        """Within it work goes into the stream that is recorded, after all before it and before all after it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _forward(self) -> Tensor:
         """Hands out the weights as leaves of autograd, and predicts."""
@@ -144,11 +168,11 @@ class Recording:
         with torch.autocast("cuda", enabled=False):
             return self.predict(noisy_latents, inputs.pop("timesteps"), inputs)
 
-    def _backward(self, prediction: Tensor, gradient: Tensor) -> None:
-        """Goes back to the weights, and puts their gradients where they belong."""
+    def _backward(self, prediction: Tensor, gradient: Tensor, share: Share | None = None) -> None:
+        """Goes back to the weights, and puts their gradients where they belong, from where ranks share them."""
         places = self._places(self.gradients)
-        if self.share:
-            shares = [functools.partial(self.share, whole) for whole in self.gradients]
+        if share:
+            shares = [functools.partial(share, whole) for whole in self.gradients]
             arrivals = [_Arrival(*of_one) for of_one in zip(places, shares, strict=True)]
         else:
             arrivals = [_Arrival(list(itertools.chain(*places)))]
@@ -173,8 +197,9 @@ class Recording:
 
     def release(self) -> None:
         """Lets go of the graphs, and of all that they hold; it cannot be called any more."""
-        self.forward_graph.reset()
-        self.backward_graph.reset()
+        if self.is_recorded:
+            self.forward_graph.reset()
+            self.backward_graph.reset()
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns a prediction, as the recorded function would."""
