@@ -181,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=DTYPES[precision],
             keep_free=state_bytes(optimizer, denoiser.trained.numel()),
             insist=flags.training.cuda_graphs == "on",
+            besides=samples.encode_example,
             accumulates=flags.training.gradient_accumulation_steps > 1,
         )
     if run.checkpoint is not None:

@@ -158,7 +158,8 @@ def boost(
     booster = build_booster(strategy, denoiser, max_grad_norm=max_grad_norm, accumulation=accumulation)
     with masters_in(memory):
         model, optimizer, _, _, lr_scheduler = booster.boost(denoiser, optimizer, lr_scheduler=lr_scheduler)
-    training = BoosterTraining(strategy, booster, denoiser, model, optimizer, lr_scheduler, max_grad_norm, memory)
+    boosted = denoiser, model, optimizer, lr_scheduler
+    training = BoosterTraining(strategy, booster, *boosted, max_grad_norm, accumulation > 1, memory)
     if strategy.shards:
         training.load_master_weights(masters)
     return training
@@ -220,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory=memory,
     )
     if recorded:
-        training.record(samples.example_inputs(dtype=strategy.weights_dtype), flags.training)
+        training.record(
+            samples.example_inputs(dtype=strategy.weights_dtype), flags.training, besides=samples.encode_example
+        )
     if run.checkpoint is not None:
         training.resume(run.checkpoint)
 

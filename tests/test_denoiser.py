@@ -1,5 +1,6 @@
 """The module that is trained, flat and not."""
 
+import functools
 import re
 
 import pytest
@@ -276,7 +277,7 @@ def test_flat_parameters_lie_where_they_are_wanted(tiny_model):
     assert one.trained.is_flat and all(parameter.is_meta for parameter in one.trained.parameters())
 
 
-@pytest.mark.parametrize("room_of_others", [[True, True], [True, False], [False, False]])
+@pytest.mark.parametrize("room_of_others", [[True] * 3, [True, True, False], [True, False], [False]])
 @pytest.mark.parametrize("shares", [True, False])
 def test_all_ranks_record_or_none(room_of_others, shares, tiny_model, monkeypatch, capsys):
     """And before any of them shares gradients, it is known whether the others can: graphs stand in for a GPU's."""
@@ -297,12 +298,13 @@ def test_all_ranks_record_or_none(room_of_others, shares, tiny_model, monkeypatc
     monkeypatch.setattr("dreambooth.model.denoiser.from_all_ranks", lambda own: [own, next(answers)])
     one, share = build(tiny_model), (lambda gradients: None) if shares else None
     inputs = torch.zeros(1, 4, 16, 16), torch.zeros(1), {}
-    one.record(inputs, dtype=torch.float32, keep_free=8, insist=False, share=share)
+    besides = functools.partial(made.append, "encoded")
+    one.record(inputs, dtype=torch.float32, keep_free=8, insist=False, share=share, besides=besides)
     if all(room_of_others):
-        assert isinstance(one.recording, Graphs) and made == ["tried out", share]
+        assert isinstance(one.recording, Graphs) and made == ["tried out", share, "encoded"]
     else:
         assert one.recording is None and "CUDA graphs: none" in capsys.readouterr().out
-        assert made == ["tried out", *[share] * room_of_others[0], "released"]
+        assert made == [*("tried out", share, "encoded")[: len(room_of_others)], "released"]
 
 
 def test_gradients_are_shared_while_others_are_computed(tiny_model, monkeypatch):

@@ -9,7 +9,7 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.low_level.bookkeeping import BucketStore
 
 from dreambooth.engine.offload import ORDINARY, HostAdamW
-from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, load_torch_scaler, new_state, norm_of
+from dreambooth.engine.optimizer import AdamW, DeviceAdamW, Part, clip, load_torch_scaler, new_state, norm_of
 from dreambooth.engine.plugins import (
     AheadZeroOptimizer,
     HeldGradScaler,
@@ -19,6 +19,7 @@ from dreambooth.engine.plugins import (
     changed_inside,
 )
 from dreambooth.engine.strategy import Strategy
+from dreambooth.model.precision import no_kernels
 
 
 def test_a_loss_scale_goes_on_under_every_plugin(monkeypatch):
@@ -75,6 +76,40 @@ def test_steps_are_those_of_adamw_on_divided_gradients(dtype, div_scale, in_host
         adamw.step()
         torch.testing.assert_close(shard, reference.data, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(shard, start, atol=1e-3)
+
+
+def test_a_step_that_is_skipped_leaves_gradients_that_are_numbers(monkeypatch):
+    """Where nothing writes them anew, as between the weights of a flat parameter that is recorded."""
+    monkeypatch.setattr("dreambooth.engine.optimizer.has_kernels", lambda *parameters: True)
+    for overflow in (torch.inf, torch.nan):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        weight.grad = torch.tensor([overflow, 1.0, 0.0])
+        optimizer = AdamW([weight], lr=1e-3, fused=True)
+        optimizer.found_inf = torch.ones(())
+        assert not clip(optimizer, 1.0).isfinite()
+        optimizer.step()
+        assert weight.grad[1:].isfinite().all() and weight.grad[2] == 0 and not weight.any()
+
+
+class NoCompiler:
+    """Triton's driver, where there is none."""
+
+    @property
+    def active(self):
+        raise RuntimeError("Failed to find C compiler")
+
+
+def test_without_a_compiler_there_are_no_kernels(monkeypatch, capsys):
+    """Which a warning says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr("triton.runtime.driver", NoCompiler())
+    no_kernels.cache_clear()
+    try:
+        assert "needs a C compiler and Python's headers" in no_kernels()
+    finally:
+        no_kernels.cache_clear()
+    assert capsys.readouterr().err.startswith("warning: this machine lacks a C compiler")
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 1000.0])

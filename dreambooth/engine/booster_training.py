@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,8 @@ class BoosterTraining:
     """The denoiser and its optimizer as Booster returned them, and the module that was boosted.
 
     A sharding plugin computes in a half-precision copy of the weights; the fp32 master weights, which are the model,
-    lie in its optimizer, each rank holding a part; what is in host memory lies in `memory`.
+    lie in its optimizer, each rank holding a part; what is in host memory lies in `memory`. `accumulates` is whether a
+    step has several batches.
     """
 
     strategy: Strategy
@@ -65,6 +66,7 @@ class BoosterTraining:
     optimizer: OptimizerWrapper
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float
+    accumulates: bool
     memory: Memory = ORDINARY
 
     def __post_init__(self) -> None:
@@ -73,11 +75,16 @@ class BoosterTraining:
         elif torch.cuda.is_available():
             self._ddp.register_comm_hook(self, average)
 
-    def record(self, inputs: tuple[torch.Tensor, torch.Tensor, Conditioning], flags: TrainingFlags) -> None:
+    def record(
+        self,
+        inputs: tuple[torch.Tensor, torch.Tensor, Conditioning],
+        flags: TrainingFlags,
+        besides: Callable[[], object],
+    ) -> None:
         """Records the denoiser as CUDA graphs, where the GPU has the room; before anything is resumed.
 
         Args:
-            inputs: as of `Denoiser.record`.
+            inputs, besides: as of `Denoiser.record`.
             flags: of the run.
         """
         accumulates = flags.gradient_accumulation_steps > 1
@@ -89,6 +96,7 @@ class BoosterTraining:
             dtype=DTYPES[self.strategy.precision],
             keep_free=self._optimizer_bytes(),
             insist=flags.cuda_graphs == "on",
+            besides=besides,
             in_place=in_place,
             accumulates=accumulates,
             share=self._share_of(in_place),
@@ -161,7 +169,8 @@ class BoosterTraining:
             self.optimizer.step()
         self.lr_scheduler.step()
         if not self.denoiser.overwrites_gradients:
-            self.optimizer.zero_grad()
+            # What adds up outside DDP's buckets would need memory besides; zeros stay in them.
+            self.optimizer.zero_grad(set_to_none=self.strategy.shards or not self.accumulates)
         return norm
 
     def _clip(self) -> torch.Tensor:

@@ -152,7 +152,8 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     found = norm_of([one.grad for one in parameters])
     if max_norm:
-        optimizer.divisor = ((found + 1e-6) / max_norm).clamp(min=1)
+        # In fp16 the norm may be no number, in a step that is skipped. It must not get to where nothing overwrites it.
+        optimizer.divisor = ((found + 1e-6) / max_norm).clamp(min=1).nan_to_num(nan=1.0)
     return found
 
 

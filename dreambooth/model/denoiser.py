@@ -127,6 +127,7 @@ class Denoiser(torch.nn.Module):
         dtype: torch.dtype,
         keep_free: int,
         insist: bool,
+        besides: Callable[[], object] = lambda: None,
         **gradients: object,
     ) -> None:
         """Records the forward and backward pass as CUDA graphs, which `forward` then replays.
@@ -137,6 +138,7 @@ class Denoiser(torch.nn.Module):
             inputs: what `forward` takes, of the shapes and dtypes of all that will follow.
             dtype: in which it computes.
             keep_free: bytes of the GPU's memory that the training is going to take besides.
+            besides: does what else a step does on the GPU, for which there has to be the room too.
             insist: whether to raise an error where there is not the room; otherwise a line says so, and all is as
                 before, on every rank if one has not the room.
             gradients: `in_place`, `accumulates` and `share` of `Recording`.
@@ -164,8 +166,10 @@ class Denoiser(torch.nn.Module):
             made.append(Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients))
 
         # Ranks that record how they share gradients wait for each other: before, they find out whether all can.
+        if gradients.get("accumulates"):  # the sum, and what is added to it
+            keep_free += 2 * sum(parameter.nbytes for parameter in self.trained.parameters())
         has_room = functools.partial(_all_ranks_have_room, beside=keep_free, device=inputs[0].device, insist=insist)
-        if has_room(try_out) and has_room(lambda: made[0].record()):
+        if has_room(try_out) and has_room(lambda: made[0].record()) and has_room(besides):
             self.recording = made.pop()
         else:
             while made:

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.console import UserError, first_line, warn
 
 # Of fp16. The usual 2**16 overflows in the first steps, which then train nothing; the scale grows by itself if it can.
 INITIAL_LOSS_SCALE = 2**12
@@ -56,6 +56,14 @@ def no_kernels() -> str | None:
         return f"needs a GPU of compute capability 7.0 or more, which {torch.cuda.get_device_name()} has not"
     if importlib.util.find_spec("triton") is None:
         return "needs a package that is not there: pip install triton"
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils  # which is built when it is first asked for
+    except Exception as error:  # of a compiler or of its files: there is no end to what may be missing
+        needs = "a C compiler and Python's headers, with which Triton builds what starts its kernels"
+        warn(f"this machine lacks {needs}; without its kernels steps are slower ({first_line(error)})")
+        return f"needs {needs}"
     return None
 
 

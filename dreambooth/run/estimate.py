@@ -270,6 +270,7 @@ def _of_whole_weights(setup: Setup, w: int) -> Iterator[Term]:
         yield Term("card", 4 * w, "of gradients", IN_STEPS if setup.keeps_gradients else [UPDATE])
     if setup.records and setup.accumulates:
         yield Term("card", 4 * w, "of gradients that graphs write")
+        yield Term("card", 4 * w, "of gradients that are added to others")
 
 
 def _of_low_level_zero(setup: Setup, counts: Counts) -> Iterator[Term]:
@@ -283,6 +284,7 @@ def _of_low_level_zero(setup: Setup, counts: Counts) -> Iterator[Term]:
     if setup.records:
         yield Term("card", 2 * counts.convolutions, "of convolutions' weights with channels last")
         yield Term("card", 2 * w * setup.accumulates, "of gradients that graphs write")
+        yield Term("card", 2 * w * setup.accumulates, "of gradients that are added to others")
     yield _on_the_way(counts)
 
 

@@ -32,7 +32,7 @@ from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import Conditioning, Model, dtype_of_vae
 from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_tokenizer, known_family
 from dreambooth.model.lora import Adapters, adapter_weights, adapters_of, add_adapters, digest_of, load_adapters
-from dreambooth.model.loss import example_inputs, training_loss
+from dreambooth.model.loss import encode_images, example_inputs, training_loss
 from dreambooth.model.pipeline import load_model, load_pipeline
 from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
@@ -315,11 +315,13 @@ class Samples:
         dataset: of all samples.
         steps: this rank's batches of each step.
         example_inputs: returns what the denoiser is called with, zeros in place of latents, of a dtype.
+        encode_example: encodes a batch of images, where steps do.
     """
 
     dataset: DreamBoothDataset
     steps: Iterator[list]
     example_inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, Conditioning]]
+    encode_example: Callable[[], object]
 
 
 def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -> tuple[Samples, Denoiser]:
@@ -365,7 +367,13 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     of_view = model.family.of_view(dataset.sets[0].view((0, 0)))
     conditioning = conditioning | {name: tensor[None] for name, tensor in of_view.items()}
     inputs = functools.partial(example_inputs, batch, of_latents, conditioning, device=ranks.device)
-    return Samples(dataset, steps, inputs), denoiser
+
+    def encode_example() -> None:
+        if not is_complete:
+            image = torch.zeros(batch, 3, run.resolution, run.resolution, device=ranks.device)
+            encode_images(vae, image, torch.zeros(batch, *of_latents, device=ranks.device))
+
+    return Samples(dataset, steps, inputs, encode_example), denoiser
 
 
 def loss_by(run: Run, model: PreparedModel, dtype: torch.dtype) -> Callable:
