@@ -157,16 +157,16 @@ OF_TRADITIONAL = (
 def test_another_value_makes_another_loss(script, named, flags, prior, others, tmp_path):
     base = flags | prior | {"class_data_dir": others["class_images"], "num_class_images": 5, "max_train_steps": 3}
     base |= {"learning_rate": 1e-3, "save_minutes": 0}
-    runs = {}
-    changes = {flag: CHANGES[flag] for flag in named}
-    for flag, (value, beside) in changes.items():
-        value = value.format(**others) if isinstance(value, str) else value
-        runs[json.dumps(beside)] = base | beside
-        runs[flag] = base | beside | {flag: value}
+    runs, changes = {}, {}  # by what differs from `base`: some flags are changed to what stands beside others
+    for flag in named:
+        value, beside = CHANGES[flag]
+        changed = beside | {flag: value.format(**others) if isinstance(value, str) else value}
+        runs |= {json.dumps(what): base | what for what in (beside, changed)}
+        changes[flag] = json.dumps(beside), json.dumps(changed)
     folders = {name: tmp_path / f"run{number}" for number, name in enumerate(runs)}
     file = tmp_path / "runs.json"
     file.write_text(json.dumps([command_line(run | {"output_dir": folders[name]}) for name, run in runs.items()]))
     Running("tests/many_runs.py", [script, str(file)]).wait(timeout=600)
     losses = {name: scalars(folder, "loss")[:3] for name, folder in folders.items()}
-    ignored = [flag for flag, (_, beside) in changes.items() if losses[flag] == losses[json.dumps(beside)]]
+    ignored = [flag for flag, (beside, changed) in changes.items() if losses[changed] == losses[beside]]
     assert not ignored
