@@ -132,8 +132,16 @@ def test_torchrun_starts_again_by_itself_after_a_rank_has_died(long_run, uninter
     report("killed, and started again by torchrun", resumed=1, equal=1)
 
 
-@BOTH
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+# What tells signals apart (processes/signals.py) is the same code for both scripts.
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (COLOSSALAI, signal.SIGTERM),
+        (COLOSSALAI, signal.SIGHUP),
+        (TRADITIONAL, signal.SIGTERM),
+        (TRADITIONAL, signal.SIGINT),
+    ],
+)
 def test_a_signal_ends_the_step_and_saves(script, number, long_run_alone, uninterrupted, tmp_path, report):
     """Ctrl-C, a closed terminal, and the end of a job's time, for which no picture is drawn any more."""
     whole, stopped = uninterrupted(script, 1) / "out", tmp_path / "stopped"
