@@ -270,6 +270,7 @@ def test_any_model_is_traced_and_takes_less_than_the_quick_bound(shape, text_enc
     is_large = model.size("unet") > 10**8
     spares_memory = [] if is_large else [{"recomputes": True}, {"discards": True}]
     ways = {BF16: [{}, *spares_memory]} | ({} if is_large else {FP32: [{}]})
+    assert 0 < model.encoding(2, FP32) < model.encoding_at_most(2, FP32)
     for dtype in ways:
         most = model.passes_at_most(text_encoders, WHOLE, dtype).peak().activations
         for how in ways[dtype]:

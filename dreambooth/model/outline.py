@@ -26,6 +26,7 @@ from dreambooth.model.pipeline import load_tokenizers
 from dreambooth.model.tracing import Moment, Passes, trace
 
 NOTHING: Mapping[str, Path] = {}
+HELD_IN_ENCODING = 8  # tensors of its widest level: as traced, a VAE's encoder holds 5 of them, or fewer
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,12 @@ class Outline:
         vae = empty_copy(self.components["vae"]).requires_grad_(False).to(dtype)
         pixels = torch.empty(images, 3, self.resolution, self.resolution, dtype=dtype, device="meta")
         return trace(lambda: vae.encode(pixels).latent_dist.mean, vae.parameters()).peak().activations
+
+    def encoding_at_most(self, images: int, dtype: torch.dtype) -> int:
+        """Returns more than `encoding`, at once: of the widest of the encoder's levels, which holds few tensors."""
+        widths = self.components["vae"].config.block_out_channels
+        numbers = max(width * self.resolution**2 // 4**level for level, width in enumerate(widths))
+        return HELD_IN_ENCODING * images * numbers * dtype.itemsize
 
     @property
     def latents(self) -> tuple[int, int, int]:

@@ -360,10 +360,10 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
     what = setup.text_encoders, setup.lora
     weights, convolutions = outline.weights(*what)
     if at_most:
-        passes = outline.passes_at_most(*what, setup.dtype)
+        passes, encoding = outline.passes_at_most(*what, setup.dtype), outline.encoding_at_most
     else:
         how = {"recomputes": setup.recomputes, "discards": setup.discards}
-        passes = outline.passes(*what, setup.dtype, **how)
+        passes, encoding = outline.passes(*what, setup.dtype, **how), outline.encoding
     is_gemini = setup.shards and setup.strategy.plugin == "gemini"
     return Counts(
         weights=weights,
@@ -372,7 +372,7 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         chunks=outline.chunks(setup.text_encoders) if is_gemini else 0,
         readers=outline.size(*(name for name in outline.family.text_encoders if name not in trained)),
         vae=outline.size("vae"),
-        caching=0 if setup.encodes else outline.encoding(images_at_a_time(outline.resolution), torch.float32),
-        encoding=outline.encoding(examples, setup.encodes) if setup.encodes else 0,
+        caching=0 if setup.encodes else encoding(images_at_a_time(outline.resolution), torch.float32),
+        encoding=encoding(examples, setup.encodes) if setup.encodes else 0,
         passes=times(passes, examples),
     )
