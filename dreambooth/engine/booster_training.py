@@ -87,8 +87,7 @@ class BoosterTraining:
             inputs, besides: as of `Denoiser.record`.
             flags: of the run.
         """
-        accumulates = flags.gradient_accumulation_steps > 1
-        in_place = not (self.strategy.shards or accumulates)
+        in_place = not (self.strategy.shards or self.accumulates)
         if in_place:
             self._lay_out_gradients()
         self.denoiser.record(
@@ -98,7 +97,7 @@ class BoosterTraining:
             insist=flags.cuda_graphs == "on",
             besides=besides,
             in_place=in_place,
-            accumulates=accumulates,
+            accumulates=self.accumulates,
             share=self._share_of(in_place),
         )
         before_leaving(self.denoiser.release)
