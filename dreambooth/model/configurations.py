@@ -90,19 +90,20 @@ SHAPE_OF_XL = {
 # The byte pairs of CLIP's tokenizer, as OpenAI published them.
 VOCABULARY = Path(__file__).resolve().parents[2] / "assets" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 TOKENS = 49_408  # of which the first 512 are bytes and the last two begin and end a text
+END = "<|endoftext|>"  # with which most texts are filled up too
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
     """Returns the tokenizer that the text encoders of all these models read."""
     lines = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")
     return tokenizer_of([tuple(line.split()) for line in lines[1 : TOKENS - 513]], pad_token)
 
 
-def tokenizer_of(merges: list[tuple[str, str]], pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def tokenizer_of(merges: list[tuple[str, str]], pad_token: str = END) -> CLIPTokenizer:
     """Returns a CLIPTokenizer of bytes and pairs that are merged; of no pairs, one that splits text into bytes."""
     letters = list(bytes_to_unicode().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += ["<|startoftext|>", END]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, pairs = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
@@ -132,7 +133,7 @@ def build_pipeline(
         prediction_type: of its scheduler.
         ends_in_noise: whether the last timestep of its scheduler is all noise.
     """
-    tokenizer = make_tokenizer(**{name: shape[name] for name in ("pad_token",) if name in shape})
+    tokenizer = make_tokenizer(pad_token=shape.get("pad_token", END))
     depth = len(shape["vae"]["block_out_channels"])
     own = {
         "tokenizer": tokenizer,

@@ -165,9 +165,9 @@ class Denoiser(torch.nn.Module):
         def try_out() -> None:
             made.append(Recording(self._predict, self.trained, *inputs, dtype=dtype, **gradients))
 
-        # Ranks that record how they share gradients wait for each other: before, they find out whether all can.
         if gradients.get("accumulates"):  # the sum, and what is added to it
             keep_free += 2 * sum(parameter.nbytes for parameter in self.trained.parameters())
+        # Ranks that record how they share gradients wait for each other: before, they find out whether all can.
         has_room = functools.partial(_all_ranks_have_room, beside=keep_free, device=inputs[0].device, insist=insist)
         if has_room(try_out) and has_room(lambda: made[0].record()) and has_room(besides):
             self.recording = made.pop()
