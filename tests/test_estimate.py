@@ -14,8 +14,10 @@ from harness import COLOSSALAI, ROOT, TRADITIONAL, Running, command_line, run, t
 
 from benchmarks import memory, random_model
 from dreambooth.command_line import limits
+from dreambooth.command_line.colossalai_flags import ColossalAIFlags
 from dreambooth.command_line.flags import Flags, LoraFlags, ModelFlags, TrainingFlags
-from dreambooth.engine.strategy import Strategy
+from dreambooth.command_line.parser import parse
+from dreambooth.engine.strategy import Strategy, choose_strategy
 from dreambooth.model.configurations import build_pipeline
 from dreambooth.model.outline import outline_of
 from dreambooth.model.pipeline import write_pipeline
@@ -371,6 +373,50 @@ def test_a_refusal_names_the_cheapest_that_fits(setup, gib, wanted, of_1_4):
     setup = replace(setup, card=gib * GIB)
     told = refuse(setup, of_1_4, Machine(card=gib * GIB, host=64 * GIB, gpus=1))
     assert wanted in told and "\n" not in told, told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--plugin torch_ddp --use_8bit_adam",
+        "--plugin torch_ddp --mixed_precision no",
+        "--plugin torch_ddp --compile --mixed_precision bf16",
+        "--plugin low_level_zero --cuda_graphs on --gradient_checkpointing",
+        "--plugin gemini --offload_optim_frac 0.5",
+    ],
+)
+def test_what_is_proposed_is_not_refused(words, monkeypatch, tmp_path):
+    """Whoever adds to a command what is proposed, and takes away what it says, has that very run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    typed = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", str(tmp_path), "--instance_prompt", "a dog"]
+    typed += words.split()
+    flags = parse(ColossalAIFlags, typed, "")
+    strategy, training = choose_strategy(flags), flags.training
+    limits.remember_cheaper_flags(flags, strategy)
+    own = Setup(
+        strategy,
+        DTYPES[strategy.precision],
+        batch=training.train_batch_size,
+        card=CARD,
+        recomputes=training.gradient_checkpointing,
+        use_8bit_adam=flags.optimizer.use_8bit_adam,
+        records=training.cuda_graphs == "on",
+        compiles=training.compile,
+    )
+    for other in [*lighter(own, Machine(card=CARD, gpus=2)), *strategies(own)]:
+        proposed = other.flags(own).replace("FOLDER", str(tmp_path)).replace(" on 2 GPUs", "")
+        proposed = proposed.replace(" with more --gradient_accumulation_steps", "")
+        left = [*typed, ""]
+        for gone in re.findall(r"no (--\w+)", proposed):
+            has_value = not left[left.index(gone) + 1].startswith("--")
+            del left[left.index(gone) : left.index(gone) + 1 + has_value]
+        again = parse(ColossalAIFlags, [*filter(None, left), *re.sub(r"no --\w+( on)?", "", proposed).split()], "")
+        assert choose_strategy(again) == replace(
+            other.strategy, offload_dir=other.strategy.offload_dir and str(tmp_path)
+        ), proposed
+        assert again.optimizer.use_8bit_adam == other.use_8bit_adam and again.training.compile == other.compiles
+        assert (again.training.cuda_graphs == "on") == other.records
 
 
 def test_adapters_are_the_last_resort(of_xl):

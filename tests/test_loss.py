@@ -128,6 +128,16 @@ def test_latents_carry_the_scaling_factor_of_the_vae():
     torch.testing.assert_close(encode_images(vae, pixels, noise), by_hand.detach())
 
 
+def test_a_large_batch_is_encoded_a_few_images_at_a_time(monkeypatch):
+    """So that it takes no more memory than the passes, which come later."""
+    vae, sizes = IdentityVAE(), []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda few: sizes.append(len(few)) or encode(few), raising=False)
+    pixels = torch.arange(5.0).view(5, 1, 1, 1).expand(-1, 1, 512, 512)
+    latents = encode_images(vae, pixels, torch.ones_like(pixels))
+    assert sizes == [2, 2, 1] and torch.equal(latents, 0.5 * (pixels + 2))
+
+
 def test_other_targets_are_no_silent_epsilon():
     scheduler = DDPMScheduler(num_train_timesteps=2, trained_betas=BETAS, prediction_type="sample")
     with pytest.raises(AssertionError):

@@ -53,13 +53,14 @@ def remember_cheaper_flags(flags: Flags, strategy: Spread | None = None) -> None
         strategy: of the run; None in a script without ColossalAI's plugins.
     """
     shards, placement = (strategy.shards, strategy.placement) if strategy else (False, None)
+    stays_whole = flags.optimizer.use_8bit_adam or flags.training.mixed_precision == "no"
     offered = {
         NO_GRAPHS: flags.training.cuda_graphs == "on",
         CHECKPOINTING: not flags.training.gradient_checkpointing,
         SMALLER_BATCH: flags.training.train_batch_size > 1,
         EIGHT_BIT: not (flags.optimizer.use_8bit_adam or shards),
-        SPLIT: strategy is not None and not shards,
-        HOST: placement == "cuda",
+        SPLIT: strategy is not None and not (shards or stays_whole),
+        HOST: placement == "cuda" and not stays_whole,
         NO_TEXT_ENCODER: flags.model.train_text_encoder,
         LOWER_RESOLUTION: True,
         LORA: not flags.lora.is_on,

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL
 from dreambooth.command_line.console import counted, doing, progress, say
 from dreambooth.data.samples import Crop, DreamBoothDataset, Examples
 from dreambooth.data.schedule import Schedule
+from dreambooth.model.loss import images_at_a_time
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import Ranks
 from dreambooth.processes.threads import cores_of, in_threads
 
-MAX_ENCODED_AT_A_TIME, MAX_PIXELS_AT_A_TIME = 4, 2**19  # for an encoder in fp32 in two GiB, or what one image takes
 SHOWN_FROM = 500  # crops
 # Of what `auto` keeps in each process: 16,384 crops at 512 pixels.
 CACHE_BYTES = 2**31
@@ -93,11 +93,6 @@ def _worth_caching(dataset: DreamBoothDataset, samples: int, dtype: torch.dtype)
                 found.append((examples, place))
                 room -= size
     return found
-
-
-def images_at_a_time(resolution: int) -> int:
-    """Returns how many images of a side of so many pixels are encoded at a time."""
-    return min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // resolution**2))
 
 
 def _batches(

@@ -17,10 +17,17 @@ from torch import Tensor
 
 from dreambooth.model.family import Conditioning
 
+MAX_ENCODED_AT_A_TIME, MAX_PIXELS_AT_A_TIME = 4, 2**19  # for an encoder in fp32 in two GiB, or what one image takes
+
+
+def images_at_a_time(resolution: int) -> int:
+    """Returns how many images of a side of so many pixels are encoded at a time."""
+    return min(MAX_ENCODED_AT_A_TIME, max(1, MAX_PIXELS_AT_A_TIME // resolution**2))
+
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Tensor) -> Tensor:
-    """Samples the VAE's posterior of images, with the noise given.
+    """Samples the VAE's posterior of images, a few at a time, with the noise given.
 
     Args:
         vae: frozen; one in fp32 computes in fp32, also under autocast.
@@ -32,8 +39,10 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Ten
     """
     as_it_is = torch.autocast(pixel_values.device.type, enabled=False)
     with as_it_is if vae.dtype == torch.float32 else contextlib.nullcontext():
-        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float() + posterior.std.float() * posterior_noise
+        few = pixel_values.to(vae.dtype).split(images_at_a_time(pixel_values.shape[-1]))
+        posteriors = [vae.encode(images).latent_dist for images in few]
+    mean, std = (torch.cat([getattr(one, name).float() for one in posteriors]) for name in ("mean", "std"))
+    latents = mean + std * posterior_noise
     # The VAE's attention may leave the channels last in memory. The UNet would go on so, up to the gradients of its
     # weights, of which Gemini takes only those that lie as the weights do.
     return (latents * vae.config.scaling_factor).contiguous()

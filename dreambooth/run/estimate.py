@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreambooth.command_line.flags import LoraFlags
-from dreambooth.data.latents import images_at_a_time
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.libraries import ARE_OF_TODAY
+from dreambooth.model.loss import images_at_a_time
 from dreambooth.model.outline import Outline, times
 from dreambooth.model.tracing import Passes
 from dreambooth.model.trainable import FLAT_ELEMENTS
@@ -49,8 +49,10 @@ class Setup:
         recomputes: --gradient_checkpointing.
         use_8bit_adam: as the flag.
         records: whether the run insists on CUDA graphs. Where it does not, it has them if there is the room.
+        compiles: --compile, which is counted as if it were not there.
         accumulates: whether a step has several batches.
-        encodes: in which dtype the VAE encodes images in the steps; None where it has done it before.
+        encodes: in which dtype the VAE encodes images in the steps; None where it has done it before, or where the
+            run decides that: then it encodes a few at a time, and holds less than the passes do.
         lora: adapters, if they alone are trained.
     """
 
@@ -64,6 +66,7 @@ class Setup:
     recomputes: bool = False
     use_8bit_adam: bool = False
     records: bool = False
+    compiles: bool = False
     accumulates: bool = False
     encodes: torch.dtype | None = None
     lora: LoraFlags = LoraFlags()
@@ -100,6 +103,11 @@ class Setup:
         """Whether those of all weights have memory of their own at any time of a step."""
         return self.records or self.accumulates
 
+    @property
+    def _offloads_a_part(self) -> bool:
+        """Whether another part of the optimizer state is in host memory than the placement has there by itself."""
+        return self.strategy is not None and self.strategy.offload_optim_frac != (self.strategy.placement != "cuda")
+
     def flags(self, own: "Setup | None" = None) -> str:
         """Returns what to type for it; of what is not on every command line, where it differs from `own`."""
         words = []
@@ -107,7 +115,7 @@ class Setup:
             words.append(f"--plugin {self.strategy.plugin}")
             if self.strategy.placement != "cuda":
                 words.append(f"--placement {self.strategy.placement}")
-            if self.strategy.offload_optim_frac != (self.strategy.placement != "cuda"):
+            if self._offloads_a_part:
                 words.append(f"--offload_optim_frac {self.strategy.offload_optim_frac:g}")
             if self.strategy.offload_dir:
                 words.append(f"--offload_dir {self.strategy.offload_dir}")
@@ -119,8 +127,12 @@ class Setup:
                 words.append(f"--train_batch_size {self.batch} with more --gradient_accumulation_steps")
             if self.text_encoders != own.text_encoders:
                 words.append("no --train_text_encoder")
-            if self.records != own.records:
-                words.append("no --cuda_graphs on")
+            if self.strategy and self.strategy.precision != own.strategy.precision:
+                words.append(f"--mixed_precision {self.strategy.precision}")
+            if own._offloads_a_part and not self._offloads_a_part:
+                words.append("no --offload_optim_frac")
+            gone = {"cuda_graphs on": "records", "compile": "compiles", "use_8bit_adam": "use_8bit_adam"}
+            words += [f"no --{flag}" for flag, field in gone.items() if getattr(self, field) < getattr(own, field)]
             if self.ranks != own.ranks:
                 words.append(f"on {self.ranks} GPUs")
         return " ".join(words) or "no flag that spares memory"
@@ -365,6 +377,7 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         how = {"recomputes": setup.recomputes, "discards": setup.discards}
         passes, encoding = outline.passes(*what, setup.dtype, **how), outline.encoding
     is_gemini = setup.shards and setup.strategy.plugin == "gemini"
+    at_a_time = images_at_a_time(outline.resolution)
     return Counts(
         weights=weights,
         frozen=outline.size(*trained) if setup.has_adapters else 0,
@@ -372,7 +385,7 @@ def counts_of(outline: Outline, setup: Setup, *, at_most: bool = False) -> Count
         chunks=outline.chunks(setup.text_encoders) if is_gemini else 0,
         readers=outline.size(*(name for name in outline.family.text_encoders if name not in trained)),
         vae=outline.size("vae"),
-        caching=0 if setup.encodes else encoding(images_at_a_time(outline.resolution), torch.float32),
-        encoding=encoding(examples, setup.encodes) if setup.encodes else 0,
+        caching=0 if setup.encodes else encoding(at_a_time, torch.float32),
+        encoding=encoding(min(examples, at_a_time), setup.encodes) if setup.encodes else 0,
         passes=times(passes, examples),
     )

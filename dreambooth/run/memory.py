@@ -189,6 +189,7 @@ def setup_of(run: Run, strategy: Strategy | None, outline: Outline, machine: Mac
         recomputes=flags.training.gradient_checkpointing,
         use_8bit_adam=flags.optimizer.use_8bit_adam,
         records=flags.training.cuda_graphs == "on",
+        compiles=flags.training.compile,
         accumulates=flags.training.gradient_accumulation_steps > 1,
         encodes=dtype_of_vae(outline.family, outline.components["vae"], dtype) if encodes else None,
         lora=flags.lora,
@@ -225,8 +226,9 @@ def _with_strategy(setup: Setup, plugin: str, placement: str) -> Setup:
         precision = "bf16"
     folder = setup.strategy.offload_dir if placement == "cpu" else None
     strategy = Strategy(plugin, placement, precision, float(placement != "cuda"), folder)
-    kept = setup.use_8bit_adam and not strategy.shards
-    return replace(setup, strategy=strategy, dtype=DTYPES[precision], use_8bit_adam=kept)
+    kept = {"use_8bit_adam": setup.use_8bit_adam and not strategy.shards}
+    kept |= {name: getattr(setup, name) and plugin != "gemini" for name in ("compiles", "records")}
+    return replace(setup, strategy=strategy, dtype=DTYPES[precision], **kept)
 
 
 def _on_disk(setup: Setup) -> Setup:
@@ -347,12 +349,15 @@ def tell_all(own: Setup, outline: Outline, machine: Machine, disk: Callable[[Set
         disk: returns the bytes that a run writes, beside what --offload_dir has.
     """
     on_gpu = own.card is not None
-    others = list(strategies(own if on_gpu else _on_a_gpu(own)))
+    typed = own if on_gpu else _on_a_gpu(own)
+    others = list(strategies(typed))
     rows = others if own in others else [own, *others]
     found = [estimate_of(outline, setup) for setup in rows]
     batch, each = counted(own.batch * own.examples, "image"), f", each of {own.ranks} processes" * (own.ranks > 1)
     say(f"memory by an estimate{each}, {batch} of {outline.resolution} px at a time:")
-    names = [f"{'*' if setup == own else ' '} {setup.flags()}{'' if setup.card else ', on the CPU'}" for setup in rows]
+    names = [f"* {setup.flags()}" if setup == own else f"  {setup.flags(typed)}" for setup in rows]
+    if not on_gpu:
+        names[rows.index(own)] += ", on the CPU"
     width = max(map(len, names))
     say(f"  {'strategy (* this run)':{width - 2}}  card GiB  host GiB  disk GiB  {'here' if on_gpu else 'card'}")
     for name, setup, one in zip(names, rows, found, strict=True):
