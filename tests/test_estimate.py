@@ -389,7 +389,7 @@ def test_what_is_proposed_is_not_refused(words, monkeypatch, tmp_path):
     """Whoever adds to a command what is proposed, and takes away what it says, has that very run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
-    typed = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", str(tmp_path), "--instance_prompt", "a dog"]
+    typed = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", str(tmp_path), "--instance_prompt", "a"]
     typed += words.split()
     flags = parse(ColossalAIFlags, typed, "")
     strategy, training = choose_strategy(flags), flags.training

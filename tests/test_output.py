@@ -565,6 +565,16 @@ def test_what_changes_numbers_is_named(words, named):
     check_settings(a_read_checkpoint(earlier), settings_of(*(PRIOR if "num_class" in named else ())), False)
 
 
+def test_what_scales_adapters_counts_whether_a_flag_says_it_or_not():
+    rank, alpha = ("--lora_rank", "4"), ("--lora_alpha", "4")
+    for earlier, now in (((), alpha), (alpha, ())):
+        check_settings(a_read_checkpoint(settings_of(*rank, *earlier)), settings_of(*rank, *now), resume_anyway=False)
+    before = settings_of(*rank) | {"lora_alpha": None}  # as it was once written
+    check_settings(a_read_checkpoint(before), settings_of(*rank), resume_anyway=False)
+    with pytest.raises(UserError, match="lora_alpha was 4 and is 8.0"):
+        check_settings(a_read_checkpoint(before), settings_of(*rank, "--lora_alpha", "8"), resume_anyway=False)
+
+
 def test_tf32_counts_on_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="allow_tf32 was False and is True"):

@@ -29,7 +29,7 @@ ALWAYS_SO = {
     "xformers": "torch's attention takes as little memory",
     "mem_eff_attn": "torch's attention takes as little memory",
     "sdpa": "it is the attention that is used",
-    "set_grads_to_none": "gradients are let go of after each step",
+    "set_grads_to_none": "gradients are let go of after each step, or have a place of their own",
     "pre_compute_text_embeddings": "prompts are encoded once, before training",
 }
 # Those that are refused, and what to do instead.
@@ -188,6 +188,11 @@ class LoraFlags:
     def is_on(self) -> bool:
         """Whether adapters are trained, and nothing else."""
         return self.lora_rank is not None
+
+    @property
+    def alpha(self) -> float | None:
+        """What scales the adapters, whether its flag says it or not; None without any."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,9 +47,11 @@ from dreambooth.data.images import (
     save_new,
 )
 from dreambooth.data.randomness import Stream, starting_points
+from dreambooth.model.components import choose
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.folder import family_of
 from dreambooth.model.precision import name_of
+from dreambooth.model.weights import weight_files
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, from_rank_0, in_turns
 
@@ -86,27 +88,27 @@ def origin_of(photo: Photo) -> Origin | None:
     return origin if all(isinstance(getattr(origin, name), kind) for name, kind in expected.items()) else None
 
 
-def digest_of_weights(model: Path, elsewhere: Mapping[str, Path]) -> str:
+def digest_of_weights(model: Path, elsewhere: Mapping[str, Path], variant: str | None) -> str:
     """Returns a digest of the weights that class images are drawn with; empty where they cannot be read.
 
     It is of the name, the shape and the first values of each tensor, rounded to fp16, whatever the folder is called
-    and however its files are cut: a model that is trained in any part has another one, its own copy in half precision
-    has the same.
+    and however its files are cut: a model that is trained in any part has another one, its own copy in fp16 has the
+    same.
 
     Args:
         model: folder of it.
         elsewhere: folders of parts that come from somewhere else.
+        variant: of the weights, as of the flag.
     """
     digest = hashlib.sha256()
     try:
-        for part in ("unet", *family_of(model).text_encoders, "vae"):
+        family = family_of(model)
+        for part in ("unet", *family.text_encoders, "vae"):
             folder = elsewhere.get(part, model / part)
-            files = sorted(folder.glob("*.safetensors"))
-            # A dot in the name is that of a variant, which stands in where there is nothing else.
-            files = [file for file in files if "." not in file.stem] or files
+            files = weight_files(folder, choose(family.components[part], os.listdir(folder), variant))
             for line in sorted(line for file in files for line in _values_in(file)):
                 digest.update(line)
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return ""  # loading it will say what is wrong
     return digest.hexdigest()[:16]
 
@@ -157,7 +159,7 @@ def check_origins(
         UserError: if there is one.
     """
     if any(photo.facts and origin_of(photo) for photo in photos):
-        weights = digest_of_weights(folder, elsewhere)
+        weights = digest_of_weights(folder, elsewhere, model.variant)
         _refuse_others(prior.class_data_dir, photos, weights=weights, model=model_name(model))
 
 
@@ -258,7 +260,7 @@ def generate_class_images(
     if dry_run or not numbers:
         return _as_examples(prompt, found + _stand_ins(prompt, resolution, len(numbers)))
     _prepare(folder)
-    origin = Origin(model_name(model), digest_of_weights(model_folder, elsewhere), prompt, seed)
+    origin = Origin(model_name(model), digest_of_weights(model_folder, elsewhere, model.variant), prompt, seed)
     size = prior.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     started = time.monotonic()

@@ -39,14 +39,18 @@ def starting_points(pipeline: DiffusionPipeline, seed: int, stream: Stream, numb
 
     Returns:
         latents: (images, channels, height, width) at the model's own size, of its UNet's dtype, standard normal.
+        height, width: of the images, in pixels.
         generator: of each image, on the CPU, for samplers that draw on the way.
     """
-    side = pipeline.unet.config.sample_size
+    size = pipeline.unet.config.sample_size or pipeline.vae.config.sample_size // pipeline.vae_scale_factor
+    height, width = (size, size) if isinstance(size, int) else size
     draws = [generator(seed, stream, number) for number in numbers]
-    shape = pipeline.unet.config.in_channels, side, side
+    shape = pipeline.unet.config.in_channels, height, width
     latents = [torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)) for draw in draws]
     return {
         "latents": torch.stack(latents).to(pipeline.unet.dtype),
+        "height": height * pipeline.vae_scale_factor,
+        "width": width * pipeline.vae_scale_factor,
         "generator": [torch.Generator().manual_seed(int(draw.integers(2**63))) for draw in draws],
     }
 

@@ -110,7 +110,7 @@ def adapters_of(
     origin = {"base_model": base, "instance_prompt": instance_prompt}
     return Adapters(
         rank=flags.lora_rank,
-        alpha=flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha,
+        alpha=flags.alpha,
         dropout=flags.lora_dropout,
         targets={name: found if name == "unet" else OF_TEXT_ENCODERS for name in components},
         origin={name: text for name, text in origin.items() if text},

@@ -79,8 +79,8 @@ def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str
         for flag in fields(group)
         if flag.metadata["numbers"] in here and flag not in idle(group)
     }
-    steps = {"steps": schedule.steps, "samples per step": schedule.total_batch}
-    return settings | {"seed": seed, "mixed_precision": precision, "resolution": resolution} | steps
+    chosen = {"seed": seed, "mixed_precision": precision, "resolution": resolution, "lora_alpha": flags.lora.alpha}
+    return settings | chosen | {"steps": schedule.steps, "samples per step": schedule.total_batch}
 
 
 def image_settings(images: list[Photo]) -> dict:
@@ -255,6 +255,8 @@ def check_settings(checkpoint: Checkpoint | None, settings: dict, resume_anyway:
     earlier = settings | {name: value for name, value in defaults().items() if name in settings} | checkpoint.settings
     if settings.get("lr_scheduler") in ENDLESS:
         earlier["steps"] = settings["steps"]  # a longer run begins as a shorter one does
+    if earlier.get("lora_alpha") is None:
+        earlier["lora_alpha"] = earlier.get("lora_rank")
     now = json.loads(json.dumps(settings))
     differing = [name for name, value in sorted(now.items()) if value != earlier[name]]
     if not differing:

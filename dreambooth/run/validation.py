@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from dreambooth.command_line.console import UserError, doing, first_line, is_rank_0, say, warn
 from dreambooth.command_line.flags import ValidationFlags
-from dreambooth.command_line.limits import explain, is_out_of_gpu_memory
+from dreambooth.command_line.limits import explain
 from dreambooth.data.class_images import one_cpu_thread
 from dreambooth.data.images import NotFinite, pictures_of
 from dreambooth.data.randomness import Stream, starting_points
@@ -95,10 +95,8 @@ def validate(
         reason = f"{error}, drawn in {name_of(dtype)}; where that is fp16, --mixed_precision bf16 or no helps"
     except UserError as error:  # the rest of the pipeline is not there any more
         reason = first_line(error)
-    except RuntimeError as error:
-        if not is_out_of_gpu_memory(error):
-            raise
-        reason = explain(error)
+    except Exception as error:  # the training needs none of it
+        reason = explain(error) or f"{type(error).__name__}: {first_line(error)}"
     device.clear()
     if reason:
         warn(f"no validation images of step {step}: {reason}")
