@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dreambooth.command_line.console import is_rank_0, run_program
+from dreambooth.command_line.console import UserError, is_rank_0, run_program
 from dreambooth.processes.ranks import leave
 
 
@@ -75,7 +75,9 @@ def train_bare(train: Callable, max_steps: int, *positional) -> None:
 
 
 def main() -> None:
-    script, *flags = sys.argv[1:]
+    script, *flags = sys.argv[1:] or [""]
+    if not script.endswith(".py") or "--max_train_steps" not in flags:
+        raise UserError("python -m benchmarks.bare SCRIPT FLAGS, as in train_dreambooth.py --max_train_steps 30 ...")
     trainer = importlib.import_module(Path(script).stem)
     max_steps = int(flags[flags.index("--max_train_steps") + 1])
     trainer.train = functools.partial(train_bare, trainer.train, max_steps)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.command_line.console import is_rank_0, run_program
+from dreambooth.command_line.console import UserError, is_rank_0, run_program
 from dreambooth.command_line.limits import host_memory_gib
 from dreambooth.processes.environment import find_place
 from dreambooth.run.estimate import GIB
@@ -100,6 +100,10 @@ class HostMemory:
 
 
 def main() -> None:
+    if len(sys.argv) < 3 or not sys.argv[1].isdigit():
+        raise UserError(
+            "python -m benchmarks.held GB SCRIPT FLAGS, as in 12 train_dreambooth_colossalai.py --plugin ..."
+        )
     card, script, *flags = sys.argv[1:]
     host, peaks = HostMemory(), Peaks() if torch.cuda.is_available() else None
     if peaks and int(card):

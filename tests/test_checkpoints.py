@@ -218,6 +218,15 @@ def test_a_run_whose_steps_are_all_done_says_so(flags):
     assert "checkpoint-1 has all steps of the run: nothing is left to train" in done.stdout
 
 
-def test_latest_without_a_checkpoint_starts_anew(long_run):
-    done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": "latest", "max_train_steps": 1})
+def test_latest_without_a_checkpoint_starts_anew_but_not_over_what_is_done(long_run):
+    long_run |= {"resume_from_checkpoint": "latest", "max_train_steps": 1}
+    done = train(COLOSSALAI, long_run)
     assert "has no checkpoint, starting from the beginning" in done.stderr
+    index = long_run["output_dir"] / "model_index.json"
+    written = index.stat().st_mtime_ns
+    done = train(COLOSSALAI, long_run | {"max_train_steps": 2}, check=False)
+    assert done.returncode == 2 and len(done.error_lines) == 1, done.stderr
+    assert "has no checkpoint, but a pipeline of step 1, written " in done.error_lines[0]
+    assert index.stat().st_mtime_ns == written
+    train(COLOSSALAI, long_run | {"resume_from_checkpoint": None})
+    assert index.stat().st_mtime_ns > written

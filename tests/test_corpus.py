@@ -785,6 +785,13 @@ FLAGS = {
         {"resolution": 33}, "is not a multiple of 2, the factor of this model's VAE: use 32 or 34"
     ),
     "resolution below the factor": Case({"resolution": 1}, "--resolution 1 is not a multiple of 2"),
+    "photos that are enlarged": Case(
+        {"resolution": 64}, warning="have a side of less than 64 pixels, and are enlarged"
+    ),
+    "nothing said of steps": Case(
+        {"max_train_steps": None, "train_batch_size": 5},
+        warning="one pass over the images is 1 step: --max_train_steps",
+    ),
     "more samples than images": Case({"train_batch_size": 12}),
     "more test images than there are": Case({"test_run": "TRUE"}),
 }

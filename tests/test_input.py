@@ -45,6 +45,10 @@ BAD_FLAGS = {
     "infinite": ({"max_grad_norm": "inf"}, "--max_grad_norm: 'inf' is not a number of at least 0"),
     "boolean": ({"test_run": "maybe"}, "--test_run: 'maybe' is neither true nor false"),
     "unknown flag": ({"use_magic": True}, "unrecognized arguments: --use_magic"),
+    "mistyped flag": (
+        {"pretrained_model_name_or_path": None, "pretrained_model": "m"},
+        "unrecognized arguments: --pretrained_model m; the following arguments are required: --pretrained_model_name",
+    ),
     "missing flag": (
         {"instance_prompt": None},
         "0.png has no caption: give it one, or all without one an --instance_prompt",

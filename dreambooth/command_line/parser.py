@@ -34,13 +34,25 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        missing = None
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+        except UserError as error:
+            for action in self._actions:
+                action.required = False
+            parsed, unknown = self.parse_known_args(args, namespace)  # else that is wrong again which was
+            missing = error
         for word in unknown:
             flag = word.partition("=")[0]
             if reason := self.not_here.get(flag):
                 raise UserError(f"{flag}: {reason}")
+        strange = f"unrecognized arguments: {' '.join(unknown)}"
+        if unknown and missing:  # often the same flag, mistyped
+            raise UserError(f"{strange}; {missing}")
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(strange)
+        if missing:
+            raise missing
         return parsed
 
 

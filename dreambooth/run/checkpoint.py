@@ -36,7 +36,7 @@ from dreambooth.model.slices import write_slices
 from dreambooth.processes.ranks import Ranks, compare, from_all_ranks, from_rank_0, until_found
 from dreambooth.run.folders import MARK, discard, readable, written_by_all
 from dreambooth.run.listing import PART, Written, changed_of, files_of
-from dreambooth.run.output import leave_out_paths
+from dreambooth.run.output import leave_out_paths, result_in
 from dreambooth.run.trained import check_finite, write_trained
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -97,7 +97,8 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
     To be called on every rank, once rank 0 has entered the output folder.
 
     Raises:
-        UserError: if the one named is missing, broken, or of another program.
+        UserError: if the one named is missing, broken, or of another program; or if the newest is wanted of a run that
+            has come to its end and left none.
     """
     if wanted is None:
         return None
@@ -116,6 +117,11 @@ def _folder_to_resume(wanted: str, output_dir: Path) -> Path | None:
     """Returns the folder wanted: the newest checkpoint, or that of a path, or of a name in the output folder."""
     if wanted == "latest":
         folders = list_checkpoints(output_dir)
+        if not folders and (result := result_in(output_dir)):
+            raise UserError(
+                f"--resume_from_checkpoint latest: {output_dir} has no checkpoint, but {result}, which a run from the "
+                "beginning would replace: leave the flag out for one"
+            )
         if not folders:
             others = sorted(path.name for path in output_dir.glob("checkpoint-*"))
             but = f"; {others[0]} is of another program" if others else ""

@@ -132,13 +132,17 @@ def prepare_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collect
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: {first_line(error)}") from error
     enter_output_dir(output_dir, dry_run=dry_run, more=more)
+    if not dry_run and (result := result_in(output_dir)):
+        say(f"{one_line(str(output_dir))} has {result}: this run replaces it")
+
+
+def result_in(output_dir: Path) -> str | None:
+    """Returns what the result in a folder is called, with its step and its time; None where there is none."""
     found = next((name for name in LAST if (output_dir / name).exists()), None)
-    if found and not dry_run:
-        say(f"{one_line(str(output_dir))} has {_told(output_dir, found)}: this run replaces it")
+    return found and _told(output_dir, found)
 
 
 def _told(output_dir: Path, name: str) -> str:
-    """Returns what a result in a folder is called, with its step and its time."""
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / name).stat().st_mtime))
     what = {INDEX: "a pipeline", WEIGHTS: "a LoRA"}.get(name, name)
     return f"{what} of step {read_listing(output_dir).get('step')}, written {written}"

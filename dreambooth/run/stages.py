@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.command_line.console import doing, say
-from dreambooth.command_line.flags import Flags, ModelFlags
+from dreambooth.command_line.console import counted, doing, say, warn
+from dreambooth.command_line.flags import Flags, ModelFlags, TrainingFlags
 from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
-from dreambooth.data.instance_images import find_instance_images
+from dreambooth.data.instance_images import find_instance_images, warn_of_small_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
 from dreambooth.data.schedule import Schedule, plan
@@ -62,6 +62,8 @@ from dreambooth.run.room import Sizes, check_room, reserve
 from dreambooth.run.tracker import Tracker
 from dreambooth.run.upload import prepare_hub, upload
 from dreambooth.run.validation import check_validation_images, validate
+
+FEW_STEPS = 50  # which teach nothing at usual learning rates
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,13 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     of_model = family_of(inputs.model_folder).resolution
     resolution = resolution_of(flags.instance.resolution, checkpoint, of_model)
     instance_images = facts_of_all(inputs.instance_images, resolution)
+    warn_of_small_images(instance_images, resolution)
     seed = seed_of(flags.training.seed, checkpoint)
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
+    is_asked_for = flags.training.max_train_steps or flags.training.num_train_epochs != TrainingFlags.num_train_epochs
+    if schedule.steps < FEW_STEPS and not is_asked_for:
+        warn(f"one pass over the images is {counted(schedule.steps, 'step')}: --max_train_steps 400 is usual")
     found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
     run = Run(
         flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule, _base(flags.model)
