@@ -99,9 +99,9 @@ train_and_compare() {
     previous=""
     case $argument in
       --revision | --variant | --single_file_config) previous=$argument= ;;
-      --external_unet_path* | --externel_unet_path*)
+      --external_unet_path* | --externel_unet_path* | --pretrained_vae_model_name_or_path* | --tokenizer_name*)
         if [ -n "$COMPARISON" ]; then
-          fail "${argument%%=*}: the comparison would show MODEL_NAME's own UNet before the training; set COMPARISON= for none"
+          fail "${argument%%=*}: the comparison would show MODEL_NAME with its own before the training; set COMPARISON= for none"
         fi
         ;;
       --dataset_name | --dataset_name=*) fail "--dataset_name: set INSTANCE_DIR, or call $script itself for a data set" ;;

@@ -589,6 +589,15 @@ def external_unet(folder: Path, flags: dict) -> dict:
     return {"external_unet_path": other / "unet"}
 
 
+def external_unet_that_predicts_v(folder: Path, flags: dict) -> dict:
+    """A whole model, whose scheduler says so."""
+    other = folder / "other"
+    shutil.copytree(flags["pretrained_model_name_or_path"], other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    return {"external_unet_path": other}
+
+
 MODELS = {
     **{
         f"no {part}": Case(changed_model(lambda model, part=part: shutil.rmtree(model / part)), f"model has no {part}")
@@ -666,6 +675,10 @@ MODELS = {
     "unet for another text encoder": Case(other_unet(cross_attention_dim=48), "prompts of width 48, and this model"),
     "unet of labels": Case(other_unet(num_class_embeds=10), "the UNet wants more than an image and a prompt"),
     "external unet for another text encoder": Case(external_unet, "the UNet reads prompts of width 48"),
+    "external unet that predicts something else": Case(
+        external_unet_that_predicts_v,
+        "is of a model that predicts v_prediction, and the scheduler of --pretrained_model",
+    ),
     "external unet empty": Case(lambda folder, flags: {"external_unet_path": folder}, "cannot load the UNet of"),
     "external unet is a file": Case(file_for("external_unet_path"), "file is not a folder"),
     "tokenizer of another model": Case(

@@ -208,8 +208,9 @@ def test_a_module_of_the_user_is_not_taken_for_ours(tmp_path):
     assert done.returncode == 2 and "comparison.png is there, and is not as this program makes" in done.error_lines[0]
 
 
-def test_a_unet_that_the_comparison_would_not_show(tmp_path):
-    flags = ["--external_unet_path", "other"]
+@pytest.mark.parametrize("flag", ["--external_unet_path", "--pretrained_vae_model_name_or_path", "--tokenizer_name"])
+def test_a_part_that_the_comparison_would_not_show(flag, tmp_path):
+    flags = [flag, "other"]
     done = launch("colossalai.sh", tmp_path, {}, *flags, check=False)
     assert done.returncode == 2 and "set COMPARISON= for none" in done.error_lines[0]
     assert commands(tmp_path, {"COMPARISON": ""}, *flags)[0][-2:] == flags

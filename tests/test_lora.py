@@ -28,7 +28,15 @@ from dreambooth.engine.strategy import choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.channels_last import keep_channels_last
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.lora import KOHYA_WEIGHTS, WEIGHTS, adapter_weights, adapters_of, add_adapters, load_adapters
+from dreambooth.model.lora import (
+    KOHYA_WEIGHTS,
+    WEIGHTS,
+    adapter_weights,
+    adapters_of,
+    add_adapters,
+    load_adapters,
+    read_lora,
+)
 from dreambooth.model.pipeline import load_model, load_part
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
@@ -334,6 +342,55 @@ def test_inference_draws_with_adapters(trained, tiny_model, tmp_path, capsys):
     assert sheet.shape[1] > 2 * base.shape[1] - 1
     draw(tmp_path, tiny_model, "--lora_scale", 2)
     assert "--lora_scale: no effect without --lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "factors"),
+    [
+        ({"lora_alpha": 8}, (2, 2)),
+        ({"lora_alpha": 8, "use_rslora": True}, (4, 4)),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_q": 16}}, (4, 2)),
+        ({"lora_alpha": 4, "alpha_pattern": {"mid_.*to_v": 12}}, (1, 3)),
+    ],
+)
+def test_alpha_of_other_programs_is_read_as_peft_reads_it(told, factors, tmp_path):
+    """The rank is 4."""
+    layers = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v")]
+    weights = {f"{layer}.lora_A.weight": torch.ones(4, 16) for layer in layers}
+    weights |= {f"{layer}.lora_B.weight": torch.ones(16, 4) for layer in layers}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in told.items()})}
+    save_file(weights, tmp_path / WEIGHTS, metadata=metadata)
+    read = read_lora(str(tmp_path), "--lora").weights
+    assert all((read[f"{layer}.lora_A.weight"] == 1).all() for layer in layers)
+    assert [read[f"{layer}.lora_B.weight"].unique().tolist() for layer in layers] == [[factor] for factor in factors]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "expected"),
+    [
+        ("dora_scale", 0.5, "is a DoRA, whose magnitudes no scale but 1"),
+        ("hada_w1_a", 1.0, "LoHa, LoKr and other kinds"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(kind, scale, expected, trained, tmp_path):
+    weights = load_file(trained("tiny_model") / KOHYA_WEIGHTS)
+    save_file(weights | {f"lora_unet_mid_block.{kind}": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=expected):
+        read_lora(str(tmp_path / "other.safetensors"), "--lora", scale=scale)
+
+
+def test_adapters_that_fit_in_part_are_told(trained, tiny_model, tmp_path, capsys):
+    """Those by kohya's names, of which diffusers leaves out what it does not know."""
+    weights = load_file(trained("tiny_model") / KOHYA_WEIGHTS)
+    draw(tmp_path, tiny_model, "--lora", trained("tiny_model") / KOHYA_WEIGHTS)
+    assert "of which this model takes" not in capsys.readouterr().err
+    layer = next(name for name in weights if "down_blocks" in name and name.endswith("lora_down.weight"))
+    for name in [name for name in weights if name.startswith(layer.removesuffix("lora_down.weight"))]:
+        weights[name.replace("down_blocks_0", "down_blocks_7")] = weights[name].clone()
+    count = sum(name.endswith("lora_down.weight") for name in weights)
+    save_file(weights, tmp_path / "more.safetensors")
+    draw(tmp_path, tiny_model, "--lora", tmp_path / "more.safetensors")
+    assert f"has {count} layers, of which this model takes {count - 1}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,13 @@ def test_both_trainers_train_the_same_text_encoder(short, tmp_path):
     results = {}
     for script in (COLOSSALAI, TRADITIONAL):
         output_dir = tmp_path / script
-        train(script, short | {"train_text_encoder": True, "gradient_checkpointing": True, "output_dir": output_dir})
+        flags = {"train_text_encoder": True, "gradient_checkpointing": True, "save_dtype": "bf16"}
+        train(script, short | flags | {"output_dir": output_dir})
         results[script] = losses(output_dir)
+        weights = load_file(output_dir / "text_encoder" / "model.safetensors")
+        config = json.loads((output_dir / "text_encoder" / "config.json").read_text())
+        assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.bfloat16}
+        assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype")), "by which transformers loads them"
     np.testing.assert_allclose(results[TRADITIONAL], results[COLOSSALAI], rtol=1e-5)
 
 

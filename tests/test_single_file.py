@@ -330,3 +330,17 @@ def test_a_configuration_of_nothing(flags, tmp_path):
     ):
         refused = train(TRADITIONAL, flags | given, check=False)
         assert refused.returncode == 2 and told in refused.stderr
+
+
+def test_another_configuration_in_the_same_folder_is_another_model(tmp_path):
+    """Whoever has given a wrong one mends it there."""
+    file, folder = tmp_path / "model.safetensors", tmp_path / "configuration"
+    file.write_bytes(b"")
+    (folder / "scheduler").mkdir(parents=True)
+    keys = set()
+    for prediction_type in ("epsilon", "v_prediction", "epsilon"):
+        config = folder / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps({"prediction_type": prediction_type}))
+        (folder / "dreambooth.json").write_text(str(len(keys)))  # no configuration
+        keys.add(single_file._key(file, str(folder)))
+    assert len(keys) == 2

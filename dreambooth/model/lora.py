@@ -9,6 +9,7 @@ is. peft computes them. Files name them as peft does, after the component that t
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +21,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth.command_line.console import UserError, first_line
+from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import LoraFlags
 from dreambooth.model.components import check_safetensors, loading
 from dreambooth.model.libraries import name_in_file
@@ -34,8 +35,10 @@ ALL = (
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
 OF_TEXT_ENCODERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TOLD = 300  # characters of what a library says
 NAME = "default"  # by which peft knows the adapters of a model
 ENDINGS = (".lora_A.weight", ".lora_B.weight")
+DOWN = (".lora_A.weight", ".lora_down.weight")
 METADATA = "lora_adapter_metadata"  # of which newer releases of diffusers make them again
 # Other names of A and B, in files of other programs.
 OTHER_NAMES = {
@@ -44,6 +47,8 @@ OTHER_NAMES = {
     ".lora_linear_layer.down.": ".lora_A.",
     ".lora_linear_layer.up.": ".lora_B.",
 }
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
+LYCORIS = re.compile(r"\.(hada_w|lokr_w|lora_mid|oft_)")
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_")
 
 
@@ -249,6 +254,10 @@ def read_lora(name: str, flag: str, *, scale: float = 1.0) -> Lora:
         weights = {key: _by_alpha(key, weight, config) for key, weight in weights.items()}
     if not any(key.endswith(".lora_A.weight") or KOHYA.match(key) for key in weights):
         raise UserError(f"{flag} {name} has no LoRA in it that is known here")
+    if lycoris := next((key for key in weights if LYCORIS.search(key)), None):
+        raise UserError(f"{flag} {name} has {lycoris}: LoHa, LoKr and other kinds of LyCORIS are not read here")
+    if scale != 1 and any(key.endswith(MAGNITUDES) for key in weights):
+        raise UserError(f"{flag} {name} is a DoRA, whose magnitudes no scale but 1 is for")
     return Lora(name, scaled(weights, scale), metadata.get("base_model"))
 
 
@@ -261,8 +270,13 @@ def _as_peft_names(name: str) -> str:
 def _by_alpha(name: str, weight: Tensor, config: Mapping) -> Tensor:
     """Returns an adapter's weight with alpha in it, as a file's metadata tell it: libraries of 2024 do not read it."""
     component, _, layer = name.removesuffix(".lora_B.weight").partition(".")
-    alpha = config.get(f"{component}.alpha_pattern", {}).get(layer, config.get(f"{component}.lora_alpha"))
-    return weight if alpha is None or not name.endswith(".lora_B.weight") else weight * (alpha / weight.shape[1])
+    patterns = config.get(f"{component}.alpha_pattern") or {}  # as peft reads them
+    of_layer = (alpha for ends, alpha in patterns.items() if re.match(rf"(.*\.)?({ends})$", layer))
+    alpha = next(of_layer, config.get(f"{component}.lora_alpha"))
+    if alpha is None or not name.endswith(".lora_B.weight"):
+        return weight
+    rank = weight.shape[1]
+    return weight * (alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank))
 
 
 def add_to_pipeline(pipeline: DiffusionPipeline, lora: Lora) -> None:
@@ -275,7 +289,13 @@ def add_to_pipeline(pipeline: DiffusionPipeline, lora: Lora) -> None:
         _check_fit(pipeline, lora.weights)
         pipeline.load_lora_weights(dict(lora.weights))
     except Exception as error:  # what a file leads the libraries to has no limit
-        raise UserError(f"the LoRA of {lora.name} does not fit this model: {first_line(error)}") from error
+        told = " ".join(str(error).split())[:TOLD] or type(error).__name__  # often a heading with what matters below
+        raise UserError(f"the LoRA of {lora.name} does not fit this model: {told}") from error
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    found = sum(hasattr(module, "lora_A") for part in parts for module in part.modules())
+    wanted = len({name.rpartition(".lora_")[0] for name in lora.weights if name.endswith(DOWN)})
+    if found < wanted:
+        warn(f"the LoRA of {lora.name} has {wanted} layers, of which this model takes {found}")
 
 
 def _check_fit(pipeline: DiffusionPipeline, weights: Mapping[str, Tensor]) -> None:

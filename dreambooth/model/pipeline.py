@@ -7,10 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
-from dreambooth.command_line.console import warn
+from dreambooth.command_line.console import UserError, warn
 from dreambooth.model.components import (
     check_resolution,
     load_component,
@@ -66,9 +66,27 @@ def load_model(
             components[name].requires_grad_(False)
     if "vae" in elsewhere:
         _warn_of_other_latents(folder / "vae", components["vae"])
+    noise_scheduler = load_noise_scheduler(folder)
+    if "unet" in elsewhere and (elsewhere["unet"].parent / "scheduler").is_dir():
+        _check_target(elsewhere["unet"], noise_scheduler)
     family.check_fit(tokenizers, components)
     family.freeze_unread(components)
-    return Model(family, tokenizers, components, load_noise_scheduler(folder))
+    return Model(family, tokenizers, components, noise_scheduler)
+
+
+def _check_target(unet: Path, noise_scheduler: DDPMScheduler) -> None:
+    """Finds a UNet of another model that predicts something else than this model's scheduler says.
+
+    Raises:
+        UserError: if it does.
+    """
+    found = load_noise_scheduler(unet.parent).config.prediction_type
+    wanted = noise_scheduler.config.prediction_type
+    if found != wanted:
+        raise UserError(
+            f"--external_unet_path {unet} is of a model that predicts {found}, and the scheduler of "
+            f"--pretrained_model_name_or_path says {wanted}: name that model there instead"
+        )
 
 
 def _warn_of_other_latents(own: Path, vae: AutoencoderKL) -> None:

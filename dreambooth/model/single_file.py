@@ -173,6 +173,12 @@ def _load(name: str, configuration: Path, dtype: torch.dtype) -> DiffusionPipeli
     )
 
 
+def _configurations(folder: Path) -> list[Path]:
+    """Returns the files by which the folder of --single_file_config says what a model is."""
+    patterns = "model_index.json", "*/*config.json", "tokenizer*/*"
+    return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+
+
 def _key(path: Path, configuration: str | None) -> str:
     """Returns what tells a file from another: where it is, its size, when it was written, and how it is unpacked."""
     status = path.stat()
@@ -181,7 +187,7 @@ def _key(path: Path, configuration: str | None) -> str:
         str(path.resolve()),
         status.st_size,
         status.st_mtime_ns,
-        configuration and str(Path(configuration).resolve()),
+        configuration and [(file.name, file.read_bytes()) for file in _configurations(Path(configuration))],
     )
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 

@@ -31,16 +31,17 @@ def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.d
         write_slices(folder / WEIGHTS, slices, ranks, adapters.metadata())
         return
     for name, component in training.denoiser.named_children():
-        own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own))
+        own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own, dtype))
         prefix = f"{name}."
         own_slices = [one for one in slices if one.name.startswith(prefix)]
         weights = [replace(one, name=one.name.removeprefix(prefix), dtype=dtype) for one in own_slices]
         write_slices(own / f"{stem_of(type(component))}.safetensors", weights, ranks)
 
 
-def _configured(component: torch.nn.Module, folder: Path) -> Path:
-    # Transformers writes the dtype of the weights, which are in fp32, whatever a plugin has made of others.
-    save_configuration(empty_copy(component) if isinstance(component, PreTrainedModel) else component, folder)
+def _configured(component: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Path:
+    # Transformers writes the dtype of the weights: as they are in the file, whatever a plugin has made of them.
+    names_dtype = isinstance(component, PreTrainedModel)
+    save_configuration(empty_copy(component).to(dtype) if names_dtype else component, folder)
     return folder
 
 
