@@ -198,6 +198,9 @@ def test_interim_checkpoints_take_no_place_of_those_asked_for(flags):
     (interim / "state.json").write_text(json.dumps(state | {"step": 5, "interim": True}))
     train(TRADITIONAL, flags | {"resume_from_checkpoint": first, "checkpoints_total_limit": 2})
     assert {path.name for path in flags["output_dir"].glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    (first / "state.json").write_text(json.dumps(state | {"step": 2, "interim": True}))
+    done = train(TRADITIONAL, flags | {"max_train_steps": 1})
+    assert f"{first} is of a run that was cut short, and this one, which begins anew, removes it" in done.stderr
 
 
 def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):

@@ -101,6 +101,7 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
             has come to its end and left none.
     """
     if wanted is None:
+        _tell_interim(output_dir)
         return None
     folder = from_rank_0(lambda: _folder_to_resume(wanted, output_dir))
     if folder is None:
@@ -111,6 +112,16 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
         if found != checkpoint.versions.get(library):
             warn(f"{checkpoint.folder} was written with {library} {checkpoint.versions.get(library)}, this is {found}")
     return checkpoint
+
+
+def _tell_interim(output_dir: Path) -> None:
+    """Warns of a checkpoint that no flag has asked for: this run removes it, as its own ones."""
+    interim = [folder for folder in list_checkpoints(output_dir) if _state_of(folder).get("interim")]
+    if interim:
+        warn(
+            f"{interim[-1]} is of a run that was cut short, and this one, which begins anew, removes it: "
+            "--resume_from_checkpoint latest goes on from it"
+        )
 
 
 def _folder_to_resume(wanted: str, output_dir: Path) -> Path | None:
