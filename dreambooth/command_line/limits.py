@@ -102,9 +102,9 @@ def explain(error: Exception) -> str | None:
         return f"out of host memory while {what}: this process held {host_memory_gib('VmHWM'):.1f} GiB{helps}"
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
-            f"a process that decodes images ended while {what}, most likely for want of shared memory, of which "
-            f"/dev/shm has {_shared_memory()}, or of host memory. Start the container with a larger --shm-size, or "
-            "use --dataloader_num_workers 0"
+            f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "
+            f"{_shared_memory()}. Start the container with a larger --shm-size, or use --dataloader_num_workers 0, as "
+            "where host memory is short"
         )
     return None
 
