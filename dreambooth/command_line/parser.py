@@ -38,9 +38,7 @@ class Parser(argparse.ArgumentParser):
         try:
             parsed, unknown = self.parse_known_args(args, namespace)
         except UserError as error:
-            for action in self._actions:
-                action.required = False
-            parsed, unknown = self.parse_known_args(args, namespace)  # else that is wrong again which was
+            parsed, unknown = self._without_required(args, namespace)  # what else is wrong raises again
             missing = error
         for word in unknown:
             flag = word.partition("=")[0]
@@ -54,6 +52,17 @@ class Parser(argparse.ArgumentParser):
         if missing:
             raise missing
         return parsed
+
+    def _without_required(self, *words) -> tuple[argparse.Namespace, list[str]]:
+        """Returns what `parse_known_args` does where no flag is required."""
+        required = [action for action in self._actions if action.required]
+        try:
+            for action in required:
+                action.required = False
+            return self.parse_known_args(*words)
+        finally:
+            for action in required:
+                action.required = True
 
 
 def number(convert: type, lowest: float, highest: float = math.inf) -> Callable:
