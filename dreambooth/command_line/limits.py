@@ -103,8 +103,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError | OSError) and OUT_OF_SHARED_MEMORY.search(text):
         return (
             f"a process that decodes images ended while {what}, most likely for want of shared memory: /dev/shm has "
-            f"{_shared_memory()}. Start the container with a larger --shm-size, or use --dataloader_num_workers 0, as "
-            "where host memory is short"
+            f"{_shared_memory()}. Start the container with a larger --shm-size, or use --dataloader_num_workers 0, "
+            "which helps where host memory is short too"
         )
     return None
 

@@ -269,13 +269,14 @@ def _as_peft_names(name: str) -> str:
 
 def _by_alpha(name: str, weight: Tensor, config: Mapping) -> Tensor:
     """Returns an adapter's weight with alpha in it, as a file's metadata tell it: libraries of 2024 do not read it."""
-    component, _, layer = name.removesuffix(".lora_B.weight").partition(".")
-    patterns = config.get(f"{component}.alpha_pattern") or {}  # as peft reads them
-    of_layer = (alpha for ends, alpha in patterns.items() if re.match(rf"(.*\.)?({ends})$", layer))
-    alpha = next(of_layer, config.get(f"{component}.lora_alpha"))
-    if alpha is None or not name.endswith(".lora_B.weight"):
+    if not name.endswith(".lora_B.weight"):
         return weight
-    rank = weight.shape[1]
+    component, _, layer = name.removesuffix(".lora_B.weight").partition(".")
+    patterns = config.get(f"{component}.alpha_pattern") or {}  # the first that fits counts, as in peft
+    of_layer = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha, rank = next(of_layer, config.get(f"{component}.lora_alpha")), weight.shape[1]
+    if alpha is None:
+        return weight
     return weight * (alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank))
 
 

@@ -68,23 +68,23 @@ def load_model(
         _warn_of_other_latents(folder / "vae", components["vae"])
     noise_scheduler = load_noise_scheduler(folder)
     if "unet" in elsewhere and (elsewhere["unet"].parent / "scheduler").is_dir():
-        _check_target(elsewhere["unet"], noise_scheduler)
+        _check_target(elsewhere["unet"].parent, noise_scheduler)
     family.check_fit(tokenizers, components)
     family.freeze_unread(components)
     return Model(family, tokenizers, components, noise_scheduler)
 
 
-def _check_target(unet: Path, noise_scheduler: DDPMScheduler) -> None:
-    """Finds a UNet of another model that predicts something else than this model's scheduler says.
+def _check_target(other: Path, noise_scheduler: DDPMScheduler) -> None:
+    """Finds a UNet, of the model in `other`, that predicts something else than this model's scheduler says.
 
     Raises:
         UserError: if it does.
     """
-    found = load_noise_scheduler(unet.parent).config.prediction_type
+    found = load_noise_scheduler(other).config.prediction_type
     wanted = noise_scheduler.config.prediction_type
     if found != wanted:
         raise UserError(
-            f"--external_unet_path {unet} is of a model that predicts {found}, and the scheduler of "
+            f"--external_unet_path is of a model that predicts {found}, and the scheduler of "
             f"--pretrained_model_name_or_path says {wanted}: name that model there instead"
         )
 

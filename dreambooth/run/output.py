@@ -143,6 +143,7 @@ def result_in(output_dir: Path) -> str | None:
 
 
 def _told(output_dir: Path, name: str) -> str:
+    """Returns what a file of a result stands for, in words."""
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime((output_dir / name).stat().st_mtime))
     what = {INDEX: "a pipeline", WEIGHTS: "a LoRA"}.get(name, name)
     return f"{what} of step {read_listing(output_dir).get('step')}, written {written}"

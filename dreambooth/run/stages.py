@@ -63,7 +63,7 @@ from dreambooth.run.tracker import Tracker
 from dreambooth.run.upload import prepare_hub, upload
 from dreambooth.run.validation import check_validation_images, validate
 
-FEW_STEPS = 50  # which teach nothing at usual learning rates
+FEW_STEPS = 50  # some hundreds are usual
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,7 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     seed = seed_of(flags.training.seed, checkpoint)
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
-    is_asked_for = flags.training.max_train_steps or flags.training.num_train_epochs != TrainingFlags.num_train_epochs
-    if schedule.steps < FEW_STEPS and not is_asked_for:
-        warn(f"one pass over the images is {counted(schedule.steps, 'step')}: --max_train_steps 400 is usual")
+    _warn_of_few_steps(flags.training, schedule)
     found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
     run = Run(
         flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule, _base(flags.model)
@@ -192,6 +190,13 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     if checkpoint is not None and checkpoint.step == schedule.steps:
         say(f"{checkpoint.folder} has all steps of the run: nothing is left to train")
     return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
+
+
+def _warn_of_few_steps(flags: TrainingFlags, schedule: Schedule) -> None:
+    """Tells of a run that is short because no flag says how long it is to be."""
+    is_asked_for = flags.max_train_steps or flags.num_train_epochs != TrainingFlags.num_train_epochs
+    if schedule.steps < FEW_STEPS and not is_asked_for:
+        warn(f"one pass over the images is {counted(schedule.steps, 'step')}: --max_train_steps 400 is usual")
 
 
 def _base(model: ModelFlags) -> str | None:

@@ -39,9 +39,10 @@ def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.d
 
 
 def _configured(component: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Path:
-    # Transformers writes the dtype of the weights: as they are in the file, whatever a plugin has made of them.
-    names_dtype = isinstance(component, PreTrainedModel)
-    save_configuration(empty_copy(component).to(dtype) if names_dtype else component, folder)
+    if isinstance(component, PreTrainedModel):
+        # Transformers writes the dtype of the weights: as they are in the file, whatever a plugin has made of them.
+        component = empty_copy(component).to(dtype)
+    save_configuration(component, folder)
     return folder
 
 
