@@ -197,7 +197,7 @@ def test_a_chunk_keeps_its_memory_until_it_has_been_read(kind):
         shares = torch.cuda.Stream()
         shares.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(shares):
-            torch.cuda._sleep(10**8)  # it has other work to do first
+            torch.cuda._sleep(2 * 10**9)  # cycles, a second, of other work first: a busy host is slow to go on
             chunk.reduce(async_op=True)
             chunk.wait_async_reduce()
         after = [torch.full([size], 2, dtype=torch.bfloat16, device=device) for _ in range(4)]
