@@ -360,7 +360,7 @@ class TrainingFlags:
     dry_run: bool = flag(
         False,
         "print what memory every strategy takes, by an estimate, and which fit on this machine; then load everything, "
-        "take two steps, print what the run would take, and write nothing",
+        "take two steps, print what the run would take, and write nothing outside caches",
     )
 
 
