@@ -33,7 +33,7 @@ from dreambooth.data.schedule import Schedule
 from dreambooth.engine.booster_training import BoosterTraining
 from dreambooth.engine.offload import ORDINARY, Memory
 from dreambooth.engine.optimizer import adamw_settings, build_adamw, build_lr_scheduler
-from dreambooth.engine.plugins import ShardAdamW, masters_in
+from dreambooth.engine.plugins import ShardAdamW, let_convolutions_compile, masters_in
 from dreambooth.engine.strategy import Strategy, choose_strategy
 from dreambooth.model.activations import discard_activations
 from dreambooth.model.denoiser import Denoiser
@@ -71,6 +71,7 @@ def prepare_denoiser(denoiser: Denoiser, strategy: Strategy, run: Run, *, record
     elif strategy.spares_memory and not (training.compile or recorded):
         discard_activations(denoiser.unet)
     if training.compile:
+        let_convolutions_compile()
         denoiser.compile_blocks()
     fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
     if not (fetches_weights or run.flags.optimizer.use_8bit_adam):  # these two go by single parameters

@@ -481,6 +481,12 @@ def test_layers_that_get_no_adapters_are_refused(targets, tiny_model):
         model_with_adapters(tiny_model, lora_target_modules=targets)
 
 
+@pytest.mark.parametrize("targets", ["0", "to_q,0"])
+def test_a_name_that_blocks_have_too_is_refused(targets, tiny_model):
+    with pytest.raises(UserError, match=f"--lora_target_modules {targets}: '0' is also a block, down_blocks.0"):
+        model_with_adapters(tiny_model, lora_target_modules=targets)
+
+
 def test_what_does_not_go_together(monkeypatch, photos, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -223,9 +223,11 @@ def test_both_trainers_train_the_same_text_encoder(short, tmp_path):
         train(script, short | flags | {"output_dir": output_dir})
         results[script] = losses(output_dir)
         weights = load_file(output_dir / "text_encoder" / "model.safetensors")
-        config = json.loads((output_dir / "text_encoder" / "config.json").read_text())
         assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.bfloat16}
-        assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype")), "by which transformers loads them"
+        for how in ({}, {"torch_dtype": torch.bfloat16}):
+            pipeline = StableDiffusionPipeline.from_pretrained(output_dir, **how)
+            parts = pipeline.unet, pipeline.vae, pipeline.text_encoder
+            assert {part.dtype for part in parts} == {how.get("torch_dtype", torch.float32)}, "or it cannot draw"
     np.testing.assert_allclose(results[TRADITIONAL], results[COLOSSALAI], rtol=1e-5)
 
 
@@ -437,6 +439,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(script, short, prior):
 
     done = train(script, flags | {"dry_run": True, "resume_from_checkpoint": "latest"}, nproc=2)
     assert "8 steps of 4 samples (2 ranks x 2), 0 of them to do" in done.stdout and "nan" not in done.stdout
+    (prior["class_data_dir"] / "00003.png").unlink()
+    done = train(script, flags | {"dry_run": True, "resume_from_checkpoint": "latest"}, nproc=2)
+    assert "1 of 7 would be generated first" in done.stdout
 
 
 @BOTH

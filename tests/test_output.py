@@ -539,6 +539,7 @@ PRIOR = ("--with_prior_preservation", "--class_data_dir", "c", "--class_prompt",
         ["--pretrained_model_name_or_path", "./m", "--revision", "main", "--external_unet_path", "u"],
         ["--num_class_images", "7"],  # of which there are none
         ["--save_steps", "3", "--compile", "--cache_latents", "off", "--dataloader_num_workers", "1"],
+        ["--lr_warmup_steps", "3", "--lr_power", "2", "--lr_num_cycles", "2"],  # of other schedulers
     ],
 )
 def test_what_changes_no_number_is_free(words):
@@ -546,23 +547,24 @@ def test_what_changes_no_number_is_free(words):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("both", "word", "named"),
     [
-        (["--learning_rate", "1e-3"], "learning_rate was 5e-06 and is 0.001"),
-        (["--noise_offset", "0.1"], "noise_offset was 0.0 and is 0.1"),
-        ([*PRIOR, "--num_class_images", "7"], "num_class_images was 100 and is 7"),
-        (["--adam_beta2", "0.9"], "adam_beta2 was 0.999 and is 0.9"),
+        ((), ["--learning_rate", "1e-3"], "learning_rate was 5e-06 and is 0.001"),
+        ((), ["--noise_offset", "0.1"], "noise_offset was 0.0 and is 0.1"),
+        (PRIOR, ["--num_class_images", "7"], "num_class_images was 100 and is 7"),
+        ((), ["--adam_beta2", "0.9"], "adam_beta2 was 0.999 and is 0.9"),
+        (["--lr_scheduler", "polynomial"], ["--lr_power", "2"], "lr_power was 1.0 and is 2.0"),
     ],
 )
-def test_what_changes_numbers_is_named(words, named):
-    earlier = settings_of(*(PRIOR if "num_class" in named else ()))
+def test_what_changes_numbers_is_named(both, word, named):
+    earlier, now = settings_of(*both), settings_of(*both, *word)
     with pytest.raises(UserError, match=named):
-        check_settings(a_read_checkpoint(earlier), settings_of(*words), resume_anyway=False)
+        check_settings(a_read_checkpoint(earlier), now, resume_anyway=False)
     # Before there was the flag it was as its default is.
     earlier.pop(named.split()[0])
     with pytest.raises(UserError, match=named):
-        check_settings(a_read_checkpoint(earlier), settings_of(*words), resume_anyway=False)
-    check_settings(a_read_checkpoint(earlier), settings_of(*(PRIOR if "num_class" in named else ())), False)
+        check_settings(a_read_checkpoint(earlier), now, resume_anyway=False)
+    check_settings(a_read_checkpoint(earlier), settings_of(*both), resume_anyway=False)
 
 
 def test_what_scales_adapters_counts_whether_a_flag_says_it_or_not():

@@ -6,11 +6,13 @@ import torch
 from dreambooth.command_line import parser
 from dreambooth.command_line.console import UserError
 from dreambooth.command_line.flags import ALWAYS_SO, NOT_HERE, Flags
+from dreambooth.data.schedule import plan
 from dreambooth.model.components import load_tokenizer
 from dreambooth.model.pipeline import load_part
 from dreambooth.model.precision import sampling_dtype
 from dreambooth.model.prompts import check_max_length
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
+from dreambooth.run import stages
 
 # Of diffusers' examples/dreambooth/train_dreambooth.py, in autumn 2026.
 DIFFUSERS = """
@@ -115,8 +117,19 @@ def test_a_length_of_prompts_is_what_is_read(tiny_model, capsys):
         check_max_length(128, readers)
 
 
-@pytest.mark.parametrize("warmup, steps, told", [(5, 5, True), (500, 400, True), (4, 5, False), (500, None, False)])
-def test_a_warm_up_that_outlasts_the_run(warmup, steps, told, tmp_path, capsys):
-    words = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", str(warmup)]
-    parse(tmp_path, *words, *(["--max_train_steps", str(steps)] if steps else []))
-    assert ("ends before --learning_rate is reached" in capsys.readouterr().err) is told
+@pytest.mark.parametrize(
+    ("warmup", "length", "told"),
+    [
+        (5, ["--max_train_steps", "5"], "a run of 5 steps ends before --learning_rate is reached"),
+        (4, ["--max_train_steps", "5"], ""),
+        (6, ["--num_train_epochs", "3", "--train_batch_size", "2"], "a run of 6 steps ends before --learning_rate is"),
+        (5, ["--num_train_epochs", "3", "--train_batch_size", "2"], ""),
+        (5, ["--max_train_steps", "5", "--lr_scheduler", "constant"], "no effect on --lr_scheduler constant, but on"),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_run(warmup, length, told, tmp_path, capsys):
+    words = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", str(warmup), *length]
+    flags = parse(tmp_path, *words)
+    stages._warn_of_length(flags, plan(flags.training, 1, images_per_epoch=4))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "--lr_warmup_steps" in line]
+    assert len(warnings) == bool(told) and all(told in line for line in warnings)

@@ -17,6 +17,7 @@ from dreambooth.engine.plugins import (
     LastingChunk,
     ShardAdamW,
     changed_inside,
+    let_convolutions_compile,
 )
 from dreambooth.engine.strategy import Strategy
 from dreambooth.model.precision import no_kernels
@@ -48,6 +49,19 @@ def test_a_loss_scale_goes_on_under_every_plugin(monkeypatch):
 
 def test_colossalai_is_the_one_that_this_builds_on():
     assert changed_inside() == []
+
+
+@pytest.mark.parametrize("bias", [None, [4]])
+def test_torch_knows_the_shapes_of_the_gradients_of_a_convolution(bias):
+    """By which its compiler goes, also where the gradient of the bias is computed apart."""
+    let_convolutions_compile()
+    image, weight = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta")
+    gradient, how = torch.empty(2, 4, 8, 8, device="meta"), ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        gradient, image, weight, bias, *how, [True, True, bias is not None]
+    )
+    assert of_image.shape == image.shape and of_weight.shape == weight.shape
+    assert bias is None or list(of_bias.shape) == bias
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

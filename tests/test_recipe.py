@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from harness import ROOT
 from PIL import Image
 
 from assets.recipe import cutouts
@@ -14,6 +16,12 @@ from assets.recipe.train import IDENTIFIERS, train_tokenizer
 def red_square():
     """Opaque and as wide as its sprite."""
     return Cutout(square(Image.new("RGBA", (10, 10), (255, 0, 0, 255))), "apple", "fruit", "flat")
+
+
+def test_the_model_is_an_ordinary_pipeline():
+    """All of it is in one dtype when nobody names any, or it could not draw."""
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "tiny-stable-diffusion")
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
 
 
 def test_things_are_drawn_where_the_layout_says(red_square):

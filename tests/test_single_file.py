@@ -107,15 +107,19 @@ def test_what_is_drawn_of_a_file_is_what_is_drawn_of_its_folder(model_of, flags,
     for part in ("unet", "vae", "text_encoder"):
         (weights,) = (output / part).glob("*.safetensors")
         assert {one.dtype for one in load_file(weights).values() if one.is_floating_point()} == {torch.bfloat16}
-    drawn = []
-    for number, name in enumerate([[output], [output / "output.safetensors", "--single_file_config", model]] * 2):
+    file, drawn = tmp_path / "model.safetensors", []
+    save_file(load_file(output / "output.safetensors") | {"alphas_cumprod": torch.ones(1000)}, file)  # of no part
+    for number, name in enumerate([[output], [file, "--single_file_config", model]] * 2):
         image = tmp_path / f"{number}.png"
         words = ["inference.py", *name, "--prompt", "a dog", "--num_inference_steps", 2, "--output", image]
         drawn.append((Running(words[0], words[1:], env=env).wait(), image.read_bytes()))
     assert len({pixels for _, pixels in drawn}) == 1
     told = f"unpacked to {cache}"
     assert told in drawn[1][0].stdout and told not in drawn[3][0].stdout, "it is unpacked once"
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [""], "nothing is left of the work"
+    (unpacked,) = (path for path in cache.iterdir() if path.is_dir())
+    assert unpacked.suffix == "", "nothing is left of the work"
+    (weights,) = (unpacked / "unet").glob("*.safetensors")
+    assert {one.dtype for one in load_file(weights).values()} == {torch.bfloat16}, "it is as large as in the file"
 
 
 @pytest.mark.parametrize("kind", single_file.KINDS)

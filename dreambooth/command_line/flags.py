@@ -58,6 +58,7 @@ def flag(
     same_as: Mapping[str, Any] | None = None,
     each_of: Collection[str] = (),
     needs: str | None = None,
+    needs_one_of: Collection[str] = (),
     beside: Mapping[str, Any] | None = None,
     numbers: bool | Literal["on GPUs"] = False,
 ) -> Any:
@@ -76,6 +77,7 @@ def flag(
         same_as: names of flags without a word that stand for a value of this one.
         each_of: the field stands for several flags without a word, and its value is a tuple of those that are given.
         needs: name of a flag of the same group, without which this one has no effect.
+        needs_one_of: values of that flag, beside others of which this one has none either.
         beside: what the default is beside other flags instead, by their names, where words give those.
         numbers: whether another value changes what the steps compute, so that a run that goes on needs the same.
     """
@@ -387,10 +389,30 @@ class OptimizerFlags:
         numbers=True,
     )
     lr_warmup_steps: int = flag(
-        0, "steps over which the learning rate rises from 0", shown="0, none", limits=NOT_NEGATIVE, numbers=True
+        0,
+        "steps over which the learning rate rises from 0",
+        shown="0, none",
+        limits=NOT_NEGATIVE,
+        needs="lr_scheduler",
+        needs_one_of=[name for name in LR_SCHEDULERS if name != "constant"],
+        numbers=True,
     )
-    lr_num_cycles: int = flag(1, "how often cosine_with_restarts goes from the top to 0", limits=COUNT, numbers=True)
-    lr_power: float = flag(1.0, "power of polynomial; 1 is a line", limits=FACTOR, numbers=True)
+    lr_num_cycles: int = flag(
+        1,
+        "how often cosine_with_restarts goes from the top to 0",
+        limits=COUNT,
+        needs="lr_scheduler",
+        needs_one_of=["cosine_with_restarts"],
+        numbers=True,
+    )
+    lr_power: float = flag(
+        1.0,
+        "power of polynomial; 1 is a line",
+        limits=FACTOR,
+        needs="lr_scheduler",
+        needs_one_of=["polynomial"],
+        numbers=True,
+    )
     max_grad_norm: float = flag(
         1.0,
         "gradients are scaled down to this L2 norm where it is larger; 0 is off",
@@ -525,6 +547,11 @@ def defaults() -> dict[str, Any]:
 
 
 def idle(group) -> list[dataclasses.Field]:
-    """Returns the flags of a group that have no effect, as the one that they need is not given."""
-    needs = {field: field.metadata["needs"] for field in dataclasses.fields(group)}
-    return [field for field, needed in needs.items() if needed and not getattr(group, needed)]
+    """Returns the flags of a group that have no effect, as the one that they need is not given, or is another."""
+
+    def is_idle(needs: str, needs_one_of: Collection[str]) -> bool:
+        value = getattr(group, needs)
+        return value not in needs_one_of if needs_one_of else not value
+
+    found = [(field, field.metadata["needs"], field.metadata["needs_one_of"]) for field in dataclasses.fields(group)]
+    return [field for field, needs, one_of in found if needs and is_idle(needs, one_of)]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from dreambooth.command_line.console import is_blank, is_utf_8
-from dreambooth.command_line.flags import ALWAYS_SO, Flags, OptimizerFlags, TrainingFlags, idle
+from dreambooth.command_line.flags import ALWAYS_SO, Flags, TrainingFlags, idle
 from dreambooth.command_line.paths import is_model_file, kind_on_disk, not_utf_8, same_folder, unwritable
 
 POLYNOMIAL_LR_END = 1e-7  # of diffusers
@@ -128,9 +128,11 @@ def _flags_that_need_another(flags: Flags) -> Iterator[str]:
         given: dict[str, list[str]] = {}
         for flag in idle(group):
             if getattr(group, flag.name) != flag.default:
-                given.setdefault(flag.metadata["needs"], []).append(f"--{flag.name}")
-        for needed, names in given.items():
-            yield f"{', '.join(names)}: no effect without --{needed}"
+                needed, one_of = flag.metadata["needs"], flag.metadata["needs_one_of"]
+                here = f"on --{needed} {getattr(group, needed)}, but on {', '.join(one_of)}"
+                given.setdefault(here if one_of else f"without --{needed}", []).append(f"--{flag.name}")
+        for where, names in given.items():
+            yield f"{', '.join(names)}: no effect {where}"
 
 
 def _flags_of_other_trainers(flags: Flags) -> Iterator[str]:
@@ -152,22 +154,6 @@ def _revision_of_a_folder(flags: Flags) -> Iterator[str]:
 def _epochs_beside_steps(flags: Flags) -> Iterator[str]:
     if flags.training.max_train_steps and flags.training.num_train_epochs != TrainingFlags.num_train_epochs:
         yield "--num_train_epochs: no effect beside --max_train_steps"
-
-
-def _warm_up_to_no_end(flags: Flags) -> Iterator[str]:
-    warmup, steps = flags.optimizer.lr_warmup_steps, flags.training.max_train_steps
-    if flags.optimizer.lr_scheduler == "constant" and warmup:
-        yield "--lr_warmup_steps: no effect on --lr_scheduler constant; constant_with_warmup has a warm-up"
-    elif steps and warmup >= steps:
-        yield f"--lr_warmup_steps {warmup}: a run of --max_train_steps {steps} ends before --learning_rate is reached"
-
-
-def _settings_of_another_scheduler(flags: Flags) -> Iterator[str]:
-    optimizer = flags.optimizer
-    for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
-        changed = getattr(optimizer, name) != getattr(OptimizerFlags, name)
-        if changed and optimizer.lr_scheduler != scheduler:
-            yield f"--{name}: no effect on --lr_scheduler {optimizer.lr_scheduler}, but on {scheduler}"
 
 
 def _settings_of_accelerate(flags: Flags) -> Iterator[str]:
@@ -208,8 +194,6 @@ WARNINGS = (
     _prompts_that_are_the_same,
     _revision_of_a_folder,
     _epochs_beside_steps,
-    _warm_up_to_no_end,
-    _settings_of_another_scheduler,
     _settings_of_accelerate,
     _another_local_rank,
 )

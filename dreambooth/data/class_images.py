@@ -57,6 +57,7 @@ from dreambooth.processes.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, 
 
 # Writing an image takes a second; a file that is still not whole so long after is of a run that was killed.
 STALE_AFTER_S = 3600
+STAND_IN = "~ a class image to be generated"  # behind those that there are, by its name
 PARTIAL_IMAGE = re.compile(rf"\.\d{{5,}}\.png(\.\d+-[0-9a-f]+)?{re.escape(PARTIAL)}")
 VALUES_OF_A_WEIGHT = 64
 
@@ -308,8 +309,7 @@ def _tell_found(folder: str, found: list[Photo], missing: str, *, seed: int) -> 
 def _stand_ins(prompt: str, resolution: int, count: int) -> list[Photo]:
     """Returns gray images in place of those that a run would generate."""
     gray = png_of(Image.new("RGB", (resolution, resolution), "gray"), "")
-    name = "~ a class image to be generated"  # behind those that there are
-    return [look_at(Photo(name, prompt, lambda: gray), resolution)] * count if count else []
+    return [look_at(Photo(STAND_IN, prompt, lambda: gray), resolution)] * count if count else []
 
 
 def _prepare(folder: Path) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
+from colossalai._analyzer._subclasses import _meta_registration
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
@@ -60,6 +61,15 @@ def source_digest(kind: type) -> str:
         return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
     except OSError:
         return ""
+
+
+def let_convolutions_compile() -> None:
+    """Mends what ColossalAI, once imported, has torch believe of the shapes of a convolution's gradients.
+
+    It asks for that of the bias also where torch, which computes it otherwise, has none: its compiler fails then.
+    """
+    new = functools.partial(_meta_registration.orig_empty, device="meta")
+    _meta_registration.new = lambda shape, *more, **how: new(() if shape is None else shape, *more, **how)
 
 
 class ShardAdamW(torch.optim.AdamW):

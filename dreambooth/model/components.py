@@ -83,7 +83,9 @@ def save_configuration(component: torch.nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(component, PreTrainedModel):
         disable_progress_bar()
-        component.save_pretrained(folder, state_dict={})  # no weights, no file of them
+        # Transformers writes the dtype of the weights, and loads them in it, where diffusers loads the other parts in
+        # fp32: a pipeline of both would not draw.
+        empty_copy(component).save_pretrained(folder, state_dict={})  # no weights, no file of them
     else:
         component.save_config(folder)
 

@@ -105,13 +105,16 @@ def adapters_of(
     """
     named = {"attention": ATTENTION, "all": ALL}.get(flags.lora_target_modules)
     names = named or [name.strip() for name in flags.lora_target_modules.split(",") if name.strip()]
-    found = tuple(name for name in names if any(_adaptable(components["unet"], [name])))
+    found = tuple(name for name in names if any(_named(components["unet"], [name])))
     missing = [name for name in names if name not in found]
     if not found or (missing and not named):  # a model need not have all the kinds of layers that a word stands for
         raise UserError(
             f"--lora_target_modules {flags.lora_target_modules}: the UNet has no linear layer and no convolution "
             f"of the name {(missing or [''])[0]!r}; such as {', '.join(ATTENTION)}"
         )
+    for name in found:
+        if block := next(_named(components["unet"], [name], are_layers=False), None):
+            raise UserError(f"--lora_target_modules {flags.lora_target_modules}: {name!r} is also a block, {block}")
     origin = {"base_model": base, "instance_prompt": instance_prompt}
     return Adapters(
         rank=flags.lora_rank,
@@ -122,11 +125,11 @@ def adapters_of(
     )
 
 
-def _adaptable(component: torch.nn.Module, targets: Collection[str]) -> Iterator[str]:
-    """Yields the names of the layers that adapters for `targets` stand beside."""
+def _named(component: torch.nn.Module, targets: Collection[str], *, are_layers: bool = True) -> Iterator[str]:
+    """Yields the full names of `targets`: of layers, which adapters stand beside, or of what no adapter is for."""
     for name, module in component.named_modules():
         is_layer = isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-        if is_layer and any(f".{name}".endswith(f".{target}") for target in targets):
+        if is_layer == are_layers and any(f".{name}".endswith(f".{target}") for target in targets):
             yield name
 
 

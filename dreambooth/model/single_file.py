@@ -40,6 +40,7 @@ KINDS = {
 V_PREDICTION, ENDS_IN_NOISE = "v_pred", "ztsnr"
 BY_SIGMAS = "edm_vpred."  # what the names of two others begin with, of models whose noise no betas schedule
 OF_UNET = "model.diffusion_model."
+OF_PARTS = OF_UNET, "first_stage_model.", "cond_stage_model.", "conditioner."
 # What the UNet and the VAE's decoder begin with: both read latents, but for UNets that read more besides.
 FIRST_OF_UNET, FIRST_OF_DECODER = f"{OF_UNET}input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"
 # In the metadata of files, by the conventions of https://github.com/Stability-AI/ModelSpec.
@@ -70,7 +71,8 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     with loading("model", name):
         with safe_open(name, framework="pt") as file:
             shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
-            dtypes = {DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()} - {None}
+            of_parts = [key for key in shapes if key.startswith(OF_PARTS)]  # files have other numbers besides
+            dtypes = {DTYPES.get(file.get_slice(key).get_dtype()) for key in of_parts} - {None}
     title, write = _described(shapes, name, flag, configuration)
     # Half precisions of both kinds fit into fp32 alone.
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from dreambooth.command_line.console import counted, doing, say, warn
 from dreambooth.command_line.flags import Flags, ModelFlags, TrainingFlags
 from dreambooth.command_line.paths import kind_on_disk
-from dreambooth.data.class_images import check_class_images, check_origins, generate_class_images
+from dreambooth.data.class_images import STAND_IN, check_class_images, check_origins, generate_class_images
 from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
 from dreambooth.data.instance_images import find_instance_images, warn_of_small_images
 from dreambooth.data.latents import cache_latents
@@ -180,7 +180,7 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     seed = seed_of(flags.training.seed, checkpoint)
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
-    _warn_of_few_steps(flags.training, schedule)
+    _warn_of_length(flags, schedule)
     found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
     run = Run(
         flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule, _base(flags.model)
@@ -192,11 +192,15 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
 
 
-def _warn_of_few_steps(flags: TrainingFlags, schedule: Schedule) -> None:
-    """Tells of a run that is short because no flag says how long it is to be."""
-    is_asked_for = flags.max_train_steps or flags.num_train_epochs != TrainingFlags.num_train_epochs
+def _warn_of_length(flags: Flags, schedule: Schedule) -> None:
+    """Tells of a run that is short because no flag says how long it is to be, or shorter than its warm-up."""
+    training, warmup = flags.training, flags.optimizer.lr_warmup_steps
+    is_asked_for = training.max_train_steps or training.num_train_epochs != TrainingFlags.num_train_epochs
     if schedule.steps < FEW_STEPS and not is_asked_for:
         warn(f"one pass over the images is {counted(schedule.steps, 'step')}: --max_train_steps 400 is usual")
+    if warmup >= schedule.steps and flags.optimizer.lr_scheduler != "constant":
+        ends = f"a run of {counted(schedule.steps, 'step')} ends before --learning_rate is reached"
+        warn(f"--lr_warmup_steps {warmup}: {ends}")
 
 
 def _base(model: ModelFlags) -> str | None:
@@ -358,7 +362,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
         noise_offset=flags.training.noise_offset,
         prior_loss_weight=flags.prior.prior_loss_weight,
     )
-    run.settle("images", image_settings(run.instance_images + class_images))
+    if not any(photo.name == STAND_IN for photo in class_images):
+        run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
     warn_of_cut_prompts(dataset.prompts, model.readers)
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from dreambooth.command_line.console import RunError, ToldByRank0, is_rank_0
 from dreambooth.engine.state import Training
@@ -31,17 +30,14 @@ def write_trained(folder: Path, training: Training, ranks: Ranks, dtype: torch.d
         write_slices(folder / WEIGHTS, slices, ranks, adapters.metadata())
         return
     for name, component in training.denoiser.named_children():
-        own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own, dtype))
+        own = from_rank_0(lambda own=folder / name, component=component: _configured(component, own))
         prefix = f"{name}."
         own_slices = [one for one in slices if one.name.startswith(prefix)]
         weights = [replace(one, name=one.name.removeprefix(prefix), dtype=dtype) for one in own_slices]
         write_slices(own / f"{stem_of(type(component))}.safetensors", weights, ranks)
 
 
-def _configured(component: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Path:
-    if isinstance(component, PreTrainedModel):
-        # Transformers writes the dtype of the weights: as they are in the file, whatever a plugin has made of them.
-        component = empty_copy(component).to(dtype)
+def _configured(component: torch.nn.Module, folder: Path) -> Path:
     save_configuration(component, folder)
     return folder
 
