@@ -205,8 +205,8 @@ def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeli
     ).images
 
 
-def sheet(drawing: Drawing, models: list[Model], photos: list) -> Image.Image:
-    """Returns the images that were drawn, with the instance images below; white where one is missing.
+def sheet(drawing: Drawing, models: list[Model], photos: list[Image.Image]) -> Image.Image:
+    """Returns the images that were drawn, with the photos below; white where one is missing.
 
     All are of the size of the first; those of a model that draws in another are scaled to fit, on white.
     """
@@ -224,7 +224,7 @@ def sheet(drawing: Drawing, models: list[Model], photos: list) -> Image.Image:
     ]
     captions = drawing.prompts
     if photos:
-        rows = [*rows, [ImageOps.fit(load_image(photo), size) for photo in photos[: len(rows[0])]]]
+        rows = [*rows, [ImageOps.fit(photo, size) for photo in photos[: len(rows[0])]]]
         captions = [*captions, "instance images"]
     return captioned_grid(rows, captions, ["before", "after"] if len(shown) == 2 else [])
 
@@ -252,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_flags(args, args.compare_with or name)
     models = find_models(name, args.compare_with, chosen, lora)
     check_steps(args.num_inference_steps, models)
+    photos = [load_image(photo) for photo in photos[: len(models) * args.num_images]]  # may be gone by the end
     drawing = Drawing(
         prompts=args.prompt,
         device=device,

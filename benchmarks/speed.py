@@ -10,7 +10,7 @@ that it resumes.
 Without a GPU the model is a tiny one, which shows that the benchmark works, and nothing about speed.
 """
 
-from dreambooth.command_line.console import before_imports
+from dreambooth.command_line.console import before_imports, run_program
 
 before_imports(__name__)
 
@@ -127,14 +127,13 @@ def operations_per_image(model: Path, resolution: int) -> int:
 
 def summarize(rows: list[dict], warm_up: int, operations: int, rate: float | None) -> None:
     """Adds the columns of the table to the rows that have figures."""
-    baseline = {}
-    for row in rows:
-        if "seconds_per_step" not in row:
-            continue
+    measured = [row for row in rows if "seconds_per_step" in row]
+    baseline = {
+        row["batch"]: statistics.median(row["seconds_per_step"][warm_up:]) for row in measured if row["baseline"]
+    }
+    for row in measured:
         seconds = row["seconds_per_step"][warm_up:]
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        if row["baseline"]:
-            baseline[row["batch"]] = median
         row["median_seconds_per_step"] = median
         row["quartiles"] = [low, high]
         row["images_per_second_per_gpu"] = row["batch"] / median
@@ -289,4 +288,4 @@ def measure(report: Report, known_by: dict, flags: dict, args: argparse.Namespac
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, Path(__file__).name)  # which cleans up after Ctrl-C

@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of strategies, such as gemini-cuda-bf16 (default: all)")
     parser.add_argument("--json", help="file for all the figures (default: none)")
     args = parser.parse_args()
+    known = [strategy.name for strategy in STRATEGIES]
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"--only: there is no {unknown[0]}, but {', '.join(known)}")
     rows, share = [], joined(shares()[: args.nproc])
     with base_flags(args) as flags:
         for strategy in STRATEGIES:

@@ -162,6 +162,8 @@ def test_only_whole_checkpoints_are_taken(long_run):
     told = "checkpoint-6 is not a whole checkpoint: optimizer.safetensors is damaged or cut short"
     assert done.returncode == 2 and told in done.error_lines[0]
     assert re.search(r"; \S+/checkpoint-\d is another$", done.error_lines[0])
+    done = train(COLOSSALAI, long_run | {"resume_from_checkpoint": output_dir}, check=False)
+    assert done.returncode == 2 and re.search(r"; \S+/checkpoint-\d is another$", done.error_lines[0])
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(long_run):

@@ -801,6 +801,10 @@ FLAGS = {
     "photos that are enlarged": Case(
         {"resolution": 64}, warning="have a side of less than 64 pixels, and are enlarged"
     ),
+    "a long validation prompt": Case(
+        {"validation_prompt": "dog " * 100, "num_validation_images": 1},
+        warning="is longer than the 75 tokens that fit",
+    ),
     "nothing said of steps": Case(
         {"max_train_steps": None, "train_batch_size": 5},
         warning="one pass over the images is 1 step: --max_train_steps",

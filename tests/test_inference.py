@@ -115,7 +115,17 @@ def test_nothing_is_loaded_before_all_is_checked(slip, tiny_model, tmp_path, mon
 
 def test_what_was_drawn_is_kept(tiny_model, model, photos, tmp_path):
     """If the other model's weights turn out to be damaged, or what it draws."""
-    words = [str(tiny_model), "--prompt", "a dog", "a cat", "--num_images", "2", "--num_inference_steps", "2"]
+    words = [
+        str(tiny_model),
+        "--prompt",
+        "a dog",
+        "--prompt",
+        "a cat",
+        "--num_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+    ]
     words += ["--instance_data_dir", str(photos), "--output"]
     inference.main([*words, str(tmp_path / "alone.png")])
     without_signal(model)
@@ -196,6 +206,15 @@ def test_a_model_of_another_size_stands_beside():
     pixels = np.asarray(made).reshape(-1, 3)
     red, blue = ((pixels == colour).all(1).sum() for colour in ((255, 0, 0), (0, 0, 255)))
     assert red == 2 * 32 * 32 and blue == 2 * 32 * 24
+
+
+def test_photos_may_go_while_images_are_drawn(tiny_model, photos, tmp_path, monkeypatch):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    draw = inference.draw
+    monkeypatch.setattr(inference, "draw", lambda *model: shutil.rmtree(folder, ignore_errors=True) or draw(*model))
+    words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    inference.main([str(tiny_model), *words, "--instance_data_dir", str(folder)])
+    assert not folder.exists() and (tmp_path / "x.png").exists()
 
 
 def test_a_sheet_may_be_larger_than_what_pillow_takes(tmp_path, monkeypatch):

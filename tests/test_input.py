@@ -20,6 +20,14 @@ BAD_FLAGS = {
         {"logging_dir": "./unet/logs"},
         "--logging_dir ./unet/logs: the trained pipeline's folder of that name replaces it",
     ),
+    "logs where a checkpoint goes": (
+        {"logging_dir": "checkpoint-2/logs", "save_steps": 2},
+        "--logging_dir checkpoint-2/logs: the run itself writes checkpoint-2",
+    ),
+    "logs where the listing goes": (
+        {"logging_dir": "dreambooth.json"},
+        "--logging_dir dreambooth.json: the run itself writes dreambooth.json",
+    ),
     "logs out of the output folder": (
         {"logging_dir": "logs/../../x"},
         "--logging_dir logs/../../x leads out of --output_dir: name a folder inside, or a whole path",
@@ -27,6 +35,10 @@ BAD_FLAGS = {
     "logs where a file is": (
         {"logging_dir": ROOT / "README.md" / "logs"},
         f"--logging_dir {ROOT / 'README.md' / 'logs'} cannot be made: Not a directory",
+    ),
+    "a length of prompts": (
+        {"tokenizer_max_length": 128},
+        "--tokenizer_max_length 128: this model reads 77 tokens of a prompt",
     ),
     "no folder of photos": ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere is not a folder"),
     "prior without class flags": (

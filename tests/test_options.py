@@ -170,6 +170,7 @@ DATASET_PROBLEMS = {
     "no path in the column": ("set.parquet", {"image_column": "text"}, "row 0: No such file or directory"),
     "no parquet": ("broken.parquet", {}, "cannot be loaded"),
     "empty folder": ("empty", {}, "cannot be loaded"),
+    "a torn line": ("torn.jsonl", {}, "cannot be loaded: JSON parse error"),
     "two sources": ("set.parquet", {"instance_data_dir": "."}, "name one of them"),
 }
 
@@ -181,6 +182,7 @@ def test_a_data_set_that_does_not_serve_is_one_line(case, short, photos, tmp_pat
     (tmp_path / "set").mkdir()
     shutil.copy(tmp_path / "set.parquet", tmp_path / "set")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1" + bytes(100))
+    (tmp_path / "torn.jsonl").write_text('{"image": "a.png", "te')
     (tmp_path / "empty").mkdir()
     source = {"instance_data_dir": None, "instance_prompt": None, "dataset_name": tmp_path / name}
     done = train(COLOSSALAI, short | source | changed, check=False)
@@ -288,6 +290,31 @@ def test_ranks_share_their_gradients_once_a_step(short, tmp_path):
     done = train(tmp_path / "count_reductions.py", short)
     before_the_last, after = (int(line.split()[1]) for line in done.stdout.splitlines() if "reductions" in line)
     assert before_the_last == 0 and after > 0
+
+
+COUNT_BATCHES = """
+from torch.nn.parallel import DistributedDataParallel
+no_sync = DistributedDataParallel.no_sync
+DistributedDataParallel.no_sync = lambda self: print("kept back", flush=True) or no_sync(self)
+"""
+
+
+@BOTH
+def test_gradients_of_all_but_the_last_batch_are_kept_back(script, short):
+    more = {"max_train_steps": 2, "gradient_accumulation_steps": 3, "train_batch_size": 1}
+    done = train(script, short | more, nproc=2, before=COUNT_BATCHES)
+    assert done.stdout.count("kept back") == 2 * 2 * 2, "on two ranks, in two steps, of two batches of three"
+
+
+@BOTH
+def test_class_images_are_drawn_in_the_precision_wanted(script, short, prior, tmp_path):
+    drawn = {}
+    for precision in ("fp32", "bf16", "no"):
+        more = {"class_data_dir": tmp_path / precision, "output_dir": tmp_path / "out", "num_class_images": 1}
+        more |= {"max_train_steps": 1, "save_minutes": 0, "prior_generation_precision": precision}
+        train(script, short | prior | more)
+        drawn[precision] = (tmp_path / precision / "00000.png").read_bytes()
+    assert drawn["fp32"] == drawn["no"] != drawn["bf16"]
 
 
 @BOTH
@@ -457,7 +484,8 @@ def test_a_command_of_diffusers_runs(script, short, prior, tmp_path):
 
 
 def test_worker_processes_decode_the_images(short):
-    run = Running(COLOSSALAI, command_line(short | {"max_train_steps": 10**5, "dataloader_num_workers": 2}))
+    more = {"max_train_steps": 10**5, "dataloader_num_workers": 2, "cache_latents": "off"}
+    run = Running(COLOSSALAI, command_line(short | more))
     wait_for(lambda: len(children_of(run.pids[0])) >= 2)
     run.send(signal.SIGKILL)
     run.wait(check=False)

@@ -319,6 +319,18 @@ def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):
     assert (output / "output.safetensors").read_text() == "mine"
 
 
+def test_the_file_that_is_trained_is_not_replaced(flags, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    save_file({"weight": torch.zeros(1)}, output / "output.safetensors")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(output / "output.safetensors")
+    given = {"pretrained_model_name_or_path": link, "output_dir": output, "save_single_file": True}
+    refused = train(TRADITIONAL, flags | given, check=False)
+    told = f"--output_dir {output}: the run would replace output.safetensors, the model to train"
+    assert refused.returncode == 2 and refused.error_lines[0].endswith(told)
+
+
 def test_a_file_to_train_and_to_write_to(flags, tmp_path):
     """Is told once what it is."""
     file = tmp_path / "model.safetensors"

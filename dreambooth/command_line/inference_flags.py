@@ -19,7 +19,7 @@ def inference_parser(description: str) -> Parser:
         help="folder of a trained pipeline, a Hub id, or a .safetensors file in the original layout "
         f"(default: {OUTPUT_DIR}; with --lora the Hub id in its file)",
     )
-    parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
+    parser.add_argument("--prompt", nargs="+", action="extend", required=True, help="one prompt or several")
     parser.add_argument("--negative_prompt", metavar="PROMPT", help="what the images should not show (default: unset)")
     parser.add_argument(
         "--lora",

@@ -255,7 +255,7 @@ def _load_dataset(flags: InstanceFlags):
         else:
             splits = datasets.load_dataset(name, config)
     except Exception as error:  # The library raises whatever its readers and the network lead it to.
-        raise UserError(f"{flag} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{flag} cannot be loaded: {first_line(error.__cause__ or error)}") from error
     if isinstance(splits, datasets.Dataset):
         rows = splits
     elif "train" in splits:

@@ -247,7 +247,7 @@ def _read(folder: Path) -> Checkpoint:
             problem = f"{OPTIMIZER} is damaged or cut short ({problem})"
         elif isinstance(error, FileNotFoundError) and error.filename:
             problem = f"it has no {Path(error.filename).name}"
-        others = [path for path in list_checkpoints(folder.parent) if path != folder]
+        others = list_checkpoints(folder) or [path for path in list_checkpoints(folder.parent) if path != folder]
         hint = f"; {others[-1]} is another" if others else ""
         raise UserError(f"--resume_from_checkpoint: {folder} is not a whole checkpoint: {problem}{hint}") from error
 

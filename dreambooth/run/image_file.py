@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from dreambooth.command_line.console import RunError, UserError, first_line, run_program
-from dreambooth.command_line.paths import partial_name, unwritable, write_through
+from dreambooth.command_line.paths import partial_name, path, unwritable, write_through
 
 SOFTWARE = 0x0131  # the EXIF tag that names the program that made an image
 
@@ -124,7 +124,7 @@ def free_name(path: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (file,) = sys.argv[1:] if argv is None else argv
-    check_image_file(Path(file), "COMPARISON")
+    check_image_file(Path(path(file)), "COMPARISON")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ before anything loads.
 
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -46,17 +47,6 @@ from dreambooth.run.trained import check_finite, gather_adapters, write_trained
 PATHS = ("_name_or_path", "name_or_path")
 
 
-def check_logging_dir(output_dir: str, logging_dir: str) -> None:
-    """Finds out whether --logging_dir leads into a folder of the trained pipeline.
-
-    Raises:
-        UserError: if it does, as the pipeline would replace it.
-    """
-    inside = os.path.relpath(os.path.join(output_dir, logging_dir), output_dir)
-    if {*Path(inside).parts[:1]} & {*PIPELINE}:
-        raise UserError(f"--logging_dir {logging_dir}: the trained pipeline's folder of that name replaces it")
-
-
 class NoRest(UserError):
     """What is not trained of a pipeline cannot be had, or not be written for another reason than the disk's."""
 
@@ -89,6 +79,22 @@ class Form:
     def bytes_of_a_weight(self) -> int:
         """How many bytes of a weight are written, the single file included."""
         return self.dtype.itemsize + (self.of_single_file.itemsize if self.more else 0)
+
+    def check_names(self, flags: OutputFlags, model: str) -> None:
+        """Finds out whether --logging_dir, or the model to train from, has a name that the run writes to.
+
+        Raises:
+            UserError: if it has.
+        """
+        output_dir, logs = flags.output_dir, flags.logging_dir
+        first = (*Path(os.path.relpath(os.path.join(output_dir, logs), output_dir)).parts, "")[0]
+        if first in PIPELINE:
+            raise UserError(f"--logging_dir {logs}: the trained pipeline's folder of that name replaces it")
+        if first in (*LAST, LISTING, *self.more) or re.fullmatch(r"checkpoint-\d+", first):
+            raise UserError(f"--logging_dir {logs}: the run itself writes {first}")
+        for name in self.more:
+            if os.path.isfile(model) and os.path.realpath(model) == os.path.realpath(Path(output_dir, name)):
+                raise UserError(f"--output_dir {output_dir}: the run would replace {name}, the model to train")
 
 
 def enter_output_dir(output_dir: Path, *, dry_run: bool = False, more: Collection[str] = ()) -> None:

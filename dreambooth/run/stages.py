@@ -52,7 +52,6 @@ from dreambooth.run.checkpoint import (
 from dreambooth.run.dry_run import tell_plan
 from dreambooth.run.output import (
     Form,
-    check_logging_dir,
     enter_output_dir,
     prepare_output_dir,
     save_lora,
@@ -90,8 +89,8 @@ def check_inputs(flags: Flags) -> Inputs:
     resolution = flags.instance.resolution or (family and family.resolution)
     instance_images = find_instance_images(flags.instance, place, resolution)
     class_images = check_class_images(flags.prior, flags.instance, place, resolution)
-    check_logging_dir(flags.output.output_dir, flags.output.logging_dir)
     form = Form.of(flags.output, flags.lora)
+    form.check_names(flags.output, flags.model.pretrained_model_name_or_path)
     enter_output_dir(Path(flags.output.output_dir), dry_run=flags.training.dry_run, more=form.more)
     check_kind(flags.output, adapters=flags.lora.is_on)
     elsewhere = find_elsewhere(flags.model)
@@ -365,7 +364,8 @@ def prepare_samples(run: Run, model: PreparedModel, class_images: list[Photo]) -
     if not any(photo.name == STAND_IN for photo in class_images):
         run.settle("images", image_settings(run.instance_images + class_images))
     dtype = DTYPES[run.precision]
-    warn_of_cut_prompts(dataset.prompts, model.readers)
+    drawn = [flags.validation.validation_prompt] if flags.validation.validation_prompt else []
+    warn_of_cut_prompts([*dataset.prompts, *drawn], model.readers)
     conditioning = model.family.tokenize(dataset.prompts, model.tokenizers, model.components)
     if not flags.model.train_text_encoder:
         conditioning = embed(model.family, conditioning, model.text_encoders, device=ranks.device, dtype=dtype)
