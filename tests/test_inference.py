@@ -115,18 +115,8 @@ def test_nothing_is_loaded_before_all_is_checked(slip, tiny_model, tmp_path, mon
 
 def test_what_was_drawn_is_kept(tiny_model, model, photos, tmp_path):
     """If the other model's weights turn out to be damaged, or what it draws."""
-    words = [
-        str(tiny_model),
-        "--prompt",
-        "a dog",
-        "--prompt",
-        "a cat",
-        "--num_images",
-        "2",
-        "--num_inference_steps",
-        "2",
-    ]
-    words += ["--instance_data_dir", str(photos), "--output"]
+    words = [str(tiny_model), "--prompt", "a dog", "--prompt", "a cat", "--num_images", "2"]
+    words += ["--num_inference_steps", "2", "--instance_data_dir", str(photos), "--output"]
     inference.main([*words, str(tmp_path / "alone.png")])
     without_signal(model)
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
