@@ -409,6 +409,30 @@ def test_a_signal_to_all_processes_ends_the_step_and_saves(flags):
     assert len(list(flags["output_dir"].glob("checkpoint-*"))) == 1
 
 
+@each([one for one in STRATEGIES if one.plugin != "gemini" and one.placement == "cuda" and one.precision == "bf16"])
+def test_kernels_are_compiled_before_they_are_wanted(strategy, flags, tmp_path):
+    """From an empty cache on: when the model is about to be recorded all are there that the run will launch."""
+    counts = f"""
+import pathlib, runpy, sys
+from dreambooth.run import stages
+begin, cache = stages.compile_ahead, pathlib.Path({str(tmp_path / "triton")!r})
+def counted(*args):
+    compiled = begin(*args)
+    def wait():
+        compiled()
+        print("ahead:", len(list(cache.rglob("*.cubin"))))
+    return wait
+stages.compile_ahead, sys.argv[0] = counted, {strategy.script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", counts, *command_line(flags | strategy_flags(strategy))]
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    all_of_them = len(list((tmp_path / "triton").rglob("*.cubin")))
+    assert all_of_them > 15 and f"ahead: {all_of_them}\n" in done.stdout, (done.stdout, all_of_them)
+
+
 def test_a_photo_damaged_during_the_run_is_one_line(flags, photos, tmp_path):
     """Though a worker process finds it, of images that are not kept in memory."""
     folder = tmp_path / "photos"

@@ -1,6 +1,7 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.random_model import SHAPES
 from dreambooth.model.denoiser import Denoiser
+from dreambooth.model.kernels_ahead import compile_kernels
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 triton = pytest.importorskip("triton")
@@ -176,3 +178,54 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
         assert_close(one.grad, other.grad, 10 * tolerance)
     undo()
     assert [type(module) for module in last.modules()] == kinds
+
+
+def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set:
+    """Returns what Triton would compile for what is launched: names, dtypes, sizes as far as they count, constants."""
+    found, kind = set(), type(kernels._moments)
+    run = kind.run
+
+    def counts(name: str, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, float) or name in ("size", "parts", "per_group", "rows", "programs", "total"):
+            return type(value)
+        return value if name.isupper() or value is None else (value == 1, value % 16 == 0)
+
+    def noted(self, *values, grid, warmup, **constants):
+        named = dict(zip(self.arg_names, values, strict=False)) | constants
+        found.add((self.fn.__name__, *((name, counts(name, value)) for name, value in sorted(named.items()))))
+        return run(self, *values, grid=grid, warmup=warmup, **constants)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "run", noted)
+        work()
+    return found
+
+
+@pytest.mark.parametrize("shape, weights_dtype", [("tiny-v2", torch.float32), ("tiny-xl", torch.float16)])
+def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkeypatch):
+    """Of layers whose sizes are multiples of 16, for which Triton has kernels of their own, and of others."""
+    unet = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE, torch.float16)
+    settings = {"dtype": torch.float16, "weights_dtype": weights_dtype, "device": torch.device(DEVICE)}
+    ahead = launched_by(lambda: compile_kernels(unet, **settings, threads=1)(), monkeypatch)
+
+    def step() -> None:
+        last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
+        channels_last.keep_channels_last(last)
+        latents = draw(2, 4, 8, 8).half().to(memory_format=torch.channels_last)
+        added = {"text_embeds": draw(2, 40).half(), "time_ids": torch.zeros(2, 6, device=DEVICE)}
+        prompt = draw(2, 7, unet.config.cross_attention_dim).half()
+        last(latents, torch.tensor([3, 900], device=DEVICE), prompt, added_cond_kwargs=added).sample.sum().backward()
+        for leaf in last.parameters():
+            if leaf.shape[2:].numel() > 1:
+                place = torch.zeros(leaf.shape, dtype=weights_dtype, device=DEVICE)
+                kernels.copy_weight(leaf.detach(), place)
+                kernels.copy_weight(place, leaf.detach())
+        gradient, (weights, means, squares) = draw(3000).to(weights_dtype), (draw(3000) for _ in range(3))
+        half = {"half": gradient.clone()} if weights_dtype == torch.float16 else {}
+        betas = {"corrections": draw(2), "betas": (0.9, 0.999)}
+        rest = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "divisor": kernels.norm([gradient])}
+        kernels.adamw(weights, gradient, means, squares, **betas, **rest, **half)
+
+    assert launched_by(step, monkeypatch) <= ahead

@@ -342,6 +342,17 @@ def _column_sums(x, sums, rows, width, programs, ROWS: tl.constexpr, WIDTH: tl.c
     tl.store(sums + tl.program_id(0) * width + c, tl.sum(found, 0), c < width)
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """Returns the sums over the rows of x, (rows, width), contiguous, on a GPU: (width,), float32."""
+    (rows, width), tile, columns = x.shape, 64, 64
+    programs = min(triton.cdiv(rows, tile), 16)
+    sums = x.new_empty(programs, width, dtype=torch.float32)
+    _column_sums[(programs, triton.cdiv(width, columns))](
+        x, sums, rows, width, programs, ROWS=tile, WIDTH=columns, num_warps=8
+    )
+    return sums.sum(0)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -351,16 +362,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        width = gradient.shape[-1]
-        rows = gradient.reshape(-1, width).contiguous()
-        tile, columns = 64, 64
-        programs = min(triton.cdiv(len(rows), tile), 16)
-        sums = x.new_empty(programs, width, dtype=torch.float32)
-        _column_sums[(programs, triton.cdiv(width, columns))](
-            rows, sums, len(rows), width, programs, ROWS=tile, WIDTH=columns, num_warps=8
-        )
+        rows = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        return gradient @ weight, of_weight, sums.sum(0).to(weight.dtype)
+        return gradient @ weight, of_weight, column_sums(rows).to(weight.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Triton's compiler at work while a model is prepared, so that the kernels are there when the first step wants them.
+
+Triton compiles a kernel when it is launched first, for the dtypes and some of the sizes that it is launched with, and
+has a C compiler build what launches it: a third of a second for each of 25, one after another, until all are in its
+cache on the disk. Here each is launched on next to nothing, and threads do so beside each other.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import UnionType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from torch import Tensor
+
+Launch = Callable[[], object]
+
+
+def compile_kernels(
+    unet: UNet2DConditionModel, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device, threads: int
+) -> Callable[[], object]:
+    """Begins to compile the kernels of recorded steps (see `Denoiser.record`), and returns at once.
+
+    What cannot be compiled is not told: it fails again where it is needed, and is told there. What is launched there
+    with other sizes than here, and so is another kernel to Triton, is compiled there.
+
+    Args:
+        unet: that is going to be trained, or has adapters that are; only the sizes of its layers count.
+        dtype: in which it computes.
+        weights_dtype: of its weights and their gradients.
+        device: a GPU.
+        threads: how many.
+
+    Returns:
+        A function that waits until all are compiled.
+    """
+
+    def carry_out(launch: Launch) -> None:
+        # A thread has a GPU of its own that is current, and leaves the backward pass to another one unless told.
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with contextlib.suppress(Exception), on_device, torch.autograd.set_multithreading_enabled(False):
+            launch()
+
+    pool = ThreadPoolExecutor(threads)
+    under_way = [pool.submit(carry_out, launch) for launch in _launches(unet, dtype, weights_dtype, device)]
+    pool.shutdown(wait=False)
+    return functools.partial(wait, under_way)
+
+
+def _launches(
+    unet: UNet2DConditionModel, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
+) -> Iterator[Launch]:
+    """Yields what launches all kernels, those with the longest way through the compiler first.
+
+    Each has kernels of its own, but for a few that group normalizations share.
+    """
+    from dreambooth.model import kernels  # Triton is not there without a GPU
+
+    def sizes(kind: type | UnionType, size: Callable[[Any], Any]) -> list:
+        """Returns the different sizes of layers; now, as weights may leave their layers while threads work."""
+        return sorted({size(layer) for layer in unet.modules() if isinstance(layer, kind)})
+
+    zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
+    leaf = functools.partial(zeros, requires_grad=True)
+
+    def both_ways(operation: Callable[..., Tensor], *inputs: Tensor) -> None:
+        operation(*inputs).sum().backward()
+
+    def group_norms(norms: list[tuple[int, int]], shifted: bool, silu: bool) -> None:
+        for channels, groups in norms:
+            shift = leaf(1, channels) if shifted else None
+            operation = functools.partial(kernels.group_norm, groups=groups, eps=1e-5, shift=shift, silu=silu)
+            both_ways(operation, leaf(1, channels, 1, 1), leaf(channels), leaf(channels))
+
+    def gates(widths: list[int]) -> None:
+        for width in widths:
+            both_ways(kernels.gated_gelu, leaf(1, width))
+
+    def biases(widths: list[int]) -> None:
+        for width in widths:
+            kernels.column_sums(zeros(1, width))
+
+    def weights_of_convolutions(shapes: list[tuple[int, int, int]], back: bool) -> None:
+        for shape in shapes:
+            weight = zeros(1, *shape, dtype=weights_dtype)
+            handed_out = zeros(1, *shape).to(memory_format=torch.channels_last)
+            if weight.stride() != handed_out.stride():
+                kernels.copy_weight(*((weight, handed_out) if back else (handed_out, weight)))
+
+    def update() -> None:
+        gradient = zeros(1, dtype=weights_dtype)
+        weights, means, squares, corrections = (zeros(2, dtype=torch.float32) for _ in range(4))
+        settings = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.1}
+        if weights_dtype != torch.float32:
+            settings["half"] = zeros(1, dtype=weights_dtype)
+        divisor = kernels.norm([gradient])
+        kernels.adamw(weights, gradient, means, squares, corrections, divisor=divisor, **settings)
+
+    def layer_norm(width: int) -> None:
+        both_ways(functools.partial(kernels.layer_norm, eps=1e-5), leaf(1, width), leaf(width), leaf(width))
+
+    norms = sizes(torch.nn.GroupNorm, lambda norm: (norm.num_channels, norm.num_groups))
+    for shifted, silu in ((True, True), (False, True), (False, False)):
+        yield functools.partial(group_norms, norms, shifted, silu)
+    yield functools.partial(gates, sizes(GEGLU, lambda gate: gate.proj.out_features))
+    yield functools.partial(biases, sizes(torch.nn.Linear | torch.nn.Conv2d, lambda layer: len(layer.weight)))
+    shapes = sizes(torch.nn.Conv2d, lambda layer: tuple(layer.weight.shape[1:]))
+    yield from (functools.partial(weights_of_convolutions, shapes, back) for back in (False, True))
+    yield update
+    widths = sizes(torch.nn.LayerNorm, lambda norm: norm.normalized_shape[-1])
+    yield from (functools.partial(layer_norm, width) for width in widths)
