@@ -209,11 +209,22 @@ def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "0.txt").write_text("a sks dog")
-    flags |= {"instance_data_dir": folder, "max_train_steps": 2, "save_steps": 1}
+    flags |= {"instance_data_dir": folder, "max_train_steps": 2, "save_steps": 1, "instance_prompt": "sks"}
     train(COLOSSALAI, flags)
-    (folder / "0.txt").write_text("a sks cat")
-    done = train(COLOSSALAI, flags | {"resume_from_checkpoint": "latest"}, check=False)
-    assert done.returncode == 2 and "images was" in done.error_lines[0]
+    resumed = flags | {"resume_from_checkpoint": "latest"}
+
+    def error_of(caption_of: dict[str, str]) -> str:
+        for name in ("0", "1"):
+            (folder / f"{name}.txt").unlink(missing_ok=True)
+        for name, caption in caption_of.items():
+            (folder / f"{name}.txt").write_text(caption)
+        done = train(COLOSSALAI, resumed, check=False)
+        assert done.returncode == 2 and len(done.error_lines) == 1, done.stderr
+        return done.error_lines[0]
+
+    assert "prompts was ['a sks dog', 'sks'] and is ['a sks cat', 'sks']; see" in error_of({"0": "a sks cat"})
+    assert ": photos was" in error_of({"0": "a sks dog", "1": "a sks dog"})
+    assert ": photos was" in error_of({"1": "a sks dog"})
 
 
 def test_a_run_whose_steps_are_all_done_says_so(flags):

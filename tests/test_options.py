@@ -141,6 +141,17 @@ def test_a_data_set_is_a_folder_with_captions(script, short, photos, tmp_path):
         assert ("--dataset_config_name one: no effect" in done.stderr) == ("dataset_config_name" in changed)
 
 
+def test_captions_beside_the_images_of_a_data_set_are_told(short, photos, tmp_path):
+    """Which the library passes over; but not other texts."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "README.txt").write_text("five photos")
+    source = {"instance_data_dir": None, "dataset_name": folder, "max_train_steps": 1}
+    assert "is not read" not in train(TRADITIONAL, short | source).stderr
+    (folder / "1.txt").write_text("a sks dog")
+    assert f"--dataset_name {folder}: 1.txt is not read (1 such): " in train(TRADITIONAL, short | source).stderr
+
+
 def test_a_data_set_has_configurations(short, photos, tmp_path):
     """Of which the one named is taken."""
     for name, columns in (("one", ("image", "text")), ("two", ("picture", "text"))):

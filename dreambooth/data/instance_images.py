@@ -226,7 +226,19 @@ def _of_dataset(flags: InstanceFlags, place: Place, resolution: int | None) -> t
         found = Photo(name, prompt, functools.partial(_file_in, images, number, flags.image_column, folder))
         return look_at(found, resolution) if number % place.world_size == place.rank else found
 
+    _warn_of_captions_beside(Path(flags.dataset_name), flag)
     return list(in_threads(photo, range(wanted), threads=cores_of(place), desc="checking images")), has_captions
+
+
+def _warn_of_captions_beside(folder: Path, flag: str) -> None:
+    """Tells of files beside a data set's images that would be their captions in a folder of --instance_data_dir."""
+    beside = _captions_beside([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    files = [file for of_image in beside.values() for file in of_image]
+    if files:
+        warn(
+            f"{flag}: {files[0].relative_to(folder)} is not read ({len(files)} such): --instance_data_dir reads such "
+            f"captions, the datasets library those of a {METADATA}"
+        )
 
 
 def _load_dataset(flags: InstanceFlags):

@@ -47,6 +47,7 @@ WHAT_IS_TRAINED = {"train_text_encoder", "lora_rank", "lora_target_modules"}
 # Files of the checkpoints that diffusers' scripts and others write with accelerate.
 OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
 OF_NFS = ".nfs"  # names of files that were removed while a process had them open
+FEW_PROMPTS = 3  # that a line has room for
 # Courses of the learning rate that do not depend on where they end.
 ENDLESS = ("constant", "constant_with_warmup")
 
@@ -84,11 +85,17 @@ def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str
 
 
 def image_settings(images: list[Photo]) -> dict:
-    """Returns what two such runs have to share besides: images of the subject and of the class, and their prompts."""
+    """Returns what two such runs have to share besides: their prompts, and images with the number of each one's."""
+    prompts = list(dict.fromkeys(photo.prompt for photo in images))
     digest = hashlib.sha256()
     for photo in images:
-        digest.update(photo.facts.digest + hashlib.sha256(photo.prompt.encode()).digest())
-    return {"images": digest.hexdigest()[:16]}
+        digest.update(photo.facts.digest + str(prompts.index(photo.prompt)).encode())
+    return {"photos": digest.hexdigest()[:16], "prompts": prompts if len(prompts) <= FEW_PROMPTS else _digest(prompts)}
+
+
+def _digest(settings: object) -> str:
+    """Returns what stands for settings that would be too long to tell."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
