@@ -208,7 +208,7 @@ def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkey
     """Of layers whose sizes are multiples of 16, for which Triton has kernels of their own, and of others."""
     unet = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE, torch.float16)
     settings = {"dtype": torch.float16, "weights_dtype": weights_dtype, "device": torch.device(DEVICE)}
-    ahead = launched_by(lambda: compile_kernels(unet, **settings, threads=1)(), monkeypatch)
+    ahead = launched_by(lambda: compile_kernels(unet, **settings)(), monkeypatch)
 
     def step() -> None:
         last = copy.deepcopy(unet).to(memory_format=torch.channels_last)

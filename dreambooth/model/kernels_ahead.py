@@ -1,14 +1,17 @@
 """Triton's compiler at work while a model is prepared, so that the kernels are there when the first step wants them.
 
 Triton compiles a kernel when it is launched first, for the dtypes and some of the sizes that it is launched with, and
-has a C compiler build what launches it: a third of a second for each of 25, one after another, until all are in its
-cache on the disk. Here each is launched on next to nothing, and threads do so beside each other.
+has a C compiler build what launches it: a third of a second for each of 25, until all are in its cache on the disk.
+Here each is launched on next to nothing, in a thread beside the main one.
+
+It is one thread, though several would be faster: Triton 3.6 loads what launches its kernels as Python modules of one
+and the same name, and of two threads that do so at a time one may come by the other's.
 """
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from types import UnionType
 from typing import Any
 
@@ -21,47 +24,46 @@ Launch = Callable[[], object]
 
 
 def compile_kernels(
-    unet: UNet2DConditionModel, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device, threads: int
-) -> Callable[[], object]:
+    unet: UNet2DConditionModel, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
     """Begins to compile the kernels of recorded steps (see `Denoiser.record`), and returns at once.
 
-    What cannot be compiled is not told: it fails again where it is needed, and is told there. What is launched there
-    with other sizes than here, and so is another kernel to Triton, is compiled there.
+    Nobody else may launch a kernel of Triton's until that is done. What cannot be compiled is not told: it fails again
+    where it is needed, and is told there. What is launched there with other sizes than here, and so is another kernel
+    to Triton, is compiled there.
 
     Args:
         unet: that is going to be trained, or has adapters that are; only the sizes of its layers count.
         dtype: in which it computes.
         weights_dtype: of its weights and their gradients.
         device: a GPU.
-        threads: how many.
 
     Returns:
         A function that waits until all are compiled.
     """
+    launches = list(_launches(unet, dtype, weights_dtype, device))
 
-    def carry_out(launch: Launch) -> None:
+    def carry_out() -> None:
         # A thread has a GPU of its own that is current, and leaves the backward pass to another one unless told.
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with contextlib.suppress(Exception), on_device, torch.autograd.set_multithreading_enabled(False):
-            launch()
+        with on_device, torch.autograd.set_multithreading_enabled(False):
+            for launch in launches:
+                with contextlib.suppress(Exception):
+                    launch()
 
-    pool = ThreadPoolExecutor(threads)
-    under_way = [pool.submit(carry_out, launch) for launch in _launches(unet, dtype, weights_dtype, device)]
-    pool.shutdown(wait=False)
-    return functools.partial(wait, under_way)
+    thread = threading.Thread(target=carry_out, daemon=True)
+    thread.start()
+    return thread.join
 
 
 def _launches(
     unet: UNet2DConditionModel, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
 ) -> Iterator[Launch]:
-    """Yields what launches all kernels, those with the longest way through the compiler first.
-
-    Each has kernels of its own, but for a few that group normalizations share.
-    """
+    """Yields what launches all kernels, some at a time."""
     from dreambooth.model import kernels  # Triton is not there without a GPU
 
     def sizes(kind: type | UnionType, size: Callable[[Any], Any]) -> list:
-        """Returns the different sizes of layers; now, as weights may leave their layers while threads work."""
+        """Returns the different sizes of layers; now, as weights may leave their layers later."""
         return sorted({size(layer) for layer in unet.modules() if isinstance(layer, kind)})
 
     zeros = functools.partial(torch.zeros, device=device, dtype=dtype)

@@ -39,7 +39,6 @@ from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
-from dreambooth.processes.threads import cores_of
 from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.checkpoint import (
     check_kind,
@@ -284,7 +283,7 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
     return adapters, Sizes.of_adapters(weights, files=1 + flags.lora.save_kohya_lora)
 
 
-def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) -> Callable[[], object]:
+def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) -> Callable[[], None]:
     """Begins to compile the kernels of recorded steps; returns what waits until they are there.
 
     Args:
@@ -296,7 +295,6 @@ def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) ->
         dtype=DTYPES[run.precision],
         weights_dtype=weights_dtype,
         device=run.ranks.device,
-        threads=cores_of(find_place()),
     )
 
 
