@@ -1,12 +1,17 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from harness import ROOT
 
 from benchmarks.random_model import SHAPES
 from dreambooth.model.denoiser import Denoiser
@@ -225,7 +230,18 @@ def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkey
         gradient, (weights, means, squares) = draw(3000).to(weights_dtype), (draw(3000) for _ in range(3))
         half = {"half": gradient.clone()} if weights_dtype == torch.float16 else {}
         betas = {"corrections": draw(2), "betas": (0.9, 0.999)}
-        rest = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "divisor": kernels.norm([gradient])}
+        rest = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "divisor": kernels.norm([gradient, gradient])}
         kernels.adamw(weights, gradient, means, squares, **betas, **rest, **half)
 
     assert launched_by(step, monkeypatch) <= ahead
+
+
+@pytest.mark.parametrize("capability, dtype", [("75", "float16"), ("90", "bfloat16")])
+def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path):
+    """By the compiler itself, which may refuse or abort at what the interpreter runs: for a T4 and for an H100."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, Path(__file__).parent / "kernels_for_gpus.py", capability, dtype]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(list(tmp_path.rglob("*.cubin"))) > 25

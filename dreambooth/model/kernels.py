@@ -159,6 +159,8 @@ def _gradients_of_channels(
         of_y += tl.sum(tl.load(sums + where, there, 0.0), 0)
         of_product += tl.sum(tl.load(sums + where + channels, there, 0.0), 0)
         of_x_hat += tl.sum(tl.load(sums + where + 2 * channels, there, 0.0), 0)
+    # Triton 3.1 aborts where what a loop has added up is used more than once.
+    of_y, of_product, of_x_hat = of_y + 0.0, of_product + 0.0, of_x_hat + 0.0
     w = tl.load(weight + c, inside, 0.0).to(tl.float32)
     total = size * per_group
     mean_y, mean_product = tl.sum(w * of_y, 0) / total, tl.sum(w * of_product, 0) / total

@@ -287,9 +287,11 @@ def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) ->
     """Begins to compile the kernels of recorded steps; returns what waits until they are there.
 
     Args:
-        run, model: of which the UNet is trained, or has adapters that are.
-        weights_dtype: of the weights in the forward pass.
+        run, model: of which the UNet is trained, or has adapters that are; with --compile by kernels of torch's own.
+        weights_dtype: of the weights that are trained, and of their gradients.
     """
+    if run.flags.training.compile:
+        return lambda: None
     return compile_kernels(
         model.components["unet"],
         dtype=DTYPES[run.precision],
