@@ -59,7 +59,7 @@ def compile_kernels(
 def _launches(
     unet: UNet2DConditionModel, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
 ) -> Iterator[Launch]:
-    """Yields what launches all kernels, some at a time."""
+    """Yields what launches the kernels of each size of layers, and those of the update."""
     from dreambooth.model import kernels  # Triton is not there without a GPU
 
     def sizes(kind: type | UnionType, size: Callable[[Any], Any]) -> list:
@@ -72,26 +72,20 @@ def _launches(
     def both_ways(operation: Callable[..., Tensor], *inputs: Tensor) -> None:
         operation(*inputs).sum().backward()
 
-    def group_norms(norms: list[tuple[int, int]], shifted: bool, silu: bool) -> None:
-        for channels, groups in norms:
-            shift = leaf(1, channels) if shifted else None
-            operation = functools.partial(kernels.group_norm, groups=groups, eps=1e-5, shift=shift, silu=silu)
-            both_ways(operation, leaf(1, channels, 1, 1), leaf(channels), leaf(channels))
+    def group_norm(channels: int, groups: int, shifted: bool, silu: bool) -> None:
+        shift = leaf(1, channels) if shifted else None
+        operation = functools.partial(kernels.group_norm, groups=groups, eps=1e-5, shift=shift, silu=silu)
+        both_ways(operation, leaf(1, channels, 1, 1), leaf(channels), leaf(channels))
 
-    def gates(widths: list[int]) -> None:
-        for width in widths:
-            both_ways(kernels.gated_gelu, leaf(1, width))
+    def layer_norm(width: int) -> None:
+        both_ways(functools.partial(kernels.layer_norm, eps=1e-5), leaf(1, width), leaf(width), leaf(width))
 
-    def biases(widths: list[int]) -> None:
-        for width in widths:
-            kernels.column_sums(zeros(1, width))
-
-    def weights_of_convolutions(shapes: list[tuple[int, int, int]], back: bool) -> None:
-        for shape in shapes:
-            weight = zeros(1, *shape, dtype=weights_dtype)
-            handed_out = zeros(1, *shape).to(memory_format=torch.channels_last)
-            if weight.stride() != handed_out.stride():
-                kernels.copy_weight(*((weight, handed_out) if back else (handed_out, weight)))
+    def convolution(shape: tuple[int, int, int]) -> None:
+        weight, handed_out = zeros(1, *shape, dtype=weights_dtype), zeros(1, *shape)
+        handed_out = handed_out.to(memory_format=torch.channels_last)
+        if weight.stride() != handed_out.stride():
+            kernels.copy_weight(handed_out, weight)
+            kernels.copy_weight(weight, handed_out)
 
     def update() -> None:
         gradient = zeros(1, dtype=weights_dtype)
@@ -102,16 +96,15 @@ def _launches(
         divisor = kernels.norm([gradient, gradient])  # of which the second has its sums where they are not aligned
         kernels.adamw(weights, gradient, means, squares, corrections, divisor=divisor, **settings)
 
-    def layer_norm(width: int) -> None:
-        both_ways(functools.partial(kernels.layer_norm, eps=1e-5), leaf(1, width), leaf(width), leaf(width))
-
-    norms = sizes(torch.nn.GroupNorm, lambda norm: (norm.num_channels, norm.num_groups))
-    for shifted, silu in ((True, True), (False, True), (False, False)):
-        yield functools.partial(group_norms, norms, shifted, silu)
-    yield functools.partial(gates, sizes(GEGLU, lambda gate: gate.proj.out_features))
-    yield functools.partial(biases, sizes(torch.nn.Linear | torch.nn.Conv2d, lambda layer: len(layer.weight)))
-    shapes = sizes(torch.nn.Conv2d, lambda layer: tuple(layer.weight.shape[1:]))
-    yield from (functools.partial(weights_of_convolutions, shapes, back) for back in (False, True))
+    for channels, groups in sizes(torch.nn.GroupNorm, lambda norm: (norm.num_channels, norm.num_groups)):
+        for shifted, silu in ((True, True), (False, True), (False, False)):
+            yield functools.partial(group_norm, channels, groups, shifted, silu)
+    for width in sizes(torch.nn.LayerNorm, lambda norm: norm.normalized_shape[-1]):
+        yield functools.partial(layer_norm, width)
+    for width in sizes(GEGLU, lambda gate: gate.proj.out_features):
+        yield functools.partial(both_ways, kernels.gated_gelu, leaf(1, width))
+    for width in sizes(torch.nn.Linear | torch.nn.Conv2d, lambda layer: len(layer.weight)):
+        yield functools.partial(kernels.column_sums, zeros(1, width))
+    for shape in sizes(torch.nn.Conv2d, lambda layer: tuple(layer.weight.shape[1:])):
+        yield functools.partial(convolution, shape)
     yield update
-    widths = sizes(torch.nn.LayerNorm, lambda norm: norm.normalized_shape[-1])
-    yield from (functools.partial(layer_norm, width) for width in widths)
