@@ -87,9 +87,10 @@ def flag_settings(flags: Flags, schedule: Schedule, *, seed: int, precision: str
 def image_settings(images: list[Photo]) -> dict:
     """Returns what two such runs have to share besides: their prompts, and images with the number of each one's."""
     prompts = list(dict.fromkeys(photo.prompt for photo in images))
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
     digest = hashlib.sha256()
     for photo in images:
-        digest.update(photo.facts.digest + str(prompts.index(photo.prompt)).encode())
+        digest.update(photo.facts.digest + str(numbers[photo.prompt]).encode())
     return {"photos": digest.hexdigest()[:16], "prompts": prompts if len(prompts) <= FEW_PROMPTS else _digest(prompts)}
 
 

@@ -286,8 +286,10 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
 def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) -> Callable[[], None]:
     """Begins to compile the kernels of recorded steps; returns what waits until they are there.
 
+    With --compile it begins nothing: most kernels are torch's own then.
+
     Args:
-        run, model: of which the UNet is trained, or has adapters that are; with --compile by kernels of torch's own.
+        run, model: of which the UNet is trained, or has adapters that are.
         weights_dtype: of the weights that are trained, and of their gradients.
     """
     if run.flags.training.compile:
