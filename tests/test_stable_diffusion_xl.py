@@ -223,6 +223,10 @@ REFUSED = {
         lambda model: change_json(model / "vae" / "config.json", scaling_factor=0),
         "the VAE scales latents by 0: use one",
     ),
+    "latents that are scaled by no number": (
+        lambda model: change_json(model / "vae" / "config.json", scaling_factor=None),
+        "the VAE scales latents by None: use one",
+    ),
     "no second text encoder": (
         lambda model: change_json(model / "model_index.json", text_encoder_2=[None, None]),
         r"model is a StableDiffusionXLPipeline with other parts than one has \(text_encoder_2\): use a Stable",

@@ -1,4 +1,4 @@
-"""Comparisons of what parts hand to each other with what they read, for the families' `check_fit`."""
+"""Comparisons of what parts hand to each other, or get of images, with what they read: for families' `check_fit`."""
 
 import math
 
@@ -47,10 +47,9 @@ def check_vae(vae: AutoencoderKL) -> None:
     if (found.in_channels, found.out_channels) != (RGB, RGB):
         channels = counted(found.in_channels, "channel")
         raise UserError(f"the VAE reads images of {channels} and returns such of {found.out_channels}: use one of RGB")
-    if not 0 < found.scaling_factor < math.inf:
-        raise UserError(
-            f"the VAE scales latents by {found.scaling_factor:g}: use one that does so by a positive number"
-        )
+    factor = found.scaling_factor
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise UserError(f"the VAE scales latents by {factor}: use one that does so by a positive number")
 
 
 def check_width(unet: UNet2DConditionModel, encoded: int) -> None:

@@ -25,8 +25,8 @@ FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 # those the ones of components that can be trained.
 PIPELINE = tuple(dict.fromkeys(part for one in FAMILIES for part in (*one.components, *one.tokenizers, "scheduler")))
 TRAINABLE = tuple(dict.fromkeys(part for one in FAMILIES for part in ("unet", *one.text_encoders)))
-# Models that were made to draw in few steps: by their names, and by what they step with.
-DISTILLED, OF_DISTILLED = ("turbo", "lightning", "hyper-sd", "lcm", "dmd2"), ("LCMScheduler", "TCDScheduler")
+DISTILLED = ("turbo", "lightning", "hyper-sd", "lcm", "dmd2")  # in the names of models made to draw in few steps
+SCHEDULERS_OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
 
 
 def read_index(path: Path, model: str) -> tuple[dict, Family]:
@@ -44,7 +44,7 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} is not that of a Stable Diffusion folder in diffusers' layout") from error
-    family = next((family for family in FAMILIES if _describes(family, classes)), None)
+    family = next((family for family in FAMILIES if not _odd_parts(family, classes)), None)
     if family is None:
         told = next(filter(None, (one.told_apart(classes) for one in FAMILIES)), None)
         told = told or _otherwise(index.get("_class_name"), classes)
@@ -57,18 +57,16 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
 def _otherwise(pipeline: str | None, classes: dict[str, str | None]) -> str:
     """Returns what a model is that no family describes, though it may be called by the name of one's pipeline."""
     for family in FAMILIES:
-        parts = {part for part, kind in classes.items() if kind is not None} - {*family.others}
-        odd = {part for part, kind in family.components.items() if classes.get(part) != kind.__name__}
         if family.pipeline.__name__ == pipeline:
-            return f"a {pipeline} with other parts than one has ({', '.join(sorted(odd | parts ^ parts_of(family)))})"
+            return f"a {pipeline} with other parts than one has ({', '.join(sorted(_odd_parts(family, classes)))})"
     return f"a {pipeline}, which this project does not train"
 
 
-def _describes(family: Family, classes: dict[str, str | None]) -> bool:
-    """Whether the parts of a pipeline, with the names of their classes, are those of a family."""
+def _odd_parts(family: Family, classes: dict[str, str | None]) -> set[str]:
+    """Returns which parts of a pipeline, with the names of their classes, are not as those of a family, or missing."""
     parts = {part for part, kind in classes.items() if kind is not None} - {*family.others}
-    fits = all(classes.get(part) == kind.__name__ for part, kind in family.components.items())
-    return fits and parts == parts_of(family)
+    of_other_classes = {part for part, kind in family.components.items() if classes.get(part) != kind.__name__}
+    return of_other_classes | (parts ^ parts_of(family))
 
 
 def parts_of(family: Family) -> set[str]:
@@ -146,7 +144,7 @@ def _warn_of_distilled(name: str, folder: Path) -> None:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     names = [os.path.basename(os.path.normpath(one)).lower() for one in (name, str(index.get("_name_or_path", "")))]
     signs = [f"its name has {word!r} in it" for word in DISTILLED if any(word in one for one in names)]
-    if (kind := index["scheduler"][1]) in OF_DISTILLED:
+    if (kind := index["scheduler"][1]) in SCHEDULERS_OF_DISTILLED:
         signs.append(f"its scheduler is {kind}")
     if scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr"):
         signs.append("its scheduler has timestep_spacing 'trailing'")

@@ -303,7 +303,8 @@ def _told(name: str, earlier: Any, now: Any) -> str:
             "without --lora_rank: leave it out" if earlier is None else f"with --lora_rank {earlier}: give it here too"
         )
         return f"its run was {had}"
-    if all(DIGEST.fullmatch(str(one)) for one in (now if isinstance(now, list) else [now])):
+    values = now if isinstance(now, list) else [now]
+    if values and all(DIGEST.fullmatch(str(one)) for one in values):
         what = "photos, each with its prompt," if name == "photos" else name
         return f"the {what} are not those of its run"
     was, value = ("not given" if one is None else repr(one) for one in (earlier, now))
