@@ -1,26 +1,23 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from harness import ROOT
 
 from benchmarks.random_model import SHAPES
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.kernels_ahead import compile_kernels
+from dreambooth.model.kernels_ahead import compile_kernels, sizes_of
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 triton = pytest.importorskip("triton")
 channels_last = pytest.importorskip("dreambooth.model.channels_last")
 kernels = pytest.importorskip("dreambooth.model.kernels")
+kernel_compiler = pytest.importorskip("dreambooth.model.kernel_compiler")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and int(triton.__version__.split(".")[1]) < 3:
@@ -185,7 +182,7 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
     assert [type(module) for module in last.modules()] == kinds
 
 
-def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set:
+def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, carried_out: bool = True) -> set:
     """Returns what Triton would compile for what is launched: names, dtypes, sizes as far as they count, constants."""
     found, kind = set(), type(kernels._moments)
     run = kind.run
@@ -200,7 +197,7 @@ def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     def noted(self, *values, grid, warmup, **constants):
         named = dict(zip(self.arg_names, values, strict=False)) | constants
         found.add((self.fn.__name__, *((name, counts(name, value)) for name, value in sorted(named.items()))))
-        return run(self, *values, grid=grid, warmup=warmup, **constants)
+        return run(self, *values, grid=grid, warmup=warmup, **constants) if carried_out else None
 
     with monkeypatch.context() as patched:
         patched.setattr(kind, "run", noted)
@@ -208,12 +205,19 @@ def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
+def compiled_ahead(
+    sizes: dict, dtype: torch.dtype, weights_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> set:
+    """Returns what the compiler of kernels has compiled, in the same form."""
+    lists = kernel_compiler.launches(sizes, dtype, weights_dtype)
+    return launched_by(lambda: kernel_compiler.carry_out(lists), monkeypatch, carried_out=False)
+
+
 @pytest.mark.parametrize("shape, weights_dtype", [("tiny-v2", torch.float32), ("tiny-xl", torch.float16)])
 def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkeypatch):
     """Of layers whose sizes are multiples of 16, for which Triton has kernels of their own, and of others."""
     unet = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE, torch.float16)
-    settings = {"dtype": torch.float16, "weights_dtype": weights_dtype, "device": torch.device(DEVICE)}
-    ahead = launched_by(lambda: compile_kernels(unet, **settings)(), monkeypatch)
+    ahead = compiled_ahead(sizes_of(unet), torch.float16, weights_dtype, monkeypatch)
 
     def step() -> None:
         last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
@@ -236,12 +240,28 @@ def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkey
     assert launched_by(step, monkeypatch) <= ahead
 
 
-@pytest.mark.parametrize("capability, dtype", [("75", "float16"), ("90", "bfloat16")])
-def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path):
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
+def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path, monkeypatch):
     """By the compiler itself, which may refuse or abort at what the interpreter runs: for a T4 and for an H100."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, Path(__file__).parent / "kernels_for_gpus.py", capability, dtype]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(list(tmp_path.rglob("*.cubin"))) > 25
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES["stable-diffusion-v1-4"]["unet"])
+    wanted = compiled_ahead(sizes_of(unet), dtype, torch.float32, monkeypatch)
+    # Files of the folder that the command is typed in are none of the libraries'.
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    compile_kernels(unet, dtype=dtype, weights_dtype=torch.float32, capability=capability, processes=2)()
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(wanted) > 25
+
+
+def test_kernels_that_cannot_be_compiled_ahead_are_left(tmp_path, monkeypatch):
+    """Where no more processes can be started, and where the one that was started fails."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES["tiny"]["unet"])
+    settings = {"dtype": torch.float16, "weights_dtype": torch.float32, "processes": 1}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_kernels(unet, capability=(0, 0), **settings)()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    compile_kernels(unet, capability=(9, 0), **settings)()
+    assert not list(tmp_path.rglob("*.cubin"))

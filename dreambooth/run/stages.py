@@ -39,6 +39,7 @@ from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
+from dreambooth.processes.threads import cores_of
 from dreambooth.run.callbacks import Callbacks
 from dreambooth.run.checkpoint import (
     check_kind,
@@ -298,7 +299,8 @@ def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) ->
         model.components["unet"],
         dtype=DTYPES[run.precision],
         weights_dtype=weights_dtype,
-        device=run.ranks.device,
+        capability=torch.cuda.get_device_capability(run.ranks.device),
+        processes=cores_of(find_place()),
     )
 
 
