@@ -340,7 +340,7 @@ def summarize(runs: list[dict]) -> dict:
     if failed or not runs:
         return {"failed": failed or "not run"}
     measured = "seconds_per_step", "whole_s", "first_step_s", "after_steps_s", "peak_gib"
-    columns = {name: [run[name] for run in runs] for name in measured}
+    columns = {name: [run.get(name) for run in runs] for name in measured}
     columns["not_steps_s"] = [run["whole_s"] - run["steps"] * run["seconds_per_step"] for run in runs]
     return {
         name: (statistics.median(values), min(values), max(values))

@@ -414,15 +414,12 @@ def test_kernels_are_compiled_before_they_are_wanted(strategy, flags, tmp_path):
     """From an empty cache on: when the model is about to be recorded all are there that the run will launch."""
     counts = f"""
 import pathlib, runpy, sys
-from dreambooth.run import stages
-begin, cache = stages.compile_ahead, pathlib.Path({str(tmp_path / "triton")!r})
-def counted(*args):
-    compiled = begin(*args)
-    def wait():
-        compiled()
-        print("ahead:", len([file for file in cache.rglob("*") if file.suffix in (".cubin", ".so")]))
-    return wait
-stages.compile_ahead, sys.argv[0] = counted, {strategy.script!r}
+from dreambooth.model.kernels_ahead import KernelsAhead
+wait, cache = KernelsAhead.wait, pathlib.Path({str(tmp_path / "triton")!r})
+def counted(ahead):
+    wait(ahead)
+    print("ahead:", len([file for file in cache.rglob("*") if file.suffix in (".cubin", ".so")]))
+KernelsAhead.wait, sys.argv[0] = counted, {strategy.script!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
     command = [sys.executable, "-c", counts, *command_line(flags | strategy_flags(strategy))]

@@ -1,6 +1,7 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from benchmarks.random_model import SHAPES
+from dreambooth.model import kernels_ahead
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.kernels_ahead import compile_kernels, sizes_of
+from dreambooth.model.kernels_ahead import KernelsAhead, sizes_of
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 triton = pytest.importorskip("triton")
 channels_last = pytest.importorskip("dreambooth.model.channels_last")
 kernels = pytest.importorskip("dreambooth.model.kernels")
 kernel_compiler = pytest.importorskip("dreambooth.model.kernel_compiler")
+GPUTarget = kernel_compiler.GPUTarget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and int(triton.__version__.split(".")[1]) < 3:
@@ -240,7 +243,7 @@ def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkey
     assert launched_by(step, monkeypatch) <= ahead
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize("capability, dtype", [(75, torch.float16), (90, torch.bfloat16)])
 def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path, monkeypatch):
     """By the compiler itself, which may refuse or abort at what the interpreter runs: for a T4 and for an H100."""
     with torch.device("meta"):
@@ -251,17 +254,37 @@ def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    compile_kernels(unet, dtype=dtype, weights_dtype=torch.float32, capability=capability, processes=2)()
+    ahead = KernelsAhead(wanted=True)
+    ahead.compile(unet, dtype=dtype, weights_dtype=torch.float32, target=GPUTarget("cuda", capability, 32))
+    ahead.wait()
     assert len(list(tmp_path.rglob("*.cubin"))) == len(wanted) > 25
 
 
-def test_kernels_that_cannot_be_compiled_ahead_are_left(tmp_path, monkeypatch):
-    """Where no more processes can be started, and where the one that was started fails."""
+@pytest.mark.parametrize("trouble", ["none is wanted", "no process", "no such GPU", "it hangs"])
+def test_kernels_that_are_not_compiled_ahead_are_left(trouble, tmp_path, monkeypatch):
+    """And the program that was to compile them is gone."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES["tiny"]["unet"])
-    settings = {"dtype": torch.float16, "weights_dtype": torch.float32, "processes": 1}
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compile_kernels(unet, capability=(0, 0), **settings)()
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    compile_kernels(unet, capability=(9, 0), **settings)()
+    (tmp_path / "ptxas").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "ptxas").chmod(0o755)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if trouble == "no process":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if trouble == "it hangs":
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))
+        monkeypatch.setattr(kernels_ahead, "LONGEST_S", 2)
+    ahead = KernelsAhead(wanted=trouble != "none is wanted")
+    target = GPUTarget("cuda", 0 if trouble == "no such GPU" else 90, 32)
+    ahead.compile(unet, dtype=torch.float16, weights_dtype=torch.float32, target=target)
+    ahead.wait()
     assert not list(tmp_path.rglob("*.cubin"))
+    statuses = {"no such GPU": -signal.SIGABRT, "it hangs": -signal.SIGALRM}  # the compiler itself aborts
+    assert (ahead.compiler and ahead.compiler.wait(20)) == statuses.get(trouble)
+
+
+def test_the_compiler_of_kernels_ends_with_the_trainer():
+    """Which may be killed before it has said what is to be compiled."""
+    ahead = KernelsAhead(wanted=True)
+    ahead.compiler.stdin.close()
+    assert ahead.compiler.wait(60) == 0

@@ -1,18 +1,16 @@
-"""Compiles the kernels of recorded steps on a machine's cores, for a GPU that this program does not touch.
+"""A program that compiles the kernels of recorded steps, on several cores, for a GPU that it does not touch.
 
-`kernels_ahead.py` starts it, with what it is to do as the only word:
-
-    python -c "from dreambooth.model.kernel_compiler import main; main()" JSON
-
-Each kernel is called on next to nothing in the CPU's memory, and Triton compiles what is called for the first time,
-without launching it. What is compiled is in Triton's cache on the disk then, where who does launch it finds it.
+`kernels_ahead.py` starts it, and writes to its standard input what is to be compiled. Each kernel is called on next to
+nothing in the CPU's memory, and Triton compiles what is called for the first time, without launching it. What is
+compiled is in Triton's cache on the disk then, where the trainer finds it.
 """
 
 import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -24,24 +22,18 @@ from triton.runtime import JITFunction, driver
 from dreambooth.model import kernels
 
 Launch = Callable[[], object]
+MOST_PROCESSES = 5  # more would be done no sooner: group normalization alone takes as long
 
 
 class Driver:
-    """One of Triton's, for a GPU that it knows by name alone.
-
-    Args:
-        capability: of the GPU, 90 for 9.0.
-    """
+    """One of Triton's, for a GPU that it knows by name alone."""
 
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
 
 
 def only_compile(run: Callable) -> Callable:
@@ -50,7 +42,7 @@ def only_compile(run: Callable) -> Callable:
     @functools.wraps(run)
     def compiled(function: JITFunction, *values, grid, warmup, **constants) -> None:
         kernel = run(function, *values, grid=grid, warmup=True, **constants)
-        # Later releases have one program for all; and without the GPU's own driver there is nothing to link it with.
+        # This fails without the GPU's own driver, with which it is linked, and where Triton has one program for all.
         with contextlib.suppress(Exception):
             from triton.backends.nvidia.driver import CudaLauncher
 
@@ -62,7 +54,7 @@ def only_compile(run: Callable) -> Callable:
 def launches(sizes: Mapping[str, Sequence], dtype: torch.dtype, weights_dtype: torch.dtype) -> list[list[Launch]]:
     """Returns what launches the kernels of each size of layers, and those of the update.
 
-    What different lists have compiled is hardly ever the same; what is in one of them often has the same compiled.
+    What is in one list often has the same compiled. Different ones share three kernels, of group normalization.
 
     Args:
         sizes: see `kernels_ahead.sizes_of`.
@@ -118,14 +110,23 @@ def carry_out(lists: Iterable[list[Launch]]) -> None:
 
 
 def main() -> None:
-    task = json.loads(sys.argv[1])
-    driver.set_active(Driver(task["capability"]))
+    try:
+        task = json.load(sys.stdin)
+    except ValueError:  # the trainer has ended, and nothing is to be compiled
+        return
+    driver.set_active(Driver(GPUTarget(**task["target"])))
     JITFunction.run = only_compile(JITFunction.run)
     lists = launches(task["sizes"], *(getattr(torch, task[name]) for name in ("dtype", "weights_dtype")))
-    count = min(task["processes"], len(lists))
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=carry_out, args=(lists[first::count],)) for first in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    first = int(task["share"] * len(lists))
+    lists = lists[first:] + lists[:first]
+    count = min(task["cores"], MOST_PROCESSES)
+    for number in range(1, count):
+        # By a fork, as the libraries are imported by now.
+        if os.fork() == 0:
+            lists = lists[number:]
+            break
+    signal.alarm(task["seconds"])  # ends this process, of which nobody else may take notice if it hangs
+    carry_out(lists[::count])
+    with contextlib.suppress(ChildProcessError):
+        while os.wait():
+            pass
