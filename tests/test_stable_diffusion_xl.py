@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForText2Image, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, AutoPipelineForText2Image, DDPMScheduler, StableDiffusionXLPipeline
 from harness import COLOSSALAI, TRADITIONAL, Running, scalars, train
 from PIL import Image
 from safetensors.torch import load_file
@@ -215,6 +215,18 @@ REFUSED = {
         lambda model: change_json(model / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
         "the VAE's latents are to be shifted",
     ),
+    "VAE of gray images": (
+        lambda model: change_json(model / "vae" / "config.json", in_channels=1, out_channels=1),
+        "the VAE reads images of 1 channel and returns such of 1: use one of RGB",
+    ),
+    "latents that are nothing": (
+        lambda model: change_json(model / "vae" / "config.json", scaling_factor=0),
+        "the VAE scales latents by 0: use one",
+    ),
+    "no second text encoder": (
+        lambda model: change_json(model / "model_index.json", text_encoder_2=[None, None]),
+        r"model is a StableDiffusionXLPipeline with other parts than one has \(text_encoder_2\): use a Stable",
+    ),
     "no second tokenizer": (
         lambda model: shutil.rmtree(model / "tokenizer_2"),
         "has no tokenizer_2: it is not a whole",
@@ -244,6 +256,16 @@ def test_a_distilled_model_is_told(model, capfd):
     change_json(scheduler, rescale_betas_zero_snr=False)
     find(model)
     assert "looks distilled to draw in few steps" in (told := capfd.readouterr().err) and "'trailing'" in told
+    change_json(scheduler, timestep_spacing="leading")
+    change_json(model / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+    find(model)
+    assert "its scheduler is LCMScheduler" in capfd.readouterr().err
+    change_json(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    find(model)
+    assert not capfd.readouterr().err
+    change_json(model / "model_index.json", _name_or_path="someone/hyper-sdxl")
+    find(model)
+    assert "its name has 'hyper-sd' in it" in capfd.readouterr().err
     find(model.rename(model.with_name("SDXL-Turbo")))
     assert "its name has 'turbo' in it" in capfd.readouterr().err
 
@@ -331,6 +353,17 @@ def test_the_output_is_a_pipeline_of_diffusers(whole, tmp_path):
         found = np.asarray(pipeline("a sks dog", **how).images[0], dtype=int)
         assert found.shape == (32, 32, 3) and np.abs(found - drawn).max() <= 1
     assert pipeline.tokenizer_2.pad_token == "!" and pipeline.tokenizer.pad_token != "!"
+
+
+def test_a_vae_of_another_factor_is_refused(xl_model, flags, tmp_path):
+    """Its latents would be images of other sides to the UNet."""
+    shape = AutoencoderKL.load_config(xl_model / "vae")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        shape[name] = [*shape[name], shape[name][-1]]
+    AutoencoderKL.from_config(shape).save_pretrained(tmp_path / "other")
+    done = train(COLOSSALAI, flags | {"pretrained_vae_model_name_or_path": tmp_path / "other"}, check=False)
+    assert done.returncode == 2
+    assert "times smaller than images, and the model's own" in done.error_lines[0], done.stderr
 
 
 @BOTH

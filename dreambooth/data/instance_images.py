@@ -66,9 +66,10 @@ def warn_of_small_images(photos: list[Photo], resolution: int) -> None:
     if small:
         smallest = min(small, key=lambda photo: min(photo.facts.size))
         width, height = smallest.facts.size
+        has, are = ("has", "is") if len(small) == 1 else ("have", "are")
         warn(
-            f"{len(small)} of {counted(len(photos), 'image')} of the subject have a side of less than {resolution} "
-            f"pixels, and are enlarged: {smallest.name} has {width} x {height}"
+            f"{len(small)} of {counted(len(photos), 'image')} of the subject {has} a side of less than {resolution} "
+            f"pixels, and {are} enlarged: {smallest.name} has {width} x {height}"
         )
 
 

@@ -1,9 +1,13 @@
 """Comparisons of what parts hand to each other with what they read, for the families' `check_fit`."""
 
+import math
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dreambooth.command_line.console import UserError
+from dreambooth.command_line.console import UserError, counted
+
+RGB = 3  # channels of an image
 
 
 def check_vocabulary(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
@@ -30,6 +34,22 @@ def check_latents(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
         raise UserError(
             f"the UNet takes {channels} channels and returns {unet.config.out_channels}, "
             f"and the VAE's latents have {latents}: {hint}"
+        )
+
+
+def check_vae(vae: AutoencoderKL) -> None:
+    """Finds a VAE that is not one of images in RGB, or whose latents are scaled by no positive number.
+
+    Raises:
+        UserError: if it is such.
+    """
+    found = vae.config
+    if (found.in_channels, found.out_channels) != (RGB, RGB):
+        channels = counted(found.in_channels, "channel")
+        raise UserError(f"the VAE reads images of {channels} and returns such of {found.out_channels}: use one of RGB")
+    if not 0 < found.scaling_factor < math.inf:
+        raise UserError(
+            f"the VAE scales latents by {found.scaling_factor:g}: use one that does so by a positive number"
         )
 
 

@@ -25,7 +25,8 @@ FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 # those the ones of components that can be trained.
 PIPELINE = tuple(dict.fromkeys(part for one in FAMILIES for part in (*one.components, *one.tokenizers, "scheduler")))
 TRAINABLE = tuple(dict.fromkeys(part for one in FAMILIES for part in ("unet", *one.text_encoders)))
-DISTILLED = ("turbo", "lightning")  # in the names of models that were made to draw in few steps
+# Models that were made to draw in few steps: by their names, and by what they step with.
+DISTILLED, OF_DISTILLED = ("turbo", "lightning", "hyper-sd", "lcm", "dmd2"), ("LCMScheduler", "TCDScheduler")
 
 
 def read_index(path: Path, model: str) -> tuple[dict, Family]:
@@ -46,11 +47,21 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
     family = next((family for family in FAMILIES if _describes(family, classes)), None)
     if family is None:
         told = next(filter(None, (one.told_apart(classes) for one in FAMILIES)), None)
-        told = told or f"a {index.get('_class_name')}, which this project does not train"
+        told = told or _otherwise(index.get("_class_name"), classes)
         raise UserError(f"{model} is {told}: use a {' or '.join(one.name for one in FAMILIES)}")
     if not known:
         raise UserError(f"{path} names a scheduler that diffusers does not have: {scheduler}")
     return index, family
+
+
+def _otherwise(pipeline: str | None, classes: dict[str, str | None]) -> str:
+    """Returns what a model is that no family describes, though it may be called by the name of one's pipeline."""
+    for family in FAMILIES:
+        parts = {part for part, kind in classes.items() if kind is not None} - {*family.others}
+        odd = {part for part, kind in family.components.items() if classes.get(part) != kind.__name__}
+        if family.pipeline.__name__ == pipeline:
+            return f"a {pipeline} with other parts than one has ({', '.join(sorted(odd | parts ^ parts_of(family)))})"
+    return f"a {pipeline}, which this project does not train"
 
 
 def _describes(family: Family, classes: dict[str, str | None]) -> bool:
@@ -131,14 +142,18 @@ def _warn_of_distilled(name: str, folder: Path) -> None:
 
     So do those whose last timestep is all noise, which is no such sign.
     """
+    index, _ = read_index(folder / INDEX, name)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    named = next((word for word in DISTILLED if word in os.path.basename(os.path.normpath(name)).lower()), None)
-    steps = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
-    if named or steps:
-        sign = f"its name has {named!r} in it" if named else "its scheduler has timestep_spacing 'trailing'"
+    names = [os.path.basename(os.path.normpath(one)).lower() for one in (name, str(index.get("_name_or_path", "")))]
+    signs = [f"its name has {word!r} in it" for word in DISTILLED if any(word in one for one in names)]
+    if (kind := index["scheduler"][1]) in OF_DISTILLED:
+        signs.append(f"its scheduler is {kind}")
+    if scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr"):
+        signs.append("its scheduler has timestep_spacing 'trailing'")
+    if signs:
         warn(
             f"--pretrained_model_name_or_path {name} looks distilled to draw in few steps, as Turbo and Lightning are "
-            f"({sign}): this training undoes that; train the model that it was made of"
+            f"({signs[0]}): this training undoes that; train the model that it was made of"
         )
 
 

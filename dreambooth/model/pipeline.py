@@ -19,6 +19,7 @@ from dreambooth.model.components import (
     loading,
     part_folder,
     save_component,
+    vae_factor,
     without_weights,
 )
 from dreambooth.model.family import Family, Model, dtype_of_vae
@@ -65,7 +66,7 @@ def load_model(
             check_resolution(resolution, components[name])
             components[name].requires_grad_(False)
     if "vae" in elsewhere:
-        _warn_of_other_latents(folder / "vae", components["vae"])
+        _compare_latents(folder / "vae", components["vae"])
     noise_scheduler = load_noise_scheduler(folder)
     if "unet" in elsewhere and (elsewhere["unet"].parent / "scheduler").is_dir():
         _check_target(elsewhere["unet"].parent, noise_scheduler)
@@ -89,10 +90,20 @@ def _check_target(other: Path, noise_scheduler: DDPMScheduler) -> None:
         )
 
 
-def _warn_of_other_latents(own: Path, vae: AutoencoderKL) -> None:
-    """Warns of a VAE whose latents are scaled otherwise than those of the model's own, if that is there."""
+def _compare_latents(own: Path, vae: AutoencoderKL) -> None:
+    """Warns of a VAE whose latents are scaled otherwise than those of the model's own, if that is there.
+
+    Raises:
+        UserError: if they have other sides.
+    """
     if (own / "config.json").is_file():
-        wanted, found = without_weights(AutoencoderKL, own).config.scaling_factor, vae.config.scaling_factor
+        of_model = without_weights(AutoencoderKL, own)
+        if vae_factor(of_model) != vae_factor(vae):
+            raise UserError(
+                f"the VAE makes latents that are {vae_factor(vae)} times smaller than images, and the model's own "
+                f"{vae_factor(of_model)} times: use one that does as much"
+            )
+        wanted, found = of_model.config.scaling_factor, vae.config.scaling_factor
         if wanted != found:
             warn(
                 f"the VAE scales latents by {found:g}, and the model's own by {wanted:g}: it is hardly one that the "

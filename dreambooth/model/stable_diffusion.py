@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.command_line.console import UserError
 from dreambooth.model.family import Conditioning, View
-from dreambooth.model.fit import check_latents, check_vocabulary, check_width
+from dreambooth.model.fit import check_latents, check_vae, check_vocabulary, check_width
 from dreambooth.model.prompts import tokens_of
 
 
@@ -37,6 +37,7 @@ class StableDiffusion:
     def check_fit(self, tokenizers: Mapping[str, CLIPTokenizer], components: Mapping[str, torch.nn.Module]) -> None:
         text_encoder, unet = components["text_encoder"], components["unet"]
         check_vocabulary(tokenizers["tokenizer"], text_encoder)
+        check_vae(components["vae"])
         check_latents(unet, components["vae"])
         check_width(unet, text_encoder.config.hidden_size)
         if any(unet.config[name] for name in ("addition_embed_type", "class_embed_type", "num_class_embeds")):

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dreambooth.command_line.console import UserError
 from dreambooth.model.family import Conditioning, View, readers_of
-from dreambooth.model.fit import check_latents, check_vocabulary, check_width
+from dreambooth.model.fit import check_latents, check_vae, check_vocabulary, check_width
 from dreambooth.model.prompts import tokens_of
 
 TIME_IDS = 6  # numbers that the UNet reads of a view
@@ -53,6 +53,7 @@ class StableDiffusionXL:
         unet, vae = components["unet"].config, components["vae"].config
         for tokenizer, text_encoder in readers_of(self, {**tokenizers, **components}):
             check_vocabulary(tokenizer, text_encoder)
+        check_vae(components["vae"])
         check_latents(components["unet"], components["vae"])
         if unet.addition_embed_type != "text_time" or any((unet.class_embed_type, unet.num_class_embeds)):
             raise UserError(f"the UNet does not read what that of a {self.name} does: use such a one")

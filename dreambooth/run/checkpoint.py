@@ -48,6 +48,7 @@ WHAT_IS_TRAINED = {"train_text_encoder", "lora_rank", "lora_target_modules"}
 OF_ACCELERATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "model.safetensors")
 OF_NFS = ".nfs"  # names of files that were removed while a process had them open
 FEW_PROMPTS = 3  # that a line has room for
+DIGEST = re.compile(r"[0-9a-f]{16}")  # of what would be too long to tell
 # Courses of the learning rate that do not depend on where they end.
 ENDLESS = ("constant", "constant_with_warmup")
 
@@ -302,6 +303,9 @@ def _told(name: str, earlier: Any, now: Any) -> str:
             "without --lora_rank: leave it out" if earlier is None else f"with --lora_rank {earlier}: give it here too"
         )
         return f"its run was {had}"
+    if all(DIGEST.fullmatch(str(one)) for one in (now if isinstance(now, list) else [now])):
+        what = "photos, each with its prompt," if name == "photos" else name
+        return f"the {what} are not those of its run"
     was, value = ("not given" if one is None else repr(one) for one in (earlier, now))
     return f"{name} was {was} and is {value}"
 
