@@ -145,6 +145,8 @@ COLUMNS = (
     "steps",
     "s per step",
     "whole command s",
+    "until the first step s",
+    "after the last s",
     "not steps s",
     "peak of the card GiB",
     "speed-up per step",
@@ -310,24 +312,26 @@ def run_command(command: Command, share: Share, flags: dict, limit_s: float) -> 
     """Runs a command once, and removes what it has written.
 
     Returns:
-        "seconds_per_step", "whole_s" and "peak_gib", the last None without a GPU; or "failed", with the reason.
+        "seconds_per_step", "whole_s", what of it is over when the first step is logged, "first_step_s", and what is
+        to come when the last is, "after_steps_s"; "peak_gib", None without a GPU. Or "failed", with the reason.
     """
     with output_dir_of_its_own(flags) as flags:
         output_dir, log = flags["output_dir"], flags["output_dir"].with_suffix(".log")
         with log.open("w") as sink, CardMemory(share.gpus) as memory:
-            started = time.perf_counter()
+            started, started_at = time.perf_counter(), time.time()
             try:
                 status = share.run(words_of(command, flags), limit_s, stdout=sink, stderr=sink).returncode
             except subprocess.TimeoutExpired:
                 return {"failed": f"not finished after {limit_s:.0f} s", "log": log.read_text()[-LOG_KEPT:]}
-            whole_s = time.perf_counter() - started
+            whole_s, ended_at = time.perf_counter() - started, time.time()
         said = log.read_text(errors="replace")
         if status:
             return {"failed": reason(said) or f"exit status {status}", "log": said[-LOG_KEPT:]}
         ends = step_ends(output_dir)
         if len(ends) != command.steps:
             return {"failed": f"logged {len(ends)} steps of {command.steps}", "log": said[-LOG_KEPT:]}
-        return {"seconds_per_step": seconds_per_step(ends), "whole_s": whole_s, "peak_gib": memory.peak_gib}
+        around = {"first_step_s": ends[0] - started_at, "after_steps_s": ended_at - ends[-1]}
+        return {"seconds_per_step": seconds_per_step(ends), "whole_s": whole_s, "peak_gib": memory.peak_gib} | around
 
 
 def summarize(runs: list[dict]) -> dict:
@@ -335,7 +339,8 @@ def summarize(runs: list[dict]) -> dict:
     failed = next((run["failed"] for run in runs if "failed" in run), None)
     if failed or not runs:
         return {"failed": failed or "not run"}
-    columns = {name: [run[name] for run in runs] for name in ("seconds_per_step", "whole_s", "peak_gib")}
+    measured = "seconds_per_step", "whole_s", "first_step_s", "after_steps_s", "peak_gib"
+    columns = {name: [run.get(name) for run in runs] for name in measured}
     columns["not_steps_s"] = [run["whole_s"] - run["steps"] * run["seconds_per_step"] for run in runs]
     return {
         name: (statistics.median(values), min(values), max(values))
@@ -366,7 +371,8 @@ def table(groups: list[list[Command]], rows: list[dict]) -> str:
                 cells += ["–"] * (len(COLUMNS) - len(cells))
             else:
                 cells += [cell(figures, "seconds_per_step", 3)]
-                cells += [cell(figures, name, 1) for name in ("whole_s", "not_steps_s", "peak_gib")]
+                others = "whole_s", "first_step_s", "after_steps_s", "not_steps_s", "peak_gib"
+                cells += [cell(figures, name, 1) for name in others]
                 for name in ("seconds_per_step", "whole_s"):
                     cells += [f"{peer[name][0] / figures[name][0]:.2f}" if name in peer else "–"]
             lines.append("| " + " | ".join(cells) + " |")

@@ -232,6 +232,8 @@ def test_commands(peer, tmp_path, monkeypatch, capsys):
     for row, script in ((colossalai, "train_dreambooth_colossalai.py"), (traditional, "train_dreambooth.py")):
         assert f" {script} --with_prior_preservation " in row["command"] and row["machine"]
         assert 0 < 4 * row["seconds_per_step"] < row["whole_s"] and row["peak_gib"] is None
+        assert row["first_step_s"] > 0 < row["after_steps_s"]
+        assert row["first_step_s"] + row["after_steps_s"] < row["whole_s"] + 0.1  # two clocks
         assert f"| {script} | 1 | 4 | {row['seconds_per_step']:.3f} | {row['whole_s']:.1f} |" in written
 
     rows, written = run("--peer", peer, "--turns", 2)

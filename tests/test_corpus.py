@@ -679,6 +679,10 @@ MODELS = {
         external_unet_that_predicts_v,
         "is of a model that predicts v_prediction, and the scheduler of --pretrained_model",
     ),
+    "external unet is a VAE": Case(
+        lambda folder, flags: {"external_unet_path": flags["pretrained_model_name_or_path"] / "vae"},
+        "vae is of class AutoencoderKL: name one of UNet2DConditionModel",
+    ),
     "external unet empty": Case(lambda folder, flags: {"external_unet_path": folder}, "cannot load the UNet of"),
     "external unet is a file": Case(file_for("external_unet_path"), "file is not a folder"),
     "tokenizer of another model": Case(

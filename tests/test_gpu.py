@@ -414,22 +414,19 @@ def test_kernels_are_compiled_before_they_are_wanted(strategy, flags, tmp_path):
     """From an empty cache on: when the model is about to be recorded all are there that the run will launch."""
     counts = f"""
 import pathlib, runpy, sys
-from dreambooth.run import stages
-begin, cache = stages.compile_ahead, pathlib.Path({str(tmp_path / "triton")!r})
-def counted(*args):
-    compiled = begin(*args)
-    def wait():
-        compiled()
-        print("ahead:", len(list(cache.rglob("*.cubin"))))
-    return wait
-stages.compile_ahead, sys.argv[0] = counted, {strategy.script!r}
+from dreambooth.model.kernels_ahead import KernelsAhead
+wait, cache = KernelsAhead.wait, pathlib.Path({str(tmp_path / "triton")!r})
+def counted(ahead):
+    wait(ahead)
+    print("ahead:", len([file for file in cache.rglob("*") if file.suffix in (".cubin", ".so")]))
+KernelsAhead.wait, sys.argv[0] = counted, {strategy.script!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
     command = [sys.executable, "-c", counts, *command_line(flags | strategy_flags(strategy))]
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    all_of_them = len(list((tmp_path / "triton").rglob("*.cubin")))
+    all_of_them = len([file for file in (tmp_path / "triton").rglob("*") if file.suffix in (".cubin", ".so")])
     assert all_of_them > 15 and f"ahead: {all_of_them}\n" in done.stdout, (done.stdout, all_of_them)
 
 

@@ -1,26 +1,26 @@
 """The Triton kernels, and the UNet that is made of them, against PyTorch; without a GPU by Triton's interpreter."""
 
 import copy
-import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from harness import ROOT
 
 from benchmarks.random_model import SHAPES
+from dreambooth.model import kernels_ahead
 from dreambooth.model.denoiser import Denoiser
-from dreambooth.model.kernels_ahead import compile_kernels
+from dreambooth.model.kernels_ahead import KernelsAhead, sizes_of
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 
 triton = pytest.importorskip("triton")
 channels_last = pytest.importorskip("dreambooth.model.channels_last")
 kernels = pytest.importorskip("dreambooth.model.kernels")
+kernel_compiler = pytest.importorskip("dreambooth.model.kernel_compiler")
+GPUTarget = kernel_compiler.GPUTarget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and int(triton.__version__.split(".")[1]) < 3:
@@ -185,7 +185,7 @@ def test_a_unet_with_channels_last_computes_the_same(shape):
     assert [type(module) for module in last.modules()] == kinds
 
 
-def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set:
+def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, carried_out: bool = True) -> set:
     """Returns what Triton would compile for what is launched: names, dtypes, sizes as far as they count, constants."""
     found, kind = set(), type(kernels._moments)
     run = kind.run
@@ -200,7 +200,7 @@ def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     def noted(self, *values, grid, warmup, **constants):
         named = dict(zip(self.arg_names, values, strict=False)) | constants
         found.add((self.fn.__name__, *((name, counts(name, value)) for name, value in sorted(named.items()))))
-        return run(self, *values, grid=grid, warmup=warmup, **constants)
+        return run(self, *values, grid=grid, warmup=warmup, **constants) if carried_out else None
 
     with monkeypatch.context() as patched:
         patched.setattr(kind, "run", noted)
@@ -208,12 +208,19 @@ def launched_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
+def compiled_ahead(
+    sizes: dict, dtype: torch.dtype, weights_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> set:
+    """Returns what the compiler of kernels has compiled, in the same form."""
+    lists = kernel_compiler.launches(sizes, dtype, weights_dtype)
+    return launched_by(lambda: kernel_compiler.carry_out(lists), monkeypatch, carried_out=False)
+
+
 @pytest.mark.parametrize("shape, weights_dtype", [("tiny-v2", torch.float32), ("tiny-xl", torch.float16)])
 def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkeypatch):
     """Of layers whose sizes are multiples of 16, for which Triton has kernels of their own, and of others."""
     unet = UNet2DConditionModel(**SHAPES[shape]["unet"]).to(DEVICE, torch.float16)
-    settings = {"dtype": torch.float16, "weights_dtype": weights_dtype, "device": torch.device(DEVICE)}
-    ahead = launched_by(lambda: compile_kernels(unet, **settings)(), monkeypatch)
+    ahead = compiled_ahead(sizes_of(unet), torch.float16, weights_dtype, monkeypatch)
 
     def step() -> None:
         last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
@@ -236,12 +243,48 @@ def test_all_that_a_step_launches_is_compiled_ahead(shape, weights_dtype, monkey
     assert launched_by(step, monkeypatch) <= ahead
 
 
-@pytest.mark.parametrize("capability, dtype", [("75", "float16"), ("90", "bfloat16")])
-def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path):
+@pytest.mark.parametrize("capability, dtype", [(75, torch.float16), (90, torch.bfloat16)])
+def test_all_kernels_can_be_compiled_for_a_gpu(capability, dtype, tmp_path, monkeypatch):
     """By the compiler itself, which may refuse or abort at what the interpreter runs: for a T4 and for an H100."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, Path(__file__).parent / "kernels_for_gpus.py", capability, dtype]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(list(tmp_path.rglob("*.cubin"))) > 25
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES["stable-diffusion-v1-4"]["unet"])
+    wanted = compiled_ahead(sizes_of(unet), dtype, torch.float32, monkeypatch)
+    # Files of the folder that the command is typed in are none of the libraries'.
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ahead = KernelsAhead(wanted=True)
+    ahead.compile(unet, dtype=dtype, weights_dtype=torch.float32, target=GPUTarget("cuda", capability, 32))
+    ahead.wait()
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(wanted) > 25
+
+
+@pytest.mark.parametrize("trouble", ["none is wanted", "no process", "no such GPU", "it hangs"])
+def test_kernels_that_are_not_compiled_ahead_are_left(trouble, tmp_path, monkeypatch):
+    """And the program that was to compile them is gone."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES["tiny"]["unet"])
+    (tmp_path / "ptxas").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "ptxas").chmod(0o755)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if trouble == "no process":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if trouble == "it hangs":
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))
+        monkeypatch.setattr(kernels_ahead, "LONGEST_S", 2)
+    ahead = KernelsAhead(wanted=trouble != "none is wanted")
+    target = GPUTarget("cuda", 0 if trouble == "no such GPU" else 90, 32)
+    ahead.compile(unet, dtype=torch.float16, weights_dtype=torch.float32, target=target)
+    ahead.wait()
+    assert not list(tmp_path.rglob("*.cubin"))
+    statuses = {"no such GPU": -signal.SIGABRT, "it hangs": -signal.SIGALRM}  # the compiler itself aborts
+    assert (ahead.compiler and ahead.compiler.wait(20)) == statuses.get(trouble)
+
+
+def test_the_compiler_of_kernels_ends_with_the_trainer():
+    """Which may be killed before it has said what is to be compiled."""
+    ahead = KernelsAhead(wanted=True)
+    ahead.compiler.stdin.close()
+    assert ahead.compiler.wait(60) == 0

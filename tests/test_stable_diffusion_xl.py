@@ -26,7 +26,7 @@ from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.family import View, dtype_of_vae
 from dreambooth.model.folder import find_elsewhere, find_model
 from dreambooth.model.loss import encode_images, training_loss
-from dreambooth.model.pipeline import load_model, load_part, load_pipeline, write_pipeline
+from dreambooth.model.pipeline import load_model, load_part, load_pipeline, load_tokenizers, write_pipeline
 from dreambooth.model.prompts import embed
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
@@ -248,6 +248,11 @@ def test_what_is_like_it_is_refused(case, model):
     change(model)
     with pytest.raises(UserError, match=told):
         find(model)
+
+
+def test_tokenizers_of_one_text_encoder_are_refused(xl_model):
+    with pytest.raises(UserError, match="tokenizer has no tokenizer and no tokenizer_2: name a folder with tokenizer"):
+        load_tokenizers(STABLE_DIFFUSION_XL, xl_model / "tokenizer")
 
 
 def test_a_distilled_model_is_told(model, capfd):

@@ -174,10 +174,13 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
 
 
 def _check_part(folder: Path, kind: type, label: str, flag: str, name: str, variant: str | None) -> None:
-    """Finds a part that has no weights, or torn ones; warns where they are of another variant than is wanted."""
+    """Finds a part of another class, without weights or with torn ones; warns where they are of another variant."""
     with loading(label, folder):
         weights = choose(kind, os.listdir(folder), variant)
         weight_files(folder, weights)
+        found = json.loads((folder / "config.json").read_text()).get("_class_name", kind.__name__)
+        if found != kind.__name__:
+            raise UserError(f"{flag} {name} is of class {found}: name one of {kind.__name__}")
     if weights.variant and weights.variant != variant:
         _tell_only_variant(flag, name, weights.variant)
 

@@ -1,110 +1,120 @@
 """Triton's compiler at work while a model is prepared, so that the kernels are there when the first step wants them.
 
 Triton compiles a kernel when it is launched first, for the dtypes and some of the sizes that it is launched with, and
-up to release 3.6 has a C compiler build what launches it: nine seconds for some 28 kernels, until all are in its cache
-on the disk. Here each is launched on next to nothing, in a thread beside the main one.
+up to release 3.6 has a C compiler build what launches it: nine seconds for the kernels of Stable Diffusion 1.4, until
+all are in its cache on the disk. Here another program, `kernel_compiler.py`, fills that cache, on several cores.
 
-It is one thread, though several would be faster: those releases load what launches their kernels as Python modules of
-one and the same name, and of two threads that do so at a time one may come by the other's.
+It is no thread of this process: most of the compiler's work is Python's, which does one thing at a time. And releases
+up to 3.6 load what launches their kernels as Python modules of one and the same name, so that of two threads one may
+come by the other's.
 """
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from torch import Tensor
 
-Launch = Callable[[], object]
+from dreambooth.processes.environment import find_place
+from dreambooth.processes.threads import cores_of
 
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
 
-def compile_kernels(
-    unet: UNet2DConditionModel, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
-    """Begins to compile the kernels of recorded steps (see `Denoiser.record`), and returns at once.
-
-    Nobody else may launch a kernel of Triton's until that is done. What cannot be compiled is not told: it fails again
-    where it is needed, and is told there. What is launched there otherwise than here, and so is another kernel to
-    Triton, is compiled there: with memory that is aligned otherwise, say.
-
-    Args:
-        unet: that is going to be trained, or has adapters that are; only the sizes of its layers count.
-        dtype: in which it computes.
-        weights_dtype: of its weights and their gradients.
-        device: a GPU.
-
-    Returns:
-        A function that waits until all are compiled.
-    """
-    launches = list(_launches(unet, dtype, weights_dtype, device))
-
-    def carry_out() -> None:
-        # A thread has a GPU of its own that is current, and leaves the backward pass to another one unless told.
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device, torch.autograd.set_multithreading_enabled(False):
-            for launch in launches:
-                with contextlib.suppress(Exception):
-                    launch()
-
-    thread = threading.Thread(target=carry_out, daemon=True)
-    thread.start()
-    return thread.join
+ROOT = Path(__file__).resolve().parents[2]
+# It finds libraries where this process does, and not in the folder that a command was typed in.
+COMPILER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from dreambooth.model.kernel_compiler import main
+main()
+"""
+LONGEST_S = 120  # that a run waits
 
 
-def _launches(
-    unet: UNet2DConditionModel, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
-) -> Iterator[Launch]:
-    """Yields what launches the kernels of each size of layers, and those of the update."""
-    from dreambooth.model import kernels  # Triton is not there without a GPU
+def sizes_of(unet: UNet2DConditionModel) -> dict[str, list]:
+    """Returns the different sizes of a UNet's layers, by what has kernels for them."""
 
-    def sizes(kind: type | UnionType, size: Callable[[Any], Any]) -> list:
-        """Returns the different sizes of layers; now, as weights may leave their layers later."""
+    def of(kind: type | UnionType, size: Callable[[Any], Any]) -> list:
         return sorted({size(layer) for layer in unet.modules() if isinstance(layer, kind)})
 
-    zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
-    leaf = functools.partial(zeros, requires_grad=True)
+    return {
+        "group_norm": of(torch.nn.GroupNorm, lambda norm: (norm.num_channels, norm.num_groups)),
+        "layer_norm": of(torch.nn.LayerNorm, lambda norm: norm.normalized_shape[-1]),
+        "gate": of(GEGLU, lambda gate: gate.proj.out_features),
+        "rows": of(torch.nn.Linear | torch.nn.Conv2d, lambda layer: len(layer.weight)),
+        "convolution": of(torch.nn.Conv2d, lambda layer: tuple(layer.weight.shape[1:])),
+    }
 
-    def both_ways(operation: Callable[..., Tensor], *inputs: Tensor) -> None:
-        operation(*inputs).sum().backward()
 
-    def group_norm(channels: int, groups: int, shifted: bool, silu: bool) -> None:
-        shift = leaf(1, channels) if shifted else None
-        operation = functools.partial(kernels.group_norm, groups=groups, eps=1e-5, shift=shift, silu=silu)
-        both_ways(operation, leaf(1, channels, 1, 1), leaf(channels), leaf(channels))
+class KernelsAhead:
+    """The kernels of recorded steps (see `Denoiser.record`), in Triton's cache before they are wanted.
 
-    def layer_norm(width: int) -> None:
-        both_ways(functools.partial(kernels.layer_norm, eps=1e-5), leaf(1, width), leaf(width), leaf(width))
+    The program that compiles them starts at once, and imports its libraries until it is told what to compile. It ends
+    with this process, or soon after. What it cannot compile it does not tell: that fails again where it is needed, and
+    is told there. What is launched there otherwise than here, and so is another kernel to Triton, is compiled there:
+    with memory that is aligned otherwise, say.
 
-    def convolution(shape: tuple[int, int, int]) -> None:
-        weight, handed_out = zeros(1, *shape, dtype=weights_dtype), zeros(1, *shape)
-        handed_out = handed_out.to(memory_format=torch.channels_last)
-        if weight.stride() != handed_out.stride():
-            kernels.copy_weight(handed_out, weight)
-            kernels.copy_weight(weight, handed_out)
+    Args:
+        wanted: whether there are going to be recorded steps with these kernels; else nothing is done.
+    """
 
-    def update() -> None:
-        gradient = zeros(1, dtype=weights_dtype)
-        weights, means, squares, corrections = (zeros(2, dtype=torch.float32) for _ in range(4))
-        settings = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.1}
-        if weights_dtype != torch.float32:
-            settings["half"] = zeros(1, dtype=weights_dtype)
-        divisor = kernels.norm([gradient, gradient])  # of which the second has its sums where they are not aligned
-        kernels.adamw(weights, gradient, means, squares, corrections, divisor=divisor, **settings)
+    def __init__(self, *, wanted: bool):
+        self.compiler: subprocess.Popen | None = None
+        if not wanted:
+            return
+        # It is to leave the GPU alone, and its processes have a core each.
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", COMPILER, json.dumps([str(ROOT), *filter(None, sys.path)])]
+        quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
+        with contextlib.suppress(OSError):  # of a machine that starts no more processes
+            self.compiler = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, text=True, **quiet)
 
-    for channels, groups in sizes(torch.nn.GroupNorm, lambda norm: (norm.num_channels, norm.num_groups)):
-        for shifted, silu in ((True, True), (False, True), (False, False)):
-            yield functools.partial(group_norm, channels, groups, shifted, silu)
-    for width in sizes(torch.nn.LayerNorm, lambda norm: norm.normalized_shape[-1]):
-        yield functools.partial(layer_norm, width)
-    for width in sizes(GEGLU, lambda gate: gate.proj.out_features):
-        yield functools.partial(both_ways, kernels.gated_gelu, leaf(1, width))
-    for width in sizes(torch.nn.Linear | torch.nn.Conv2d, lambda layer: len(layer.weight)):
-        yield functools.partial(kernels.column_sums, zeros(1, width))
-    for shape in sizes(torch.nn.Conv2d, lambda layer: tuple(layer.weight.shape[1:])):
-        yield functools.partial(convolution, shape)
-    yield update
+    def compile(
+        self,
+        unet: UNet2DConditionModel,
+        *,
+        dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+        target: "GPUTarget | None" = None,
+    ) -> None:
+        """Has the kernels compiled, and returns at once.
+
+        Args:
+            unet: that is going to be trained, or has adapters that are; only the sizes of its layers count.
+            dtype: in which it computes.
+            weights_dtype: of its weights and their gradients.
+            target: the GPU; None for that of this process.
+        """
+        if self.compiler is None:
+            return
+        if target is None:
+            from triton.runtime import driver  # Triton is not there without a GPU
+
+            target = driver.active.get_current_target()
+        place = find_place()
+        task = {"target": dataclasses.asdict(target), "sizes": sizes_of(unet), "cores": cores_of(place)}
+        task |= {"dtype": _name(dtype), "weights_dtype": _name(weights_dtype)}
+        # The processes of a machine begin at different kernels, as what one has compiled is there for all.
+        task |= {"share": place.local_rank / place.local_world_size, "seconds": LONGEST_S}
+        with contextlib.suppress(OSError), self.compiler.stdin as sink:  # it may have failed
+            json.dump(task, sink)
+
+    def wait(self) -> None:
+        """Waits until the kernels are compiled, two minutes at most."""
+        if self.compiler is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.compiler.wait(LONGEST_S)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

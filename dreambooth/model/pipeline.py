@@ -114,6 +114,11 @@ def _compare_latents(own: Path, vae: AutoencoderKL) -> None:
 def load_tokenizers(family: Family, folder: Path) -> dict[str, CLIPTokenizer | CLIPTokenizerFast]:
     """Loads a family's tokenizers, each from its folder within `folder`, which may be that of an only one itself."""
     alone = len(family.tokenizers) == 1 and not (folder / family.tokenizers[0]).is_dir()
+    missing = [] if alone else [name for name in family.tokenizers if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {' and no '.join(missing)}: name a folder with {' and '.join(family.tokenizers)}"
+        )
     return {name: load_tokenizer(folder if alone else folder / name) for name in family.tokenizers}
 
 

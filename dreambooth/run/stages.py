@@ -31,7 +31,6 @@ from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import Conditioning, Model, dtype_of_vae
 from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_tokenizer, known_family
-from dreambooth.model.kernels_ahead import compile_kernels
 from dreambooth.model.lora import Adapters, adapter_weights, adapters_of, add_adapters, digest_of, load_adapters
 from dreambooth.model.loss import encode_images, example_inputs, training_loss
 from dreambooth.model.pipeline import load_model, load_pipeline
@@ -281,25 +280,6 @@ def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[A
     compare("adapters", functools.partial(digest_of, components))
     weights = sum(one.numel() for component in components.values() for one in adapter_weights(component).values())
     return adapters, Sizes.of_adapters(weights, files=1 + flags.lora.save_kohya_lora)
-
-
-def compile_ahead(run: Run, model: PreparedModel, weights_dtype: torch.dtype) -> Callable[[], None]:
-    """Begins to compile the kernels of recorded steps; returns what waits until they are there.
-
-    With --compile it begins nothing: most kernels are torch's own then.
-
-    Args:
-        run, model: of which the UNet is trained, or has adapters that are.
-        weights_dtype: of the weights that are trained, and of their gradients.
-    """
-    if run.flags.training.compile:
-        return lambda: None
-    return compile_kernels(
-        model.components["unet"],
-        dtype=DTYPES[run.precision],
-        weights_dtype=weights_dtype,
-        device=run.ranks.device,
-    )
 
 
 def prepare_memory(run: Run, model: PreparedModel, offload_dir: str | None) -> Memory:
