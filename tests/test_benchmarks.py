@@ -36,7 +36,7 @@ ASKS = 'check_min_version = lambda release: None\ncheck_min_version("0.29.0")\n'
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("four_h100_batch16", "README.md"),
+        ("four_h200_batch16", "README.md"),
         ("four_h100_batch8", "README.md"),
         ("four_h100_xl", "benchmarks/NOTES.md"),
     ],
