@@ -46,7 +46,7 @@ from dreambooth.engine.state import Checkpoint, Progress
 from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.kernels_ahead import KernelsAhead
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE, choose_precision
-from dreambooth.model.recording import records
+from dreambooth.model.recording import all_ranks_record, records
 from dreambooth.model.slices import Slice
 from dreambooth.processes.environment import Place
 from dreambooth.processes.ranks import Ranks, check_gpus, join
@@ -153,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = check_inputs(flags)
     accelerator, ranks = launch(inputs.place, precision)
     run = agree(flags, inputs, ranks, precision)
+    recorded = all_ranks_record(recorded)
     check_memory(run)
 
     # The model; what is trained of it comes from the checkpoint, if there is one.

@@ -40,7 +40,7 @@ from dreambooth.model.denoiser import Denoiser
 from dreambooth.model.kernels_ahead import KernelsAhead
 from dreambooth.model.libraries import grow_segments
 from dreambooth.model.precision import DTYPES, INITIAL_LOSS_SCALE
-from dreambooth.model.recording import records
+from dreambooth.model.recording import all_ranks_record, records
 from dreambooth.processes.environment import find_place
 from dreambooth.processes.ranks import join
 from dreambooth.run.callbacks import Callbacks
@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kernels = KernelsAhead(wanted=recorded and not flags.training.compile)  # with it most are torch's own
     inputs = check_inputs(flags)
     run = agree(flags, inputs, join(inputs.place), strategy.precision)
+    recorded = all_ranks_record(recorded)
     check_memory(run, strategy)
     if strategy.spares_memory:
         grow_segments()

@@ -322,11 +322,12 @@ def run_command(command: Command, share: Share, flags: dict, limit_s: float) -> 
             try:
                 status = share.run(words_of(command, flags), limit_s, stdout=sink, stderr=sink).returncode
             except subprocess.TimeoutExpired:
-                return {"failed": f"not finished after {limit_s:.0f} s", "log": log.read_text()[-LOG_KEPT:]}
+                status = None
             whole_s, ended_at = time.perf_counter() - started, time.time()
         said = log.read_text(errors="replace")
-        if status:
-            return {"failed": reason(said) or f"exit status {status}", "log": said[-LOG_KEPT:]}
+        if status != 0:
+            why = reason(said) or f"exit status {status}" if status else f"not finished after {limit_s:.0f} s"
+            return {"failed": why, "log": said[-LOG_KEPT:]}
         ends = step_ends(output_dir)
         if len(ends) != command.steps:
             return {"failed": f"logged {len(ends)} steps of {command.steps}", "log": said[-LOG_KEPT:]}

@@ -19,7 +19,8 @@ count_gpus() {
   local listed
   listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
   if [ "${CUDA_VISIBLE_DEVICES-all}" != "" ] && [[ $listed == GPU* ]]; then
-    PYTHONSAFEPATH=1 python -c 'import torch; print(torch.cuda.device_count())'  # not a torch.py of the user's own
+    # Not with a torch.py of the user's own, in this folder.
+    python -c 'import sys; del sys.path[0]; import torch; print(torch.cuda.device_count())'
   else
     echo 0
   fi
@@ -110,8 +111,8 @@ train_and_compare() {
     esac
   done
   if [ -n "$COMPARISON" ]; then  # known now, and not after the training
-    # A dreambooth.py of the user's own in this folder is not meant.
-    PYTHONSAFEPATH=1 PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python -m dreambooth.run.image_file "$COMPARISON"
+    # By its file: with -m a dreambooth.py of the user's own in this folder would be taken for ours.
+    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} python "$project/dreambooth/run/image_file.py" "$COMPARISON"
   fi
   if [ "$NPROC" -gt 1 ]; then  # one process needs no launcher, and then no process group either
     launcher=(torchrun --standalone --nproc_per_node "$NPROC")

@@ -363,6 +363,20 @@ def test_ranks_that_find_different_things_do_not_train(script, flags, prior, tin
     assert "4/6 [" in done.stderr
 
 
+@BOTH
+def test_ranks_of_which_one_cannot_record_go_on_without(script, flags):
+    """As a machine without a C compiler, among others that have one."""
+    one_can = """
+import os
+import dreambooth.model.recording as recording
+from dreambooth.model.kernels_ahead import KernelsAhead
+recording.records = lambda *args, **more: os.environ["RANK"] == "0"
+KernelsAhead.compile = lambda *args, **more: None  # which would ask for the GPU
+"""
+    done = train(script, flags | {"max_train_steps": 1}, nproc=2, before=one_can)
+    assert "rank 1 cannot record steps, so no rank does" in done.stderr and "1 step of 4 samples" in done.stdout
+
+
 # Start and end ------------------------------------------------------------------------------------------------------
 
 PUT_OFF = """

@@ -119,13 +119,16 @@ def keep_channels_last(unet: UNet2DConditionModel) -> Callable[[], None]:
                     part.__class__ = _Linear
         elif type(module) is GEGLU:
             module.__class__ = _Geglu
-    if isinstance(unet.conv_norm_out, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU):
-        unet.conv_norm_out.__class__, unet.conv_act.__class__ = _GroupNormSilu, torch.nn.Identity
+    activation = unet.conv_act
+    if isinstance(unet.conv_norm_out, torch.nn.GroupNorm) and isinstance(activation, torch.nn.SiLU):
+        unet.conv_norm_out.__class__ = _GroupNormSilu
+        unet.conv_act = torch.nn.Identity()  # the module itself may be other layers' too, and other models'
     for module in unet.modules():
         if isinstance(module, torch.nn.GroupNorm) and not isinstance(module, _GroupNorm | _GroupNormSilu):
             module.__class__ = _GroupNorm
 
     def undo() -> None:
+        unet.conv_act = activation
         for module, kind in before:
             module.__class__ = kind
 

@@ -23,6 +23,8 @@ from dreambooth.model import kernels
 
 Launch = Callable[[], object]
 MOST_PROCESSES = 5  # more would be done no sooner: group normalization alone takes as long
+# That it waits for a trainer, which may read a model from a slow disk, or have failed in a notebook and live on.
+LONGEST_WAIT_S = 600
 
 
 class Driver:
@@ -110,6 +112,7 @@ def carry_out(lists: Iterable[list[Launch]]) -> None:
 
 
 def main() -> None:
+    signal.alarm(LONGEST_WAIT_S)
     try:
         task = json.load(sys.stdin)
     except ValueError:  # the trainer has ended, and nothing is to be compiled

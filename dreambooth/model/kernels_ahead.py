@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 # It finds libraries where this process does, and not in the folder that a command was typed in.
 COMPILER = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+import sys
+sys.path[:] = sys.argv[1:]
 from dreambooth.model.kernel_compiler import main
 main()
 """
@@ -74,7 +74,7 @@ class KernelsAhead:
             return
         # It is to leave the GPU alone, and its processes have a core each.
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", COMPILER, json.dumps([str(ROOT), *filter(None, sys.path)])]
+        command = [sys.executable, "-c", COMPILER, str(ROOT), *filter(None, sys.path)]
         quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
         with contextlib.suppress(OSError):  # of a machine that starts no more processes
             self.compiler = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, text=True, **quiet)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dreambooth.command_line.console import UserError
+from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import TrainingFlags
 from dreambooth.model.family import Conditioning
 from dreambooth.model.libraries import CHECKPOINTING_TAKES_A_FUNCTION
 from dreambooth.model.precision import no_kernels
 from dreambooth.model.trainable import Trainable, Weight
+from dreambooth.processes.ranks import from_all_ranks
 
 SMALL = 2**16  # elements of a weight, up to which its gradient waits for others
 # Begins to share a tensor among the ranks, and returns what has the GPU wait until that is done.
@@ -42,6 +43,23 @@ def records(flags: TrainingFlags, *, spares_memory: bool = False) -> bool:
     if insists and reason:
         raise UserError(f"--cuda_graphs {reason}")
     return reason is None
+
+
+def all_ranks_record(recorded: bool) -> bool:
+    """Returns whether all ranks are to record: recorded steps share gradients otherwise than others.
+
+    To be called on every rank. Of several machines one may lack a compiler.
+
+    Args:
+        recorded: what `records` has returned on this rank.
+    """
+    able = from_all_ranks(recorded)
+    if any(able) and not all(able):
+        warn(
+            f"rank {able.index(False)} cannot record steps, so no rank does, and they are slower: its machine may "
+            "lack a C compiler or Python's headers, which Triton needs"
+        )
+    return all(able)
 
 
 def _cannot_record(flags: TrainingFlags) -> str | None:
