@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import triton
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from colossalai.zero.gemini.chunk import Chunk
@@ -103,6 +104,31 @@ def test_a_step_that_is_skipped_leaves_gradients_that_are_numbers(monkeypatch):
         assert not clip(optimizer, 1.0).isfinite()
         optimizer.step()
         assert weight.grad[1:].isfinite().all() and weight.grad[2] == 0 and not weight.any()
+
+
+@pytest.mark.skipif(triton.__version__ < "3.2", reason="the interpreter of Triton 3.1 computes nonsense")
+@pytest.mark.parametrize("clips", [False, True])
+def test_steps_by_kernels_are_those_of_adamw(clips, monkeypatch):
+    """In three groups, of which one has nothing to do, and with a state that torch's own step can go on from."""
+    torch.manual_seed(0)
+    weights, exact = (
+        [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size in (3000, 5, 7)]
+        for dtype in (torch.float32, torch.float64)
+    )
+    settings = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
+    optimizer = AdamW([{"params": [one]} for one in weights], fused=True, **settings)
+    adamw = torch.optim.AdamW(exact, **settings)
+    for with_kernels in (True, True, False):
+        monkeypatch.setattr("dreambooth.engine.optimizer.has_kernels", lambda *parameters, value=with_kernels: value)
+        for one, other in zip(weights[:2], exact[:2], strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.double() / (3 if clips else 1)
+        optimizer.divisor = torch.tensor(3.0) if clips else None
+        optimizer.step()
+        adamw.step()
+    for one, other in zip(weights, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6)
+    assert weights[2].eq(1).all() and not weights[1].eq(1).any()
 
 
 class NoCompiler:

@@ -46,12 +46,16 @@ class AdamW(torch.optim.AdamW):
             self._step(group, divisor)
 
     def _step(self, group: dict, divisor: torch.Tensor | None) -> None:
-        weights, gradients, means, squares, steps = [], [], [], [], []
-        self._init_group(group, weights, gradients, means, squares, [], steps)
-        torch._foreach_add_(steps, 1)
-        step = step_by_kernels(group, steps[0], divisor)  # all are in the same one
-        for tensors in zip(weights, gradients, means, squares, strict=True):
-            step(*tensors)
+        weights = [one for one in group["params"] if one.grad is not None]
+        if not weights:
+            return
+        for one in weights:
+            self.state[one] = self.state[one] or new_state(self, one)
+        states = [self.state[one] for one in weights]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        step = step_by_kernels(group, states[0]["step"], divisor)  # all are in the same one
+        for one, state in zip(weights, states, strict=True):
+            step(one, one.grad, *(state[name] for name in STATE))
 
 
 def step_by_kernels(group: dict, step: torch.Tensor, divisor: torch.Tensor | None) -> Callable:
