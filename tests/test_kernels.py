@@ -293,3 +293,11 @@ def test_the_compiler_of_kernels_ends_with_the_trainer():
     ahead = KernelsAhead(wanted=True)
     ahead.compiler.stdin.close()
     assert ahead.compiler.wait(60) == 0
+
+
+def test_the_compiler_of_kernels_does_not_wait_for_ever(monkeypatch):
+    """For a trainer that lives on and says nothing, as a notebook may after an error."""
+    in_haste = "\nmain.__globals__['LONGEST_WAIT_S'] = 1\nmain()"
+    monkeypatch.setattr(kernels_ahead, "COMPILER", kernels_ahead.COMPILER.replace("\nmain()", in_haste))
+    ahead = KernelsAhead(wanted=True)
+    assert ahead.compiler.wait(60) == -signal.SIGALRM
