@@ -43,7 +43,7 @@ from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
 from dreambooth.model.prompts import warn_of_cut_prompts
 from dreambooth.run.grid import captioned_grid
-from dreambooth.run.image_file import check_image_file, save_image
+from dreambooth.run.image_file import check_image_file, save_image, still_ours
 
 SIDES = 8  # of which diffusers' pipelines want multiples, in pixels
 # What may help where images are not finite.
@@ -274,12 +274,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = sum(len(model.pictures) for model in models)
         if not drawn:
             raise
+        output = still_ours(output)
         save_image(sheet(drawing, models, photos), output)
         kept = f"{output} has the {counted(drawn, 'image')} drawn before"
         if isinstance(error, UserError):
             raise RunError(f"{error}; {kept}") from error
         say(kept)
         raise
+    output = still_ours(output)
     save_image(sheet(drawing, models, photos), output)
     say(f"{output}: {counted(sum(len(model.pictures) for model in models), 'image')}")
 

@@ -165,13 +165,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Samples, and which rank takes which; and what is trained on them.
     samples, denoiser = prepare_samples(run, model, class_images)
-    denoiser.train().cast(torch.float32, frozen=DTYPES[precision])
+    in_8_bits = flags.optimizer.use_8bit_adam
+    denoiser.train().cast(torch.float32, frozen=DTYPES[precision], anew=in_8_bits and ranks.device.type == "cpu")
     denoiser.normalize_in_half()
     if flags.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if flags.training.compile:
         denoiser.compile_blocks()
-    if not flags.optimizer.use_8bit_adam:  # which goes by single parameters
+    if not in_8_bits:  # which goes by single parameters
         denoiser.trained.flatten(ranks.world_size, ranks.device, on_demand=not flags.training.compile)
 
     # The optimizer. The learning rate counts optimizer steps, so accelerate, which would count ranks, does not get it.

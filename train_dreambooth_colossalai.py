@@ -63,8 +63,9 @@ from dreambooth.run.stages import (
 
 def prepare_denoiser(denoiser: Denoiser, strategy: Strategy, run: Run, *, recorded: bool) -> None:
     """Has the denoiser compute in the strategy's dtypes, keep the activations that it has room for, and be flat."""
-    training = run.flags.training
-    denoiser.train().cast(strategy.weights_dtype, frozen=DTYPES[strategy.precision])
+    training, in_8_bits = run.flags.training, run.flags.optimizer.use_8bit_adam
+    anew = in_8_bits and run.ranks.device.type == "cpu"
+    denoiser.train().cast(strategy.weights_dtype, frozen=DTYPES[strategy.precision], anew=anew)
     if not strategy.shards:
         denoiser.normalize_in_half()
     if training.gradient_checkpointing:
@@ -75,7 +76,7 @@ def prepare_denoiser(denoiser: Denoiser, strategy: Strategy, run: Run, *, record
         let_convolutions_compile()
         denoiser.compile_blocks()
     fetches_weights = strategy.fetches_weights(denoiser.trained.numel(), run.ranks.gpu_memory())
-    if not (fetches_weights or run.flags.optimizer.use_8bit_adam):  # these two go by single parameters
+    if not (fetches_weights or in_8_bits):  # these two go by single parameters
         device = None if strategy.spares_memory else run.ranks.device
         denoiser.trained.flatten(run.ranks.world_size, device, on_demand=not training.compile)
 

@@ -418,6 +418,13 @@ FOLDERS = {
         lambda folder, flags: prior(folder, class_data_dir=flags["instance_data_dir"]),
         "--class_data_dir is the folder of --instance_data_dir",
     ),
+    "class images in the folder of a data set": Case(
+        lambda folder, flags: (
+            prior(folder, class_data_dir=flags["instance_data_dir"])
+            | {"dataset_name": flags["instance_data_dir"], "instance_data_dir": None}
+        ),
+        "--class_data_dir is the folder of --dataset_name",
+    ),
     "class images among the photos, by a link": Case(same_folder_by_a_link, "is the folder of --instance_data_dir"),
     "class folder is a file": Case(
         lambda folder, flags: prior(folder, **file_for("class_data_dir")(folder, flags)),

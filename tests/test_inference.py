@@ -17,7 +17,7 @@ import inference
 from benchmarks import random_model
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data import images as images_module
-from dreambooth.run.image_file import check_image_file, save_image
+from dreambooth.run.image_file import check_image_file, save_image, still_ours
 
 
 def infer(model, *words, **options):
@@ -233,6 +233,23 @@ def test_a_sheet_that_its_format_cannot_hold_is_kept_as_another(tmp_path):
     assert Path(tmp_path, "sheet.webp.png").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_that_comes_while_images_are_drawn_is_kept(tiny_model, tmp_path):
+    """By another program, at the name that was free when the command was typed."""
+    output = tmp_path / "x.png"
+    before = f"""
+from dreambooth.model.drawing import DrawingDevice
+put = DrawingDevice.put
+def put_while_another_writes(device, pipeline):
+    Path({str(output)!r}).write_text("mine")
+    put(device, pipeline)
+DrawingDevice.put = put_while_another_writes
+"""
+    argv = [str(tiny_model), "--num_inference_steps", "2", "--prompt", "a dog", "--output", str(output)]
+    done = Running("inference.py", argv, before=before).wait()
+    assert output.read_text() == "mine" and Image.open(tmp_path / "x.png.png").size == (32, 32)
+    assert "x.png has come to be there" in done.stderr and "x.png.png: 1 image" in done.stdout
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
 def test_only_images_of_this_program_are_written_over(suffix, tmp_path):
     """Whatever has the name: a photo, a text, a link to either."""
@@ -254,5 +271,6 @@ def test_only_images_of_this_program_are_written_over(suffix, tmp_path):
     image.save(ours, exif=exif)
     with pytest.raises(UserError, match="is not as this program makes"):
         check_image_file(ours, "--output")
+    assert still_ours(ours) != ours and still_ours(tmp_path / f"none.{suffix}") == tmp_path / f"none.{suffix}"
     with pytest.raises(UserError, match="has to end in .png"):  # a format that says nothing of its maker
         check_image_file(tmp_path / "picture.bmp", "--output")

@@ -330,8 +330,13 @@ def test_class_images_are_drawn_in_the_precision_wanted(script, short, prior, tm
 
 @BOTH
 def test_8_bit_adam_keeps_its_moments_in_8_bits(script, short, tmp_path):
-    """In checkpoints too, from which a run goes on to the bit."""
+    """In checkpoints too, from which a run goes on to the bit, whatever the model's files are of."""
     flags = short | {"max_train_steps": 4, "save_steps": 2, "use_8bit_adam": True}
+    half = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(short["pretrained_model_name_or_path"]).to(torch.float16).save_pretrained(
+        half
+    )
+    flags["pretrained_model_name_or_path"] = half
     whole, resumed, plain = flags["output_dir"], tmp_path / "resumed", tmp_path / "plain"
     train(script, flags)
     train(script, flags | {"use_8bit_adam": False, "output_dir": plain})

@@ -53,6 +53,13 @@ def test_other_words_are_unrecognized(tmp_path):
         parse(tmp_path, "--magic", "7")
 
 
+@pytest.mark.parametrize("words", [["--hub-token", "abc"], ["--hub-token=abc"], ["hf_abc"], ["--to=hf_abc"]], ids=str)
+def test_a_token_behind_a_mistyped_flag_is_not_told(words, tmp_path):
+    with pytest.raises(UserError, match="unrecognized arguments: ") as error:
+        parse(tmp_path, *words)
+    assert "abc" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ALWAYS_SO)
 def test_what_is_always_so_is_accepted_with_a_word(name, tmp_path, capsys):
     parse(tmp_path, f"--{name}")

@@ -1,5 +1,7 @@
 """Models in one file of the original layout: read, written, refused. diffusers' own loader is the judge."""
 
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -307,6 +309,27 @@ def test_what_is_no_safetensors_file_says_what_it_is(tmp_path):
     ):
         with pytest.raises(UserError, match=told):
             single_file.unpack(str(tmp_path / f"{name}.safetensors"), "MODEL", None)
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_cache_without_locks(another, model_of, tmp_path, cache, monkeypatch):
+    """As on some network file systems: another process may unpack the same at the same time."""
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def write_beside_another(pipeline: DiffusionPipeline, partial: Path) -> None:
+        write(pipeline, partial)
+        if another:
+            shutil.copytree(partial, partial.with_name(partial.name.rsplit(".", 2)[0]))
+
+    file, model, write = tmp_path / "model.safetensors", model_of("tiny"), single_file.write_pipeline
+    single_file.write_single_file(model, file, STABLE_DIFFUSION, torch.float32, title="x", resolution=32)
+    monkeypatch.setattr(single_file, "write_pipeline", write_beside_another)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = single_file.unpack(str(file), "--flag", str(model))
+    assert_same(StableDiffusionPipeline.from_pretrained(model), StableDiffusionPipeline.from_pretrained(folder))
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [folder.name]
 
 
 def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):

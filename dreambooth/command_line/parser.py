@@ -18,6 +18,7 @@ from dreambooth.command_line.rules import problems_of, warnings_of
 AnyFlags = typing.TypeVar("AnyFlags", bound=Flags)
 # Words that are no flags. argparse's own leaves out 1e-4, and says of it that the flag before has no value.
 NEGATIVE_NUMBER = re.compile(r"-\.?\d[\d_.]*(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
+HUB_TOKEN = re.compile(r"hf_\w+")
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if reason := self.not_here.get(flag):
                 raise UserError(f"{flag}: {reason}")
-        strange = f"unrecognized arguments: {' '.join(unknown)}"
+        strange = f"unrecognized arguments: {' '.join(_without_tokens(unknown))}"
         if unknown and missing:  # often the same flag, mistyped
             raise UserError(f"{strange}; {missing}")
         if unknown:
@@ -63,6 +64,12 @@ class Parser(argparse.ArgumentParser):
         finally:
             for action in required:
                 action.required = True
+
+
+def _without_tokens(words: Sequence[str]) -> list[str]:
+    """Returns words without what may be a token of the Hub, such as that of a mistyped --hub_token."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    return [HUB_TOKEN.sub("***", word) for word in (flags if any("token" in flag for flag in flags) else words)]
 
 
 def number(convert: type, lowest: float, highest: float = math.inf) -> Callable:

@@ -1,5 +1,6 @@
 """Files and folders that flags name: what stands in the way of writing to them, known before any work."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from dreambooth.command_line.console import is_utf_8
 
 PARTIAL = ".partial"  # ends the name of a file while it is written
+# What file systems without locks answer, NFS among them where a folder is to be locked.
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")  # which may run code when they are read
 MODEL_FILES = (".safetensors", *PICKLES)

@@ -51,8 +51,10 @@ def _half_a_prior(flags: Flags) -> Iterator[str]:
     missing = [f"--{name}" for name in ("class_data_dir", "class_prompt") if not getattr(prior, name)]
     if missing:
         yield f"--with_prior_preservation also needs {' and '.join(missing)}"
-    elif instance.instance_data_dir and same_folder(prior.class_data_dir, instance.instance_data_dir):
-        yield "--class_data_dir is the folder of --instance_data_dir: class images need their own"
+        return
+    for name in ("instance_data_dir", "dataset_name"):
+        if (images := getattr(instance, name)) and same_folder(prior.class_data_dir, images):
+            yield f"--class_data_dir is the folder of --{name}: class images need their own"
 
 
 def _no_instance_images(flags: Flags) -> Iterator[str]:

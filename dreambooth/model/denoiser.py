@@ -94,13 +94,18 @@ class Denoiser(torch.nn.Module):
         """Those that are trained."""
         return {name: component for name, component in self.named_children() if name in self.family.text_encoders}
 
-    def cast(self, dtype: torch.dtype, frozen: torch.dtype) -> None:
+    def cast(self, dtype: torch.dtype, frozen: torch.dtype, *, anew: bool = False) -> None:
         """Has what is trained be of `dtype`, and what is frozen beside it of the dtype `frozen`.
 
         Frozen are a UNet beside adapters, and layers of a text encoder whose output nobody reads: they compute too.
+
+        Args:
+            anew: whether all that is trained gets new memory. What was of the dtype before may lie in a mapped file,
+                where it begins at any place, and on the CPU the last bits of a product depend on that.
         """
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype if parameter.requires_grad else frozen)
+            trained = parameter.requires_grad
+            parameter.data = parameter.data.to(dtype if trained else frozen, copy=anew and trained)
 
     def normalize_in_half(self) -> None:
         """Keeps autocast from widening normalizations to fp32."""

@@ -4,8 +4,10 @@ One that is read is unpacked, once, to a folder in diffusers' layout in a cache;
 """
 
 import fcntl
+import glob
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line, say
+from dreambooth.command_line.paths import NO_LOCKS, PARTIAL
 from dreambooth.model.components import check_safetensors, loading, stem_of, without_weights
 from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
 from dreambooth.model.family import Family
@@ -79,14 +82,15 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
     folder = cache_folder() / f"{Path(name).stem}-{_key(Path(name), configuration)}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _alone(folder) as alone:
             if not folder.exists():
-                partial = folder.with_name(f"{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed: nobody else has the lock
+                for left in folder.parent.glob(f"{glob.escape(folder.name)}*{PARTIAL}") if alone else ():
+                    shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+                partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
                 try:
                     with loading("model", name):
                         write(partial, dtype)
-                    partial.rename(folder)
+                    _take_name(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
                 say(f"{flag} {name}: {title}, unpacked to {folder}, where the next run finds it")
@@ -195,11 +199,26 @@ def _key(path: Path, configuration: str | None) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within it no other process unpacks to a folder."""
+def _alone(folder: Path) -> Iterator[bool]:
+    """Within it no other process unpacks to a folder; it is told whether that is so, which takes locks."""
+    alone = True
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            alone = False
+        yield alone
+
+
+def _take_name(partial: Path, folder: Path) -> None:
+    """Gives a folder that is whole now its name; another process may have been faster with the same."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def write_single_file(

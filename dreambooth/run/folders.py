@@ -5,7 +5,6 @@ the first file in them and the last to go. Who has the lock may end what is foun
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -17,13 +16,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.command_line.console import RunError, UserError, first_line, warn
+from dreambooth.command_line.paths import NO_LOCKS
 from dreambooth.processes.ranks import from_rank_0
 
 MARK = ".dreambooth"
 PARTIAL, OLD = "partial", "old"  # a folder that is not whole, or not any more; one that another is to replace
 HIDDEN = re.compile(rf"\.(.+)\.[0-9a-f]{{8}}\.({PARTIAL}|{OLD})")
-# What file systems without locks answer, NFS among them where a folder is to be locked.
-NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 _locks: dict[tuple[int, int], int] = {}  # open files by (device, inode)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from dreambooth.command_line.console import RunError, UserError, first_line, run_program
+from dreambooth.command_line.console import RunError, UserError, first_line, run_program, warn
 from dreambooth.command_line.paths import partial_name, path, unwritable, write_through
 
 SOFTWARE = 0x0131  # the EXIF tag that names the program that made an image
@@ -114,6 +114,15 @@ def save_image(image: Image.Image, path: Path) -> None:
         other = free_name(path)  # which may be larger than a JPEG or WebP
         save_image(image, other)
         raise RunError(f"cannot write {path}: {first_line(error)}; the images are in {other}") from error
+
+
+def still_ours(path: Path) -> Path:
+    """Returns a path; or, if somebody has put another file there since it was looked at, the name of a free one."""
+    if not path.exists() or is_ours(path):
+        return path
+    other = free_name(path)
+    warn(f"{path} has come to be there, and is not as this program makes them: the images go to {other}")
+    return other
 
 
 def free_name(path: Path) -> Path:
