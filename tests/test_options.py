@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import (
     COLOSSALAI,
+    ROOT,
     TRADITIONAL,
     Running,
     children_of,
@@ -330,24 +331,27 @@ def test_class_images_are_drawn_in_the_precision_wanted(script, short, prior, tm
 
 @BOTH
 def test_8_bit_adam_keeps_its_moments_in_8_bits(script, short, tmp_path):
-    """In checkpoints too, from which a run goes on to the bit, whatever the model's files are of."""
-    flags = short | {"max_train_steps": 4, "save_steps": 2, "use_8bit_adam": True}
-    half = tmp_path / "half"
-    StableDiffusionPipeline.from_pretrained(short["pretrained_model_name_or_path"]).to(torch.float16).save_pretrained(
-        half
-    )
-    flags["pretrained_model_name_or_path"] = half
-    whole, resumed, plain = flags["output_dir"], tmp_path / "resumed", tmp_path / "plain"
+    """In checkpoints too."""
+    flags = short | {"max_train_steps": 4, "save_steps": 4, "use_8bit_adam": True}
+    in_8_bits, plain = flags["output_dir"], tmp_path / "plain"
     train(script, flags)
     train(script, flags | {"use_8bit_adam": False, "output_dir": plain})
-    kept = load_file(whole / "checkpoint-4" / "optimizer.safetensors")
+    kept = load_file(in_8_bits / "checkpoint-4" / "optimizer.safetensors")
     of_large = {name: tensor for name, tensor in kept.items() if name.startswith("state") and tensor.numel() >= 4096}
     assert of_large and all(tensor.dtype == torch.uint8 for tensor in of_large.values())
-    size = [(folder / "checkpoint-4" / "optimizer.safetensors").stat().st_size for folder in (whole, plain)]
+    size = [(folder / "checkpoint-4" / "optimizer.safetensors").stat().st_size for folder in (in_8_bits, plain)]
     assert size[0] < 0.7 * size[1]  # many parameters of the tiny model are too small for 8 bits
-    np.testing.assert_allclose(losses(whole), losses(plain), rtol=0.02)
-    assert losses(whole)[2:] != losses(plain)[2:]
+    np.testing.assert_allclose(losses(in_8_bits), losses(plain), rtol=0.02)
+    assert losses(in_8_bits)[2:] != losses(plain)[2:]
 
+
+@BOTH
+def test_with_8_bit_adam_a_run_goes_on_to_the_bit(script, short, tmp_path):
+    """From a checkpoint in fp32 of a model in fp16: what was mapped from a file, or not, is the same."""
+    flags = short | {"pretrained_model_name_or_path": ROOT / "assets" / "tiny-stable-diffusion", "resolution": 64}
+    flags |= {"max_train_steps": 3, "save_steps": 2, "use_8bit_adam": True, "train_batch_size": 1}
+    whole, resumed = flags["output_dir"], tmp_path / "resumed"
+    train(script, flags)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     train(script, flags | {"output_dir": resumed, "resume_from_checkpoint": "latest"})
     again, weights = unet_weights(resumed / "unet"), unet_weights(whole / "unet")
