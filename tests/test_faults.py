@@ -373,7 +373,8 @@ def assert_ends_with_first_cause(run: Running, cause: str) -> None:
 
 def test_a_rank_that_hangs_does_not_hold_the_others(flags, report):
     """Rank 0 waits in a collective for rank 1, which is stopped: a signal ends it nevertheless."""
-    run = Running(COLOSSALAI, command_line(flags | {"max_train_steps": 10**5}), nproc=2)
+    impatient = "from dreambooth.processes import signals; signals.PATIENCE_S = 1"
+    run = Running(COLOSSALAI, command_line(flags | {"max_train_steps": 10**5}), nproc=2, before=impatient)
     wait_for(lambda: steps_shown(run))
     run.send(signal.SIGSTOP, rank=1)
     time.sleep(1)

@@ -260,15 +260,15 @@ def test_a_port_that_is_taken_is_one_line(flags):
 
 # Other ranks --------------------------------------------------------------------------------------------------------
 
-# The real trainer; no rank waits for another in a step for more than 8 s.
+# The real trainer; no rank waits for another in a step for more than 5 s.
 SHORT_OF_TIME = f"""
 import datetime, os, runpy, sys, time
 from dreambooth.processes import ranks
 from dreambooth.run import checkpoint
-ranks.IN_A_STEP = datetime.timedelta(seconds=8)
+ranks.IN_A_STEP = datetime.timedelta(seconds=5)
 write_state = checkpoint._write_state
 def write_slowly(*args):
-    time.sleep(16)
+    time.sleep(10)
     write_state(*args)
 checkpoint._write_state = write_slowly
 runpy.run_path({COLOSSALAI!r}, run_name="__main__")
@@ -280,7 +280,7 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_step(tiny_model, flags, t
     launcher = tmp_path / "launch.py"
     launcher.write_text(SHORT_OF_TIME)
     hub = Hub(tiny_model)
-    hub.slow_s = 16
+    hub.slow_s = 10
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     more = {
         "max_train_steps": 3,
@@ -296,7 +296,9 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_step(tiny_model, flags, t
 
 
 HANG = """
+from dreambooth.processes import signals
 from dreambooth.run.tracker import Tracker
+signals.PATIENCE_S = 1
 step = Tracker.step
 def hang(self, number, **figures):
     if number == 5 and os.environ["RANK"] == "1":
@@ -310,7 +312,7 @@ def test_a_rank_that_hangs_in_a_step_is_waited_for_no_longer_than_a_step_may_tak
     """Without any signal."""
     launcher = tmp_path / "launch.py"
     launcher.write_text(
-        SHORT_OF_TIME.replace("    time.sleep(16)\n", "").replace("runpy.run_path", f"{HANG}runpy.run_path")
+        SHORT_OF_TIME.replace("    time.sleep(10)\n", "").replace("runpy.run_path", f"{HANG}runpy.run_path")
     )
     done = train(str(launcher), flags | {"max_train_steps": 10**5}, nproc=2, check=False)
     assert done.returncode == 1 and "rank 0" in done.stderr
