@@ -492,6 +492,12 @@ def test_it_is_told_what_was_held_when_memory_ran_out():
     assert told == f"out of GPU memory while setting up the run: {what} were asked for"
 
 
+@pytest.mark.parametrize("of", ["CUDA", "CUDA error:", "CUDA driver error:", "Triton Error [CUDA]:"])
+def test_whoever_says_it_a_gpu_without_memory_is_told(of):
+    """torch, and Triton where it loads a kernel."""
+    assert limits.explain(RuntimeError(f"{of} out of memory")).startswith("out of GPU memory while")
+
+
 def test_a_run_that_would_have_fitted_is_not_refused(of_1_4):
     """Each on a card of just what it was measured to take."""
     for setup, measured in [*ON_H100, *ON_H200, *ON_FOUR, *OTHERS, ONE_MORE_COPY]:

@@ -10,8 +10,8 @@ import torch
 from dreambooth.command_line.flags import Flags
 
 GIB = 2**30
-# What torch, cuBLAS, cuDNN and NCCL say when a GPU has no more memory, in whatever error.
-OUT_OF_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|_ALLOC_FAILED|Cuda failure 2\b")
+# What torch, Triton, cuBLAS, cuDNN and NCCL say when a GPU has no more memory, in whatever error.
+OUT_OF_GPU_MEMORY = re.compile(r"CUDA(| error:| driver error:|\]:) out of memory|_ALLOC_FAILED|Cuda failure 2\b")
 OUT_OF_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory")
 # A DataLoader's worker that wrote beyond the end of /dev/shm, in words of either side.
 OUT_OF_SHARED_MEMORY = re.compile(
