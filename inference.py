@@ -266,6 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
 
+    def save() -> Path:
+        place = still_ours(output)
+        save_image(sheet(drawing, models, photos), place)
+        return place
+
     try:
         for model in models:
             for picture in draw(model, drawing):
@@ -274,16 +279,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = sum(len(model.pictures) for model in models)
         if not drawn:
             raise
-        output = still_ours(output)
-        save_image(sheet(drawing, models, photos), output)
-        kept = f"{output} has the {counted(drawn, 'image')} drawn before"
+        place = save()
+        kept = f"{place} has the {counted(drawn, 'image')} drawn before"
         if isinstance(error, UserError):
             raise RunError(f"{error}; {kept}") from error
         say(kept)
         raise
-    output = still_ours(output)
-    save_image(sheet(drawing, models, photos), output)
-    say(f"{output}: {counted(sum(len(model.pictures) for model in models), 'image')}")
+    place = save()
+    say(f"{place}: {counted(sum(len(model.pictures) for model in models), 'image')}")
 
 
 if __name__ == "__main__":

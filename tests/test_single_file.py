@@ -332,6 +332,18 @@ def test_a_cache_without_locks(another, model_of, tmp_path, cache, monkeypatch):
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [folder.name]
 
 
+def test_what_a_killed_run_has_left_in_the_cache_goes(model_of, tmp_path, cache):
+    """When the same file is unpacked again: a folder that is not whole, and the configurations beside it."""
+    file, model = tmp_path / "model.safetensors", model_of("tiny")
+    single_file.write_single_file(model, file, STABLE_DIFFUSION, torch.float32, title="x", resolution=32)
+    folder = single_file.unpack(str(file), "--flag", str(model))
+    folder.rename(cache / "another")
+    for end in (".partial", ".0a1b2c3d.partial", ".0a1b2c3d.partial.configuration"):
+        shutil.copytree(cache / "another", f"{folder}{end}")
+    assert single_file.unpack(str(file), "--flag", str(model)) == folder
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {folder.name, "another"}
+
+
 def test_a_file_of_ones_own_is_not_replaced(model_of, flags, tmp_path):
     output = tmp_path / "output"
     output.mkdir()

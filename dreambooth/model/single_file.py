@@ -84,8 +84,9 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder) as alone:
             if not folder.exists():
-                for left in folder.parent.glob(f"{glob.escape(folder.name)}*{PARTIAL}") if alone else ():
-                    shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+                if alone:
+                    for left in folder.parent.glob(f"{glob.escape(folder.name)}*{PARTIAL}*"):
+                        shutil.rmtree(left, ignore_errors=True)  # by a run that was killed, with what is beside it
                 partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
                 try:
                     with loading("model", name):
