@@ -1,5 +1,6 @@
 """Pipelines that draw where there is not the room for all of one."""
 
+import functools
 import gc
 import weakref
 
@@ -15,7 +16,8 @@ from dreambooth.model.drawing import WAYS, DrawingDevice, decode_in_tiles
 from dreambooth.model.pipeline import load_pipeline
 
 # accelerate takes layers to the CPU only in vain: there it mixes up what it has moved with what it has not.
-PLACES = [("cpu", 1), *(pytest.param("cuda", failures, marks=pytest.mark.gpu) for failures in range(1, len(WAYS)))]
+UNRECORDED = len(WAYS) - 1
+PLACES = [("cpu", 1), *(pytest.param("cuda", failures, marks=pytest.mark.gpu) for failures in range(1, UNRECORDED))]
 
 
 # A GPU that has the room for parts of a pipeline alone: lines that a process executes first.
@@ -80,6 +82,56 @@ def test_less_of_a_pipeline_at_a_time_draws_the_same(model, name, failures, caps
     assert not capsys.readouterr().err
 
 
+def images_of(pipeline, numbers: list[int]) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    points = starting_points(pipeline, 1, Stream.CLASS_IMAGE, numbers)
+    return pipeline(["a dog"] * len(numbers), num_inference_steps=5, output_type="np", **points).images
+
+
+@pytest.mark.gpu
+def test_recorded_passes_draw_the_same_and_leave_nothing(model, monkeypatch):
+    """Also a last batch that is smaller; for another pipeline on the same device, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    batches = [[0, 1, 2], [3, 4, 5], [6]]
+    plain = DrawingDevice("cuda", "class images")
+    plain.put(load_pipeline(model))
+    wanted = [plain.draw(functools.partial(images_of, numbers=numbers)) for numbers in batches]
+    plain.clear()
+
+    def drawn(device: DrawingDevice) -> list[np.ndarray]:
+        device.put(load_pipeline(model))
+        return [device.draw(functools.partial(images_of, numbers=numbers)) for numbers in batches]
+
+    device = DrawingDevice("cuda", "class images", replays=True)
+    drawn(device)  # what libraries set up stays
+    device.clear()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(2):
+        found = drawn(device)
+        for one, other in zip(found, wanted, strict=True):
+            assert np.abs(one - other).max() < 1e-3
+    unet = device.pipeline.unet
+    assert len(unet.forward.passes) == 2, "two sizes of batches"
+    device.clear()
+    assert "forward" not in vars(unet)
+    del unet
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+@pytest.mark.gpu
+def test_without_room_for_recorded_passes_it_does_without(model, capsys):
+    device, room = DrawingDevice("cuda", "class images", replays=True), Room(1)
+    device.put(load_pipeline(model))
+    found = device.draw(room)
+    assert room.calls == 2 and "forward" not in vars(device.pipeline.unet)
+    assert "the GPU has no room for recorded passes: it does without" in capsys.readouterr().err
+    whole = DrawingDevice("cuda", "class images")
+    whole.put(load_pipeline(model))
+    assert np.abs(found - whole.draw(Room(0))).max() < 2e-3
+
+
 def test_the_last_way_decodes_large_images_in_tiles(tiny_model, monkeypatch):
     """Near to the whole, and not the whole."""
     monkeypatch.setattr(drawing, "TILE", 24)
@@ -107,7 +159,7 @@ def test_what_has_drawn_is_let_go_of(tiny_model, failures):
 
 @pytest.mark.parametrize(
     ("error", "ways"),
-    [("a kernel", 1), ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", len(WAYS))],
+    [("a kernel", 1), ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", UNRECORDED)],
     ids=["other", "memory"],
 )
 def test_only_want_of_memory_is_tried_again_and_at_last_ends_it(tiny_model, error, ways):

@@ -468,9 +468,10 @@ def test_a_killed_rank_costs_nothing(strategy, flags, report, tmp_path):
 
 
 @pytest.mark.skipif(NPROC < 2, reason="needs two CUDA GPUs")
-@pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL])
-def test_class_images_are_the_same_on_two_gpus(script, flags, prior, tmp_path):
-    images = {}
+@pytest.mark.parametrize("script, batch", [(COLOSSALAI, 2), (TRADITIONAL, 2), (COLOSSALAI, 1)])
+def test_class_images_are_the_same_on_two_gpus(script, batch, flags, prior, tmp_path):
+    """Also in so many batches that the passes of the UNet are recorded."""
+    images, prior = {}, prior | {"sample_batch_size": batch}
     for nproc in (1, 2):
         folder = tmp_path / str(nproc)
         run = flags | prior | {"output_dir": folder / "out", "class_data_dir": folder / "class", "max_train_steps": 1}

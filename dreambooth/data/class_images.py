@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,11 +53,13 @@ from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.folder import family_of
 from dreambooth.model.precision import name_of
 from dreambooth.model.weights import weight_files
-from dreambooth.processes.environment import Place
+from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import APPEARS_WITHIN_S, Ranks, from_all_ranks, from_rank_0, in_turns
+from dreambooth.processes.threads import MAX_THREADS, cores_of
 
 # Writing an image takes a second; a file that is still not whole so long after is of a run that was killed.
 STALE_AFTER_S = 3600
+WORTH_RECORDING = 5  # batches; a recording takes as long as it saves in one or two
 STAND_IN = "~ a class image to be generated"  # behind those that there are, by its name
 PARTIAL_IMAGE = re.compile(rf"\.\d{{5,}}\.png(\.\d+-[0-9a-f]+)?{re.escape(PARTIAL)}")
 VALUES_OF_A_WEIGHT = 64
@@ -229,6 +232,7 @@ def generate_class_images(
     resolution: int,
     seed: int,
     ranks: Ranks,
+    replays: bool = False,
     dry_run: bool = False,
 ) -> list[Photo]:
     """Brings --class_data_dir to --num_class_images images, and returns the same ones on all ranks, with their facts.
@@ -245,6 +249,7 @@ def generate_class_images(
         resolution: of the images that a dry run has in the place of those that are missing, in pixels.
         seed: of the run.
         ranks: of the run.
+        replays: whether the UNet's passes may be recorded, as where there are few batches they are not.
         dry_run: whether gray images stand in for those that are missing, and none is made.
 
     Raises:
@@ -266,7 +271,8 @@ def generate_class_images(
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     started = time.monotonic()
     with doing("generating class images", takes_less="a smaller --sample_batch_size"):
-        share = _generate(batches, origin, load, folder, ranks)
+        device = DrawingDevice(ranks.device, "class images", replays=replays and len(batches) >= WORTH_RECORDING)
+        share = _generate(batches, origin, load, folder, ranks, device)
     made = [photo for of_rank in from_all_ranks(share) for photo in of_rank]
     seconds = time.monotonic() - started
     say(f"{counted(len(made), 'class image')} generated in {seconds:.1f} s, {len(made) / seconds:.1f} images/s")
@@ -329,27 +335,54 @@ def _prepare(folder: Path) -> None:
 
 
 def _generate(
-    batches: list[list[int]], origin: Origin, load: Callable[[], DiffusionPipeline], folder: Path, ranks: Ranks
+    batches: list[list[int]],
+    origin: Origin,
+    load: Callable[[], DiffusionPipeline],
+    folder: Path,
+    ranks: Ranks,
+    device: DrawingDevice,
 ) -> list[Photo]:
-    """Draws batches of images, of which this rank takes some, and returns those that it has written."""
-    written = []
-    device = DrawingDevice(ranks.device, "class images")
+    """Draws batches of images, of which this rank takes some, and returns those that it has written.
+
+    A batch is written while the next is drawn, and whatever happens then.
+    """
+    written: list[Photo] = []
+    being_written: list[Future] = []
     total = sum(map(len, batches))
-    with one_cpu_thread(), progress(total, desc="class images", unit="image", shown=ranks.rank == 0) as bar:
+    with (
+        ThreadPoolExecutor(min(cores_of(find_place()), MAX_THREADS)) as pool,
+        progress(total, desc="class images", unit="image", shown=ranks.rank == 0) as bar,
+    ):
         for turn in in_turns(len(batches)):
             numbers = batches[turn]
             if not all((folder / image_name(number)).is_file() for number in numbers):
                 if device.pipeline is None:
                     device.put(load())
-                written += _draw(device, numbers, origin, folder)
+                with one_cpu_thread():
+                    pictures = _draw(device, numbers, origin)
+                written += _results(being_written)
+                being_written = [
+                    pool.submit(_write, folder / image_name(number), picture, origin)
+                    for number, picture in zip(numbers, pictures, strict=True)
+                ]
             bar.update(sum(map(len, batches[: turn + 1])) - bar.n)
+        written += _results(being_written)
         bar.update(total - bar.n)
     device.clear()
     return written
 
 
-def _draw(device: DrawingDevice, numbers: list[int], origin: Origin, folder: Path) -> list[Photo]:
-    """Draws a batch and writes it, but for images that are there by now; returns what was written."""
+def _results(being_written: list[Future]) -> list[Photo]:
+    """Waits for images to be written, and returns those that were."""
+    return [photo for future in being_written if (photo := future.result()) is not None]
+
+
+def _draw(device: DrawingDevice, numbers: list[int], origin: Origin) -> list[Image.Image]:
+    """Draws a batch.
+
+    Raises:
+        RunError: if an image is not finite.
+    """
 
     def images(pipeline: DiffusionPipeline) -> np.ndarray:
         pipeline.set_progress_bar_config(disable=True)
@@ -357,24 +390,29 @@ def _draw(device: DrawingDevice, numbers: list[int], origin: Origin, folder: Pat
         return pipeline([origin.prompt] * len(numbers), output_type="np", **points).images
 
     try:
-        pictures = pictures_of(device.draw(images))
+        return pictures_of(device.draw(images))
     except NotFinite as error:
         drawn = f"{image_name(numbers[error.index])}, drawn in {name_of(device.pipeline.unet.dtype)},"
         raise RunError(
             f"class image {drawn} has pixels that are not finite: try --mixed_precision no or bf16; where that is so "
             "already, the model itself makes them"
         ) from error
-    written = []
-    for number, picture in zip(numbers, pictures, strict=True):
-        path = folder / image_name(number)
-        content = png_of(picture, json.dumps(asdict(origin)))
-        try:
-            if save_new(content, path):
-                seen = look_at(Photo(path.name, origin.prompt, lambda content=content: content))
-                written.append(replace(photo_of(path), facts=seen.facts))
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {first_line(error)}") from error
-    return written
+
+
+def _write(path: Path, picture: Image.Image, origin: Origin) -> Photo | None:
+    """Writes an image and returns it with its facts; None if there is one by now.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    content = png_of(picture, json.dumps(asdict(origin)))
+    try:
+        if not save_new(content, path):
+            return None
+        seen = look_at(Photo(path.name, origin.prompt, lambda: content))
+        return replace(photo_of(path), facts=seen.facts)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def _wait_for(photos: list[Photo], folder: str, ranks: Ranks) -> None:

@@ -9,10 +9,17 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from dreambooth.command_line.console import warn
 from dreambooth.command_line.limits import is_out_of_gpu_memory
+from dreambooth.model.precision import no_kernels
+from dreambooth.model.replays import replay, replay_no_more
 
 Drawn = TypeVar("Drawn")
 # Pixels of a side of what is decoded at a time in the last of the ways.
 TILE = 512
+
+
+def _replayed(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    pipeline.to(device)
+    replay(pipeline.unet)
 
 
 def _whole(pipeline: DiffusionPipeline, device: torch.device) -> None:
@@ -39,9 +46,11 @@ def decode_in_tiles(vae: AutoencoderKL) -> None:
 
 # Each takes less of the card than the one before it, and more time.
 WAYS = {
-    _whole: "",
-    _parts_in_turn: "its parts are there one at a time",
-    _layers_in_turn: "its layers are there one at a time, which takes longer, and large images are decoded in tiles",
+    _replayed: "",
+    _whole: "for recorded passes: it does without",
+    _parts_in_turn: "for the whole model: its parts are there one at a time",
+    _layers_in_turn: "for the whole model: its layers are there one at a time, which takes longer, and large images "
+    "are decoded in tiles",
 }
 
 
@@ -53,16 +62,22 @@ class DrawingDevice:
     Args:
         device: on which they draw.
         what: they draw, for what is told.
+        replays: whether the UNet's passes are recorded and replayed, where the GPU can; that takes a few seconds of
+            the first image, and changes images by no more than roundings.
     """
 
-    def __init__(self, device: torch.device | str, what: str):
+    def __init__(self, device: torch.device | str, what: str, *, replays: bool = False):
         self.device, self.what = torch.device(device), what
         self.pipeline: DiffusionPipeline | None = None  # which draws
         self._is_placed = False
         self._ways = list(WAYS)
+        if not replays or self.device.type == "cpu" or no_kernels():
+            self._ways.remove(_replayed)
 
     def put(self, pipeline: DiffusionPipeline) -> None:
         """Has a pipeline, which is on the CPU, draw from now on; it decodes images one by one."""
+        if self.pipeline is not None:
+            replay_no_more(self.pipeline.unet)
         pipeline.vae.enable_slicing()
         self.pipeline, self._is_placed = pipeline, False
 
@@ -84,11 +99,14 @@ class DrawingDevice:
             # The error held on to all that was computed with.
             self._ways.pop(0)
             self._is_placed = False
+            replay_no_more(self.pipeline.unet)
             torch.cuda.empty_cache()
-            warn(f"{self.what}: the GPU has no room for the whole model: {WAYS[self._ways[0]]}")
+            warn(f"{self.what}: the GPU has no room {WAYS[self._ways[0]]}")
 
     def clear(self) -> None:
         """Lets go of the pipeline, and of the memory that it has had."""
+        if self.pipeline is not None:
+            replay_no_more(self.pipeline.unet)
         self.pipeline = None
         gc.collect()  # by what takes them to the device in turns, parts refer to themselves
         if self.device.type == "cuda":

@@ -317,6 +317,7 @@ def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
         resolution=run.resolution,
         seed=run.seed,
         ranks=run.ranks,
+        replays=flags.training.cuda_graphs != "off",
         dry_run=flags.training.dry_run,
     )
 
