@@ -4,10 +4,10 @@
 
 writes a table to commands.md and all figures to commands.json. Each command runs from the start of its process to the
 end, with the flags that the README prints and few others, on a model of Stable Diffusion 1.4's shape with random
-weights at 512 px, with prior preservation, on JPEGs of 3 : 4 as of a phone; the class images are there already. With
-`--shape stable-diffusion-xl --resolution 1024` there are fewer commands. Those that do the same work take turns. The
-peer's scripts are no part of the project: without --peer there are no speed-ups. LoRA's lie beside it. A command that
-fails is told in its row, and is the exit status.
+weights at 512 px, with prior preservation, on JPEGs of 3 : 4 as of a phone. The class images are there already, but in
+one command that is a first run and draws them. With `--shape stable-diffusion-xl --resolution 1024` there are fewer
+commands. Those that do the same work take turns. The peer's scripts are no part of the project: without --peer there
+are no speed-ups. LoRA's lie beside it. A command that fails is told in its row, and is the exit status.
 
 Without a GPU the model is a tiny one and the steps are few, which shows that the benchmark works, and nothing about
 speed.
@@ -74,6 +74,7 @@ class Command:
         launcher: a key of LAUNCHERS.
         script: a file; relative to the project.
         batch, steps, photos: how many.
+        draws: whether it draws its class images first, as the first run in a folder does.
         switches: further flags, which the peer has too.
         own: further flags that it lacks.
         peer_own: and the peer's that this one lacks.
@@ -87,6 +88,7 @@ class Command:
     batch: int = 1
     steps: int = 400
     photos: int = 5
+    draws: bool = False
     switches: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     peer_own: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ class Command:
     @property
     def work(self) -> tuple:
         """What is done; commands that do the same are compared."""
-        return self.batch, self.steps, self.photos, self.switches, self.peer_script
+        return self.batch, self.steps, self.photos, self.draws, self.switches, self.peer_script
 
     @property
     def class_images(self) -> int:
@@ -109,7 +111,8 @@ class Command:
         """What the table calls it."""
         # Where its weights lie is the trainer's default, and printed by the README nevertheless.
         words = [Path(self.script).name, *self.switches, *(word for word in self.own if word != CUDA[0])]
-        return ("peer: " if self.is_peer else "") + " ".join(words)
+        drawn = f" (draws {self.class_images} class images)" if self.draws else ""
+        return ("peer: " if self.is_peer else "") + " ".join(words) + drawn
 
 
 CUDA = ("--placement=cuda",)
@@ -125,6 +128,7 @@ _LORA = Command(
 )
 COMMANDS = (
     Command("colossalai", "python", COLOSSALAI, own=CUDA),
+    Command("colossalai-first-run", "python", COLOSSALAI, draws=True, own=CUDA),
     Command("colossalai-800", "python", COLOSSALAI, steps=800, own=CUDA),
     Command("colossalai-batch-4", "python", COLOSSALAI, batch=4, own=CUDA),
     Command("colossalai-batch-16", "python", COLOSSALAI, batch=16, steps=100, photos=16, own=CUDA),
@@ -215,12 +219,15 @@ def words_of(command: Command, flags: dict) -> list[str]:
 
     Args:
         command: which.
-        flags: of every run (see base_flags); the images go beside the output folder.
+        flags: of every run (see base_flags). Its images go beside their photos, and stay for others; those that it
+            draws itself go beside its output folder.
     """
-    resolution, folder = flags["resolution"], flags["output_dir"].parent
+    resolution, folder = flags["resolution"], Path(flags["instance_data_dir"]).parent
+    drawn = flags["output_dir"].with_name("class_images")
+    there = None if command.draws else image_folder(folder, command.class_images, resolution, resolution)
     of_run = {
         "instance_data_dir": image_folder(folder, command.photos, 3 * resolution, 4 * resolution),
-        "class_data_dir": image_folder(folder, command.class_images, resolution, resolution),
+        "class_data_dir": there or drawn,
         "class_prompt": "a photo of dog",
         "num_class_images": command.class_images,
         "prior_loss_weight": 1.0,
@@ -317,10 +324,11 @@ def run_command(command: Command, share: Share, flags: dict, limit_s: float) -> 
     """
     with output_dir_of_its_own(flags) as flags:
         output_dir, log = flags["output_dir"], flags["output_dir"].with_suffix(".log")
+        words = words_of(command, flags)  # draws the images, if they are not there
         with log.open("w") as sink, CardMemory(share.gpus) as memory:
             started, started_at = time.perf_counter(), time.time()
             try:
-                status = share.run(words_of(command, flags), limit_s, stdout=sink, stderr=sink).returncode
+                status = share.run(words, limit_s, stdout=sink, stderr=sink).returncode
             except subprocess.TimeoutExpired:
                 status = None
             whole_s, ended_at = time.perf_counter() - started, time.time()

@@ -15,6 +15,7 @@ from harness import ROOT, Running, wait_for
 from PIL import Image
 
 from benchmarks import cards, commands, shares, speed, strategies
+from benchmarks.runs import output_dir_of_its_own
 
 IN_FORKS = "subprocess.Popen = Forked"
 # What stands in for diffusers' script where that is not at hand: it asks for a release, and logs steps as that does.
@@ -276,6 +277,20 @@ def test_work_is_compared_with_the_same_work(planned, of_adapters):
         assert peers.photos >= 5
 
 
+def test_a_run_finds_its_images_but_those_that_it_is_to_draw(tmp_path):
+    """Or their drawing would count as the command's."""
+    flags = {"resolution": 32, "output_dir": tmp_path / "out", "instance_data_dir": tmp_path / "photos"}
+    for command in commands.COMMANDS:
+        commands.words_of(command, flags)
+        before = sorted(tmp_path.iterdir())
+        with output_dir_of_its_own(flags) as own:
+            words = dict(word.split("=", 1) for word in commands.words_of(command, own) if "=" in word)
+            assert sorted(set(tmp_path.iterdir()) - {own["output_dir"].parent}) == before
+            assert Path(words["--instance_data_dir"]).is_dir()
+            assert Path(words["--class_data_dir"]).is_dir() != command.draws
+            assert not command.draws or Path(words["--class_data_dir"]).parent == own["output_dir"].parent
+
+
 def test_a_step_is_timed_where_steps_are_logged_two_at_once():
     ends = [n - n % 2 for n in range(1, 101)]  # seconds
     assert commands.seconds_per_step(ends) == 1
@@ -322,7 +337,8 @@ def test_a_command_that_takes_too_long_leaves_nothing(tmp_path):
         "child.wait()\n"
     )
     command = commands.Command("sleeps", "python", str(script), steps=8)
-    ran = commands.run_command(command, *shares.shares(), {"resolution": 32, "output_dir": tmp_path / "out"}, 3)
+    flags = {"resolution": 32, "output_dir": tmp_path / "out", "instance_data_dir": tmp_path / "photos"}
+    ran = commands.run_command(command, *shares.shares(), flags, 3)
     assert ran["failed"] == "not finished after 3 s"
     wait_for(lambda: has_ended(int(started.read_text())))
 

@@ -382,7 +382,7 @@ KernelsAhead.compile = lambda *args, **more: None  # which would ask for the GPU
 # Start and end ------------------------------------------------------------------------------------------------------
 
 PUT_OFF = """
-import atexit, gc, sys
+import atexit, gc, importlib.util, sys
 from dreambooth.command_line.console import before_imports, run_program
 usual = gc.get_threshold()
 atexit.register(print, "what comes after the exit handlers of all that is imported")
@@ -400,6 +400,7 @@ def double(x):
 
 import colossalai.booster
 import diffusers.optimization
+print("sklearn is", "there" if importlib.util.find_spec("sklearn") else "not there")
 for module in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
     print(module, module in sys.modules)
 
@@ -410,19 +411,21 @@ def main():
 
 atexit.register(print, "an exit handler")
 run_program(main, "put_off")
-print("after it")
+print("after it, sklearn is", "there" if importlib.util.find_spec("sklearn") else "not there")
 """
 
 
 def test_a_program_neither_imports_what_it_does_not_use_nor_is_taken_apart(tmp_path):
     """What libraries compile is compiled all the same, when it is called; exit handlers run, and output is written."""
     (tmp_path / "put_off.py").write_text(PUT_OFF)
+    (tmp_path / "sklearn.py").touch()  # which transformers imports where it finds it
     done = run([sys.executable, tmp_path / "put_off.py"], env={"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
     assert done.stdout.splitlines() == [
+        "sklearn is not there",
         "torch._inductor.compile_fx False",
         "torch._inductor.select_algorithm False",
         "0 2.0 2.0 1",
-        "after it",
+        "after it, sklearn is there",
         "an exit handler",
     ], done.stderr
 

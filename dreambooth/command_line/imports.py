@@ -3,17 +3,23 @@
 import contextlib
 import functools
 import gc
+import sys
 from collections.abc import Callable
 from types import FunctionType
 
 OBJECTS = 100_000  # that are made before Python looks for garbage; ordinarily 700
+# What transformers imports if it is installed, for what no run does.
+UNUSED = ("jax", "flax", "tensorflow", "sklearn")
 _undo = contextlib.ExitStack()
 
 
 def put_off() -> None:
-    """Has imports be without searches for garbage, and without torch's compiler, until `put_off_no_more`."""
+    """Has imports be without searches for garbage, torch's compiler and UNUSED packages, until `put_off_no_more`."""
     _undo.callback(gc.set_threshold, *gc.get_threshold())
     gc.set_threshold(OBJECTS)
+    for name in UNUSED:
+        if sys.modules.setdefault(name) is None:  # as if it were not installed
+            _undo.callback(sys.modules.pop, name)
     _put_off_compiling()
 
 

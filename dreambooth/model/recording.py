@@ -62,6 +62,12 @@ def all_ranks_record(recorded: bool) -> bool:
     return all(able)
 
 
+@functools.cache
+def stream_to_record() -> torch.cuda.Stream:
+    """Returns the one in which all is recorded: libraries keep memory for each that they have worked in."""
+    return torch.cuda.Stream()
+
+
 def _cannot_record(flags: TrainingFlags) -> str | None:
     """Returns why this machine cannot record a denoiser; None if it can."""
     if reason := no_kernels():
@@ -121,7 +127,7 @@ class Recording:
             for parameter in self.parameters
         ]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self.is_recorded, self.stream = False, torch.cuda.Stream()
+        self.is_recorded, self.stream = False, stream_to_record()
         with self._all_put_back(), self._beside_others():  # at first libraries choose and set up what they use
             prediction = self._forward()
             self._backward(prediction, torch.zeros_like(prediction))

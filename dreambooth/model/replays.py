@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
+from dreambooth.model.recording import stream_to_record
+
 
 def replay(unet: UNet2DConditionModel) -> None:
     """Has a UNet on a GPU record its pass for each size of its inputs, and replay it from then on.
@@ -82,11 +84,11 @@ class _Pass:
         self.compute = compute
         # Where the graph reads them; a pipeline may have its timesteps on the CPU.
         self.inputs = {name: tensor.to(device, copy=True) for name, tensor in inputs.items()}
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        self.graph, stream = torch.cuda.CUDAGraph(), stream_to_record()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # at first libraries choose and set up what they use
             self._predict()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.prediction = self._predict()
 
