@@ -120,13 +120,30 @@ def test_recorded_passes_draw_the_same_and_leave_nothing(model, monkeypatch):
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a capture")], ids=str)
+def test_what_cannot_be_recorded_is_drawn_without(error, tiny_model, capsys, monkeypatch):
+    """A capture's error may stand for one of memory."""
+
+    def cannot_record(unet):
+        raise error
+
+    monkeypatch.setattr(drawing, "replay", cannot_record)
+    device, plain, found = DrawingDevice("cpu", "class images", replays=True), DrawingDevice("cpu", ""), []
+    for one in (device, plain):
+        one.put(load_pipeline(tiny_model))
+        found.append(one.draw(Room(0)))
+    assert np.array_equal(*found)
+    told = capsys.readouterr().err
+    assert told == f"warning: class images: the UNet cannot be recorded ({error}): images take longer\n"
+
+
 @pytest.mark.gpu
 def test_without_room_for_recorded_passes_it_does_without(model, capsys):
     device, room = DrawingDevice("cuda", "class images", replays=True), Room(1)
     device.put(load_pipeline(model))
     found = device.draw(room)
     assert room.calls == 2 and "forward" not in vars(device.pipeline.unet)
-    assert "the GPU has no room for recorded passes: it does without" in capsys.readouterr().err
+    assert "the UNet cannot be recorded (CUDA out of memory.): images take longer" in capsys.readouterr().err
     whole = DrawingDevice("cuda", "class images")
     whole.put(load_pipeline(model))
     assert np.abs(found - whole.draw(Room(0))).max() < 2e-3

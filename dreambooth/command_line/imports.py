@@ -18,8 +18,9 @@ def put_off() -> None:
     _undo.callback(gc.set_threshold, *gc.get_threshold())
     gc.set_threshold(OBJECTS)
     for name in UNUSED:
-        if sys.modules.setdefault(name) is None:  # as if it were not installed
-            _undo.callback(sys.modules.pop, name)
+        if name not in sys.modules:
+            sys.modules[name] = None  # as if it were not installed
+            _undo.callback(sys.modules.pop, name, None)
     _put_off_compiling()
 
 

@@ -249,7 +249,8 @@ def generate_class_images(
         resolution: of the images that a dry run has in the place of those that are missing, in pixels.
         seed: of the run.
         ranks: of the run.
-        replays: whether the UNet's passes may be recorded, as where there are few batches they are not.
+        replays: whether the UNet's passes may be recorded: they are if that is so on all ranks, in a folder of several
+            batches, however many of them are missing, so that a run that goes on draws the same.
         dry_run: whether gray images stand in for those that are missing, and none is made.
 
     Raises:
@@ -269,9 +270,10 @@ def generate_class_images(
     origin = Origin(model_name(model), digest_of_weights(model_folder, elsewhere, model.variant), prompt, seed)
     size = prior.sample_batch_size
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    replays = all(from_all_ranks(replays and wanted > size * (WORTH_RECORDING - 1)))
     started = time.monotonic()
     with doing("generating class images", takes_less="a smaller --sample_batch_size"):
-        device = DrawingDevice(ranks.device, "class images", replays=replays and len(batches) >= WORTH_RECORDING)
+        device = DrawingDevice(ranks.device, "class images", replays=replays)
         share = _generate(batches, origin, load, folder, ranks, device)
     made = [photo for of_rank in from_all_ranks(share) for photo in of_rank]
     seconds = time.monotonic() - started

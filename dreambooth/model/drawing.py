@@ -7,9 +7,8 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from dreambooth.command_line.console import warn
+from dreambooth.command_line.console import first_line, warn
 from dreambooth.command_line.limits import is_out_of_gpu_memory
-from dreambooth.model.precision import no_kernels
 from dreambooth.model.replays import replay, replay_no_more
 
 Drawn = TypeVar("Drawn")
@@ -47,10 +46,9 @@ def decode_in_tiles(vae: AutoencoderKL) -> None:
 # Each takes less of the card than the one before it, and more time.
 WAYS = {
     _replayed: "",
-    _whole: "for recorded passes: it does without",
-    _parts_in_turn: "for the whole model: its parts are there one at a time",
-    _layers_in_turn: "for the whole model: its layers are there one at a time, which takes longer, and large images "
-    "are decoded in tiles",
+    _whole: "images take longer",
+    _parts_in_turn: "its parts are there one at a time",
+    _layers_in_turn: "its layers are there one at a time, which takes longer, and large images are decoded in tiles",
 }
 
 
@@ -58,12 +56,13 @@ class DrawingDevice:
     """A device on which one pipeline after the other draws: each whole, or once that was too much less at a time.
 
     How much of a pipeline is there changes no image, but for the tiles of the last resort, whose seams are blended.
+    Passes that are recorded change roundings.
 
     Args:
         device: on which they draw.
         what: they draw, for what is told.
-        replays: whether the UNet's passes are recorded and replayed, where the GPU can; that takes a few seconds of
-            the first image, and changes images by no more than roundings.
+        replays: whether the UNet's passes are recorded and replayed, which takes some seconds of the first image; the
+            device has to be a GPU that runs our kernels (`no_kernels`).
     """
 
     def __init__(self, device: torch.device | str, what: str, *, replays: bool = False):
@@ -71,7 +70,7 @@ class DrawingDevice:
         self.pipeline: DiffusionPipeline | None = None  # which draws
         self._is_placed = False
         self._ways = list(WAYS)
-        if not replays or self.device.type == "cpu" or no_kernels():
+        if not replays:
             self._ways.remove(_replayed)
 
     def put(self, pipeline: DiffusionPipeline) -> None:
@@ -94,14 +93,18 @@ class DrawingDevice:
                     self._is_placed = True
                 return images(self.pipeline)
             except Exception as error:
-                if len(self._ways) == 1 or not is_out_of_gpu_memory(error):
+                # One that fails may not say that it was for want of memory, and the images do not need it.
+                was_recording = self._ways[0] is _replayed and isinstance(error, RuntimeError)
+                if len(self._ways) == 1 or not (was_recording or is_out_of_gpu_memory(error)):
                     raise
+                no_room = "the GPU has no room for the whole model"
+                why = f"the UNet cannot be recorded ({first_line(error)})" if was_recording else no_room
             # The error held on to all that was computed with.
             self._ways.pop(0)
             self._is_placed = False
             replay_no_more(self.pipeline.unet)
             torch.cuda.empty_cache()
-            warn(f"{self.what}: the GPU has no room {WAYS[self._ways[0]]}")
+            warn(f"{self.what}: {why}: {WAYS[self._ways[0]]}")
 
     def clear(self) -> None:
         """Lets go of the pipeline, and of the memory that it has had."""

@@ -40,10 +40,10 @@ class _Replays:
         from dreambooth.model.channels_last import keep_channels_last  # Triton is not there without a GPU
 
         self.compute: Callable[..., UNet2DConditionOutput | tuple[Tensor]] = unet.forward
-        self.undo = keep_channels_last(unet)
-        for parameter in unet.parameters():
+        for parameter in unet.parameters():  # first, as it may find no room, and need not be undone
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.undo = keep_channels_last(unet)
         self.passes: dict[tuple, _Pass] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one for all: they take turns, and hand out copies
 
@@ -89,8 +89,9 @@ class _Pass:
         with torch.cuda.stream(stream):  # at first libraries choose and set up what they use
             self._predict()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.prediction = self._predict()
+        with torch.cuda.stream(torch.cuda.current_stream()):  # which a capture that fails may not come back to
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.prediction = self._predict()
 
     def _predict(self) -> Tensor:
         rest = dict(self.inputs)

@@ -34,7 +34,7 @@ from dreambooth.model.folder import family_of, find_elsewhere, find_model, find_
 from dreambooth.model.lora import Adapters, adapter_weights, adapters_of, add_adapters, digest_of, load_adapters
 from dreambooth.model.loss import encode_images, example_inputs, training_loss
 from dreambooth.model.pipeline import load_model, load_pipeline
-from dreambooth.model.precision import DTYPES, sampling_dtype, set_tf32
+from dreambooth.model.precision import DTYPES, no_kernels, sampling_dtype, set_tf32
 from dreambooth.model.prompts import check_max_length, embed, warn_of_cut_prompts
 from dreambooth.processes.environment import Place, find_place
 from dreambooth.processes.ranks import Ranks, compare, leave
@@ -317,7 +317,7 @@ def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
         resolution=run.resolution,
         seed=run.seed,
         ranks=run.ranks,
-        replays=flags.training.cuda_graphs != "off",
+        replays=flags.training.cuda_graphs != "off" and no_kernels() is None,
         dry_run=flags.training.dry_run,
     )
 
