@@ -240,8 +240,7 @@ def main() -> None:
         "rows": [],
     }
     report = Report(args.output, facts, [{"name": run.name} for run in possible], lambda found: table(found["rows"]))
-    if args.resume:
-        report.resume(parser)
+    report.begin(parser, resume=args.resume)
     with base_flags(args) as flags:
         flags["train_batch_size"] = args.batch
         jobs = [

@@ -451,8 +451,7 @@ def main() -> None:
 
     planned = [known_by(command, turn) for group in groups for command, turn in turns(group, args.turns)]
     report = Report(args.output, facts, planned, shown)
-    if args.resume:
-        report.resume(parser)
+    report.begin(parser, resume=args.resume)
     with base_flags(args) as flags:
         for command in itertools.chain(*groups):
             words_of(command, flags)  # draws the images

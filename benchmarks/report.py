@@ -26,15 +26,33 @@ class Report:
     def rows(self) -> list[dict]:
         return self.facts["rows"]
 
-    def resume(self, parser: argparse.ArgumentParser) -> None:
-        """Takes over what an earlier run under the same conditions has left, without the rows that failed."""
+    def begin(self, parser: argparse.ArgumentParser, *, resume: bool) -> None:
+        """Tells where the files go, in whose place there may only be those of an earlier report.
+
+        Args:
+            parser: for what is wrong.
+            resume: whether to take over what an earlier run under the same conditions has left.
+        """
+        if self.figures.exists() or resume:
+            self._read(parser, resume=resume)
+        elif self.written.exists():
+            parser.error(f"--output: {self.written} is there, and nothing tells that it is a table of an earlier run")
+        print(f"the table goes to {self.written}, and all figures to {self.figures}", flush=True)
+
+    def _read(self, parser: argparse.ArgumentParser, *, resume: bool) -> None:
+        """Reads an earlier report; takes it over, without the rows that failed, if it is to be resumed."""
         if not self.figures.exists():
             return
         try:
             earlier = json.loads(self.figures.read_text())
             rows = [row | {name: tuple(row[name]) for name in ("switches",) if name in row} for row in earlier["rows"]]
+            is_ours = not self.written.exists() or self.written.read_text().startswith(f"{earlier['title']}\n")
         except (OSError, ValueError, TypeError, KeyError):
-            parser.error(f"--resume: {self.figures} is not what this command writes")
+            parser.error(f"--{'resume' if resume else 'output'}: {self.figures} is not what this command writes")
+        if not is_ours:
+            parser.error(f"--output: {self.written} is not the table of {self.figures}")
+        if not resume:
+            return
         for name in ("title", "settings"):
             if earlier.get(name) != self.facts[name]:
                 parser.error(f"--resume: {self.figures} is of {earlier.get(name)}, this run of {self.facts[name]}")

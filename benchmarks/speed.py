@@ -258,8 +258,7 @@ def main() -> None:
         return table(facts["rows"], facts["matrix_rate"])
 
     report = Report(args.output, facts, planned, summarized)
-    if args.resume:
-        report.resume(parser)
+    report.begin(parser, resume=args.resume)
     with base_flags(args) as flags:
         facts["operations_per_image"] = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
         jobs = [Job(one["gpus"], functools.partial(measure, report, one, flags, args)) for one in planned]

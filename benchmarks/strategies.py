@@ -52,6 +52,8 @@ def main() -> None:
     known = [strategy.name for strategy in STRATEGIES]
     if unknown := [name for name in args.only or () if name not in known]:
         parser.error(f"--only: there is no {unknown[0]}, but {', '.join(known)}")
+    if args.json and Path(args.json).exists():
+        parser.error(f"--json: {args.json} is there: name another file")
     rows, share = [], joined(shares()[: args.nproc])
     with base_flags(args) as flags:
         for strategy in STRATEGIES:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, Running, wait_for
+from harness import ROOT, Running, run, wait_for
 from PIL import Image
 
 from benchmarks import cards, commands, shares, speed, strategies
@@ -90,6 +90,34 @@ def refusal(benchmark, words: list, monkeypatch, capsys) -> str:
         benchmark.main()
     assert end.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_others_have_written_stays(tmp_path, monkeypatch, capsys):
+    """A report replaces one of its own kind alone; a model and figures of strategies go where nothing is."""
+    mine = {
+        "commands.md": "mine",
+        "other.json": '{"rows": 1}',
+        "figures.json": "mine",
+        "model/model_index.json": "mine",
+    }
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    command = ["benchmarks.commands", "--steps", 4, "--only", "colossalai", "--output"]
+    for benchmark, words, told in (
+        (commands, [*command, tmp_path / "commands"], "nothing tells that it is a table of an earlier run"),
+        (commands, [*command, tmp_path / "other"], "other.json is not what this command writes"),
+        (strategies, ["benchmarks.strategies", "--json", tmp_path / "figures.json"], "is there: name another file"),
+    ):
+        assert told in refusal(benchmark, words, monkeypatch, capsys)
+    done = run([sys.executable, "-m", "benchmarks.random_model", tmp_path / "model"], check=False)
+    assert done.returncode == 2 and "is no empty folder: name a new one" in done.stderr
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(mine)
+
+    figures = {"title": "a card", "settings": {}, "rows": []}
+    (tmp_path / "commands.json").write_text(json.dumps(figures))
+    assert "is not the table of" in refusal(commands, [*command, tmp_path / "commands"], monkeypatch, capsys)
 
 
 def test_strategies(tmp_path):

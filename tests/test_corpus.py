@@ -611,6 +611,13 @@ MODELS = {
         for part in ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
     },
     "model missing": Case({"pretrained_model_name_or_path": "./nowhere"}, "./nowhere is not a folder"),
+    "a model of one file missing": Case(
+        {"pretrained_model_name_or_path": "models/nowhere.safetensors"}, "nowhere.safetensors is not a folder"
+    ),
+    "class images that are enlarged": Case(
+        lambda folder, flags: with_class_images(content(), num_class_images=1)(folder, flags) | {"resolution": 64},
+        warning="1 of 1 image of the class has a side of less than 64 pixels, and is enlarged",
+    ),
     "model is a file": Case(file_for("pretrained_model_name_or_path"), "file is not a folder"),
     "model folder empty": Case(lambda folder, flags: {"pretrained_model_name_or_path": folder}, "input has no"),
     "model, endless name": Case({"pretrained_model_name_or_path": "/" + "x" * 5000}, "is not a folder"),

@@ -116,6 +116,8 @@ def test_what_accelerate_launch_asks_for_acts_or_is_told(script, flags):
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: no effect" in done.stderr
     done = train(script, flags | {"max_train_steps": 1, "mixed_precision": "no"}, env=asked)
     assert "precision no" in done.stdout
+    done = train(script, flags, env={"ACCELERATE_MIXED_PRECISION": "fp16"}, check=False)
+    assert "accelerate's mixed precision fp16 needs a CUDA GPU" in done.error_lines[0]
 
 
 def test_no_variable_of_accelerate_compiles_a_run(flags):

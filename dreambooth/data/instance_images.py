@@ -55,12 +55,13 @@ def find_instance_images(flags: InstanceFlags, place: Place, resolution: int | N
     return [dataclasses.replace(photo, prompt=photo.prompt or flags.instance_prompt) for photo in photos]
 
 
-def warn_of_small_images(photos: list[Photo], resolution: int) -> None:
-    """Tells of images of the subject that are enlarged: a photo in the wrong place, or a preview, is one.
+def warn_of_small_images(photos: list[Photo], resolution: int, what: str = "subject") -> None:
+    """Tells of images that are enlarged: a photo in the wrong place, or a preview, is one.
 
     Args:
         photos: with their facts.
         resolution: of the training images, in pixels.
+        what: they are of, for what is told.
     """
     small = [photo for photo in photos if min(photo.facts.size) < resolution]
     if small:
@@ -68,7 +69,7 @@ def warn_of_small_images(photos: list[Photo], resolution: int) -> None:
         width, height = smallest.facts.size
         has, are = ("has", "is") if len(small) == 1 else ("have", "are")
         warn(
-            f"{len(small)} of {counted(len(photos), 'image')} of the subject {has} a side of less than {resolution} "
+            f"{len(small)} of {counted(len(photos), 'image')} of the {what} {has} a side of less than {resolution} "
             f"pixels, and {are} enlarged: {smallest.name} has {width} x {height}"
         )
 

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_lo
 
 from dreambooth.command_line.console import UserError, warn
 from dreambooth.command_line.flags import ModelFlags
-from dreambooth.command_line.paths import is_model_file
+from dreambooth.command_line.paths import MODEL_FILES, is_model_file
 from dreambooth.model.components import choose, load_tokenizer, loading, part_folder, without_weights
 from dreambooth.model.family import Family
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
@@ -268,7 +268,7 @@ def find_folder(
     if is_model_file(name):
         folder = _unpacked(name, flag, configuration)
     elif not os.path.isdir(folder):
-        if os.path.isfile(folder) or not can_be_hub_id(name):
+        if os.path.isfile(folder) or not can_be_hub_id(name) or name.lower().endswith(MODEL_FILES):
             raise UserError(f"{flag} {name} is not a folder, nor a .safetensors file")
         folder = _download(name, flag, elsewhere, revision, variant)
     has_index = (folder / INDEX).is_file()

@@ -23,12 +23,13 @@ def choose_precision(requested: str | None) -> str:
     Raises:
         UserError: if the machine cannot run what was requested.
     """
+    asked_by = "--mixed_precision"
     of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if requested is None and of_launcher != "no":
         if of_launcher not in DTYPES:
             raise UserError(f"accelerate's configuration asks for mixed precision {of_launcher}: use fp16 or bf16")
-        requested = of_launcher
-    _check_machine("--mixed_precision", requested)
+        requested, asked_by = of_launcher, "accelerate's mixed precision"
+    _check_machine(asked_by, requested)
     if not torch.cuda.is_available():
         return requested or "no"
     return requested or ("bf16" if _has_bf16() else "fp16")

@@ -100,6 +100,8 @@ def weight_files(folder: Path, weights: Weights) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing, which {weights.file} names")
+        if not os.access(folder / name, os.R_OK):
+            raise ValueError(f"{name} cannot be read: its permissions are others'")
         try:
             with safe_open(folder / name, framework="pt"):  # compares the file's size with what its header says
                 pass

@@ -306,7 +306,7 @@ def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
     if not prior.with_prior_preservation:
         return []
     dtype = sampling_dtype(run.precision, prior.prior_generation_precision)
-    return generate_class_images(
+    images = generate_class_images(
         prior,
         flags.instance,
         flags.model,
@@ -320,6 +320,8 @@ def prepare_class_images(run: Run, model: PreparedModel) -> list[Photo]:
         replays=flags.training.cuda_graphs != "off" and no_kernels() is None,
         dry_run=flags.training.dry_run,
     )
+    warn_of_small_images(images, run.resolution, "class")
+    return images
 
 
 @dataclass(frozen=True)
