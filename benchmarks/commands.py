@@ -219,15 +219,17 @@ def words_of(command: Command, flags: dict) -> list[str]:
 
     Args:
         command: which.
-        flags: of every run (see base_flags). Its images go beside their photos, and stay for others; those that it
-            draws itself go beside its output folder.
+        flags: of every run (see base_flags). Images are beside their photos, for all; those that the command itself
+            is to draw will be beside its output folder.
     """
     resolution, folder = flags["resolution"], Path(flags["instance_data_dir"]).parent
-    drawn = flags["output_dir"].with_name("class_images")
-    there = None if command.draws else image_folder(folder, command.class_images, resolution, resolution)
+    if command.draws:
+        class_data_dir = flags["output_dir"].with_name("class_images")
+    else:
+        class_data_dir = image_folder(folder, command.class_images, resolution, resolution)
     of_run = {
         "instance_data_dir": image_folder(folder, command.photos, 3 * resolution, 4 * resolution),
-        "class_data_dir": there or drawn,
+        "class_data_dir": class_data_dir,
         "class_prompt": "a photo of dog",
         "num_class_images": command.class_images,
         "prior_loss_weight": 1.0,

@@ -114,6 +114,7 @@ if __name__ == "__main__":
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     arguments = parser.parse_args()
-    if (folder := Path(arguments.folder)).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(arguments.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         parser.error(f"{folder} is there, and is no empty folder: name a new one")
     build(arguments.folder, arguments.shape, arguments.prediction_type, arguments.seed)

@@ -15,11 +15,19 @@ class Report:
         facts: "title", "settings", and the empty "rows"; what else there is goes into the file.
         planned: for each row to come, in the order of the table, what it is known by.
         table: returns the facts as Markdown.
+        chart: file of the same figures that the benchmark draws; None if it draws none.
     """
 
-    def __init__(self, output: Path, facts: dict, planned: Sequence[dict], table: Callable[[dict], str]):
+    def __init__(
+        self,
+        output: Path,
+        facts: dict,
+        planned: Sequence[dict],
+        table: Callable[[dict], str],
+        chart: Path | None = None,
+    ):
         self.facts, self.planned, self.table = facts, list(planned), table
-        self.figures, self.written = output.with_suffix(".json"), output.with_suffix(".md")
+        self.figures, self.written, self.chart = output.with_suffix(".json"), output.with_suffix(".md"), chart
         self._earlier, self._lock = 0, threading.Lock()
 
     @property
@@ -33,30 +41,35 @@ class Report:
             parser: for what is wrong.
             resume: whether to take over what an earlier run under the same conditions has left.
         """
-        if self.figures.exists() or resume:
-            self._read(parser, resume=resume)
-        elif self.written.exists():
-            parser.error(f"--output: {self.written} is there, and nothing tells that it is a table of an earlier run")
+        earlier = self._earlier_facts(parser, "resume" if resume else "output")
+        there = [file for file in (self.written, self.chart) if file is not None and file.exists()]
+        if there and not earlier:
+            told = "nothing tells that it is a table of an earlier run, or its chart"
+            parser.error(f"--output: {there[0]} is there, and {told}")
+        if self.written in there and not self.written.read_bytes().startswith(f"{earlier['title']}\n".encode()):
+            parser.error(f"--output: {self.written} is not the table of {self.figures}")
+        if earlier and resume:
+            self._take_over(earlier, parser)
         print(f"the table goes to {self.written}, and all figures to {self.figures}", flush=True)
 
-    def _read(self, parser: argparse.ArgumentParser, *, resume: bool) -> None:
-        """Reads an earlier report; takes it over, without the rows that failed, if it is to be resumed."""
+    def _earlier_facts(self, parser: argparse.ArgumentParser, flag: str) -> dict | None:
+        """Returns what an earlier report has written; None if there is none. `flag` is the one to blame."""
         if not self.figures.exists():
-            return
+            return None
         try:
             earlier = json.loads(self.figures.read_text())
             rows = [row | {name: tuple(row[name]) for name in ("switches",) if name in row} for row in earlier["rows"]]
-            is_ours = not self.written.exists() or self.written.read_text().startswith(f"{earlier['title']}\n")
+            return earlier | {"title": earlier["title"], "rows": rows}
         except (OSError, ValueError, TypeError, KeyError):
-            parser.error(f"--{'resume' if resume else 'output'}: {self.figures} is not what this command writes")
-        if not is_ours:
-            parser.error(f"--output: {self.written} is not the table of {self.figures}")
-        if not resume:
-            return
+            parser.error(f"--{flag}: {self.figures} is not what this command writes")
+
+    def _take_over(self, earlier: dict, parser: argparse.ArgumentParser) -> None:
+        """Adds the rows of an earlier report, but those that failed."""
         for name in ("title", "settings"):
             if earlier.get(name) != self.facts[name]:
                 parser.error(f"--resume: {self.figures} is of {earlier.get(name)}, this run of {self.facts[name]}")
-        self.facts |= earlier | {"rows": [row for row in rows if not {"failed", "bare_failed"} & row.keys()]}
+        rows = [row for row in earlier["rows"] if not {"failed", "bare_failed"} & row.keys()]
+        self.facts |= earlier | {"rows": rows}
         self._earlier = len(self.rows)
 
     def find(self, known_by: dict) -> dict | None:

@@ -257,13 +257,13 @@ def main() -> None:
         summarize(facts["rows"], args.warm_up, facts["operations_per_image"], facts["matrix_rate"])
         return table(facts["rows"], facts["matrix_rate"])
 
-    report = Report(args.output, facts, planned, summarized)
+    report = Report(args.output, facts, planned, summarized, chart=args.output.with_suffix(".png"))
     report.begin(parser, resume=args.resume)
     with base_flags(args) as flags:
         facts["operations_per_image"] = operations_per_image(flags["pretrained_model_name_or_path"], args.resolution)
         jobs = [Job(one["gpus"], functools.partial(measure, report, one, flags, args)) for one in planned]
         carry_out(jobs, shares(), side_by_side=args.side_by_side)
-    draw(report.rows, facts["title"], args.output.with_suffix(".png"), on_gpus=facts["matrix_rate"] is not None)
+    draw(report.rows, facts["title"], report.chart, on_gpus=facts["matrix_rate"] is not None)
     print(summarized(facts))
     if any("failed" in row or "bare_failed" in row for row in report.rows):
         sys.exit(1)

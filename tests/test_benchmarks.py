@@ -115,6 +115,11 @@ def test_what_others_have_written_stays(tmp_path, monkeypatch, capsys):
     assert {name: (tmp_path / name).read_text() for name in mine} == mine
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(mine)
 
+    words = [*command, tmp_path / "commands", "--resume"]
+    assert "nothing tells that it is a table" in refusal(commands, words, monkeypatch, capsys)
+    (tmp_path / "speed.png").write_text("mine")
+    words = ["benchmarks.speed", "--output", tmp_path / "speed", "--resume"]
+    assert "speed.png is there" in refusal(speed, words, monkeypatch, capsys)
     figures = {"title": "a card", "settings": {}, "rows": []}
     (tmp_path / "commands.json").write_text(json.dumps(figures))
     assert "is not the table of" in refusal(commands, [*command, tmp_path / "commands"], monkeypatch, capsys)

@@ -614,10 +614,6 @@ MODELS = {
     "a model of one file missing": Case(
         {"pretrained_model_name_or_path": "models/nowhere.safetensors"}, "nowhere.safetensors is not a folder"
     ),
-    "class images that are enlarged": Case(
-        lambda folder, flags: with_class_images(content(), num_class_images=1)(folder, flags) | {"resolution": 64},
-        warning="1 of 1 image of the class has a side of less than 64 pixels, and is enlarged",
-    ),
     "model is a file": Case(file_for("pretrained_model_name_or_path"), "file is not a folder"),
     "model folder empty": Case(lambda folder, flags: {"pretrained_model_name_or_path": folder}, "input has no"),
     "model, endless name": Case({"pretrained_model_name_or_path": "/" + "x" * 5000}, "is not a folder"),
@@ -818,6 +814,10 @@ FLAGS = {
     "resolution below the factor": Case({"resolution": 1}, "--resolution 1 is not a multiple of 2"),
     "photos that are enlarged": Case(
         {"resolution": 64}, warning="have a side of less than 64 pixels, and are enlarged"
+    ),
+    "class images that are enlarged": Case(
+        lambda folder, flags: with_class_images(content(), num_class_images=1)(folder, flags) | {"resolution": 64},
+        warning="1 of 1 image of the class has a side of less than 64 pixels, and is enlarged",
     ),
     "a long validation prompt": Case(
         {"validation_prompt": "dog " * 100, "num_validation_images": 1},

@@ -59,7 +59,7 @@ from dreambooth.processes.threads import MAX_THREADS, cores_of
 
 # Writing an image takes a second; a file that is still not whole so long after is of a run that was killed.
 STALE_AFTER_S = 3600
-WORTH_RECORDING = 5  # batches; a recording takes as long as it saves in one or two
+WORTH_RECORDING = 5  # batches, from which on the UNet is recorded; fewer do not take long
 STAND_IN = "~ a class image to be generated"  # behind those that there are, by its name
 PARTIAL_IMAGE = re.compile(rf"\.\d{{5,}}\.png(\.\d+-[0-9a-f]+)?{re.escape(PARTIAL)}")
 VALUES_OF_A_WEIGHT = 64

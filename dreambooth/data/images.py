@@ -18,7 +18,7 @@ import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import functional as F
 
-from dreambooth.command_line.console import UserError, warn
+from dreambooth.command_line.console import UserError, counted, warn
 from dreambooth.command_line.flags import PriorFlags
 from dreambooth.command_line.paths import partial_name, write_through
 from dreambooth.processes.environment import Place
@@ -375,6 +375,25 @@ class NotFinite(ValueError):
     def __init__(self, index: int):
         super().__init__(f"image {index} has pixels that are not finite")
         self.index = index
+
+
+def warn_of_small_images(photos: list[Photo], resolution: int, what: str = "subject") -> None:
+    """Tells of images that are enlarged: a photo in the wrong place, or a preview, is one.
+
+    Args:
+        photos: with their facts.
+        resolution: of the training images, in pixels.
+        what: they are of, for what is told.
+    """
+    small = [photo for photo in photos if min(photo.facts.size) < resolution]
+    if small:
+        smallest = min(small, key=lambda photo: min(photo.facts.size))
+        width, height = smallest.facts.size
+        has, are = ("has", "is") if len(small) == 1 else ("have", "are")
+        warn(
+            f"{len(small)} of {counted(len(photos), 'image')} of the {what} {has} a side of less than {resolution} "
+            f"pixels, and {are} enlarged: {smallest.name} has {width} x {height}"
+        )
 
 
 def pictures_of(images: np.ndarray) -> list[Image.Image]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from dreambooth.command_line.console import UserError, counted, first_line, is_blank, is_utf_8, say, warn
+from dreambooth.command_line.console import UserError, first_line, is_blank, is_utf_8, say, warn
 from dreambooth.command_line.flags import InstanceFlags
 from dreambooth.data.images import IMAGE_SUFFIXES, Photo, find_images, images_to_use, list_images, look_at
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
@@ -53,25 +53,6 @@ def find_instance_images(flags: InstanceFlags, place: Place, resolution: int | N
         bare = next(photo.name for photo in photos if not photo.prompt)
         raise UserError(f"{bare} has no caption: give it one, or all without one an --instance_prompt")
     return [dataclasses.replace(photo, prompt=photo.prompt or flags.instance_prompt) for photo in photos]
-
-
-def warn_of_small_images(photos: list[Photo], resolution: int, what: str = "subject") -> None:
-    """Tells of images that are enlarged: a photo in the wrong place, or a preview, is one.
-
-    Args:
-        photos: with their facts.
-        resolution: of the training images, in pixels.
-        what: they are of, for what is told.
-    """
-    small = [photo for photo in photos if min(photo.facts.size) < resolution]
-    if small:
-        smallest = min(small, key=lambda photo: min(photo.facts.size))
-        width, height = smallest.facts.size
-        has, are = ("has", "is") if len(small) == 1 else ("have", "are")
-        warn(
-            f"{len(small)} of {counted(len(photos), 'image')} of the {what} {has} a side of less than {resolution} "
-            f"pixels, and {are} enlarged: {smallest.name} has {width} x {height}"
-        )
 
 
 def _of_folder(flags: InstanceFlags, place: Place, resolution: int | None) -> tuple[list[Photo], bool]:

@@ -93,12 +93,13 @@ class DrawingDevice:
                     self._is_placed = True
                 return images(self.pipeline)
             except Exception as error:
-                # One that fails may not say that it was for want of memory, and the images do not need it.
-                was_recording = self._ways[0] is _replayed and isinstance(error, RuntimeError)
-                if len(self._ways) == 1 or not (was_recording or is_out_of_gpu_memory(error)):
+                # A recording that fails may not say that it was for want of memory; images do not need it anyway.
+                if self._ways[0] is _replayed and isinstance(error, RuntimeError):
+                    why = f"the UNet cannot be recorded ({first_line(error)})"
+                elif len(self._ways) > 1 and is_out_of_gpu_memory(error):
+                    why = "the GPU has no room for the whole model"
+                else:
                     raise
-                no_room = "the GPU has no room for the whole model"
-                why = f"the UNet cannot be recorded ({first_line(error)})" if was_recording else no_room
             # The error held on to all that was computed with.
             self._ways.pop(0)
             self._is_placed = False

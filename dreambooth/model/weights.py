@@ -101,7 +101,7 @@ def weight_files(folder: Path, weights: Weights) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing, which {weights.file} names")
         if not os.access(folder / name, os.R_OK):
-            raise ValueError(f"{name} cannot be read: its permissions are others'")
+            raise ValueError(f"{name} cannot be read: this user has no permission to")
         try:
             with safe_open(folder / name, framework="pt"):  # compares the file's size with what its header says
                 pass

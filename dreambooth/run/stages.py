@@ -13,8 +13,8 @@ from dreambooth.command_line.console import counted, doing, say, warn
 from dreambooth.command_line.flags import Flags, ModelFlags, TrainingFlags
 from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import STAND_IN, check_class_images, check_origins, generate_class_images
-from dreambooth.data.images import Photo, facts_of_all, images_per_epoch
-from dreambooth.data.instance_images import find_instance_images, warn_of_small_images
+from dreambooth.data.images import Photo, facts_of_all, images_per_epoch, warn_of_small_images
+from dreambooth.data.instance_images import find_instance_images
 from dreambooth.data.latents import cache_latents
 from dreambooth.data.samples import DreamBoothDataset, build_dataset, build_loader
 from dreambooth.data.schedule import Schedule, plan
