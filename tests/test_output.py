@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import stat
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -282,6 +283,34 @@ def test_a_second_run_replaces_its_own_files_alone(script, flags, tiny_model):
 
 
 # Whatever ends a run -------------------------------------------------------------------------------------------------
+
+
+def test_files_go_to_the_disk_while_others_are_written(tmp_path, monkeypatch):
+    """And not all at the end; what the disk says of them then is told, since it says so once."""
+    old = write(tmp_path / "checkpoint-3", {"weights": "old"})
+    flushed, flush = threading.Event(), folders.flush
+
+    def flush_and_tell(path: Path) -> None:
+        flush(path)
+        if path.name == "first":
+            flushed.set()
+
+    monkeypatch.setattr(folders, "flush", flush_and_tell)
+    with folders.written_whole(tmp_path / "checkpoint-2", 0) as partial:
+        write(partial, {"first": "weights"})
+        assert flushed.wait(20)
+
+    def fail_once(path: Path) -> None:
+        if path.name == "first" and not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    failed = threading.Event()
+    monkeypatch.setattr(folders, "flush", fail_once)
+    with pytest.raises(RunError, match="Input/output error"), folders.written_whole(old, 0) as partial:
+        write(partial, {"first": "weights"})
+        assert failed.wait(20)
+    assert files_in(tmp_path) == {"checkpoint-2/first": b"weights", "checkpoint-3/weights": b"old"}
 
 
 def test_killed_at_any_moment_one_checkpoint_of_the_name_is_whole(tmp_path):

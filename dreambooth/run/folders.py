@@ -10,7 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,6 +24,7 @@ from dreambooth.processes.ranks import from_rank_0
 MARK = ".dreambooth"
 PARTIAL, OLD = "partial", "old"  # a folder that is not whole, or not any more; one that another is to replace
 HIDDEN = re.compile(rf"\.(.+)\.[0-9a-f]{{8}}\.({PARTIAL}|{OLD})")
+FLUSHED_EVERY_S = 0.1  # while a folder is written
 
 _locks: dict[tuple[int, int], int] = {}  # open files by (device, inode)
 
@@ -119,7 +122,8 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial).free
         if free < size:
             raise OSError(f"only {readable(free)} are free")
-        yield partial
+        with flushed_meanwhile(partial):
+            yield partial
         for path in [*partial.rglob("*"), partial]:
             _finish(path)
         if os.path.lexists(folder):
@@ -149,6 +153,30 @@ def written_by_all(folder: Path, size: int) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         yield from_rank_0(lambda: stack.enter_context(written_whole(folder, size)))
         from_rank_0(stack.close)
+
+
+@contextlib.contextmanager
+def flushed_meanwhile(folder: Path) -> Iterator[None]:
+    """Has the files of a folder go to the disk while they are written, so that little is left to wait for at the end.
+
+    Raises:
+        OSError: as it ends, what the disk has said meanwhile: it tells each error once.
+    """
+    written = threading.Event()
+
+    def flush_all() -> None:
+        while not written.wait(FLUSHED_EVERY_S):
+            with contextlib.suppress(FileNotFoundError):  # a file that was there for a moment
+                for path in folder.rglob("*"):
+                    flush(path)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush_all)
+        try:
+            yield
+        finally:
+            written.set()
+    flushing.result()
 
 
 def _finish(path: Path) -> None:
