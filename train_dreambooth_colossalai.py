@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with doing("training"):
             train(training, samples.steps, loss_by(run, model, strategy.weights_dtype), callbacks, run.first_step)
         save(run, model, training, callbacks.tracker)
-    publish(run)
+    publish(run, model)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import memory
-from benchmarks.commands import CardMemory
+from benchmarks.card_memory import CardMemory
 from benchmarks.report import Report
 from benchmarks.runs import (
     Strategy,

@@ -18,7 +18,6 @@ from dreambooth.command_line.console import before_imports, run_program
 before_imports(__name__)
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -28,19 +27,17 @@ import shlex
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.card_memory import CardMemory
+from benchmarks.photos import image_folder
 from benchmarks.report import Report
 from benchmarks.runs import base_flags, build_parser, in_a_folder, output_dir_of_its_own, side_by_side_flag
 from benchmarks.shares import Job, Share, carry_out, shares
@@ -55,13 +52,9 @@ LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     + ["--dynamo_backend", "no"],
 }
-MIB_PER_GIB = 1024
 # Class images that the README's command asks for; fewer where a run does not come to see so many.
 CLASS_IMAGES, FEWEST_CLASS_IMAGES = 200, 8
 SPAN, FEWEST_STEPS = 10, 4  # steps; see seconds_per_step
-POLLED_EVERY_S = 0.2
-# Of contrast, from each size of detail to the half of it: JPEGs then take 0.2 bytes a pixel, as photographs do.
-FALL = 0.7
 LOG_KEPT = 6000  # characters of what a failed command said
 
 
@@ -189,31 +182,6 @@ def plan(commands: list[Command], peer: Path | None) -> list[list[Command]]:
     return list(groups.values())
 
 
-def draw_image(pixels: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Returns an image whose detail falls off with its frequency as in photographs, so that it compresses like one."""
-    image = torch.zeros(1, 3, height, width)
-    side, weight = 3, 1.0
-    while side <= max(width, height):
-        grey = pixels.standard_normal((1, 1, side, side), dtype=np.float32)
-        colour = pixels.standard_normal((1, 3, side, side), dtype=np.float32)
-        coarse = torch.from_numpy(weight * (grey + 0.3 * colour))
-        image += F.interpolate(coarse, (height, width), mode="bicubic")
-        side, weight = side * 2, weight * FALL
-    levels = (118 + 50 * (image / image.std())[0].permute(1, 2, 0)).clamp(0, 255)
-    return Image.fromarray(levels.to(torch.uint8).numpy())
-
-
-def image_folder(folder: Path, count: int, width: int, height: int) -> Path:
-    """Returns a folder of so many JPEGs, drawn unless they are there."""
-    folder = folder / f"{count}-of-{width}x{height}"
-    if not folder.exists():
-        folder.mkdir()
-        pixels = np.random.default_rng(0)
-        for number in range(count):
-            draw_image(pixels, width, height).save(folder / f"{number:03}.jpg", quality=90)
-    return folder
-
-
 def words_of(command: Command, flags: dict) -> list[str]:
     """Returns the words of a command, the interpreter first.
 
@@ -241,48 +209,6 @@ def words_of(command: Command, flags: dict) -> list[str]:
     valued = [f"--{name}={value}" for name, value in (flags | of_run).items()]
     launched = [sys.executable, *LAUNCHERS[command.launcher], command.script]
     return [*launched, "--with_prior_preservation", *valued, *command.switches, *command.own]
-
-
-class CardMemory:
-    """Asks nvidia-smi, time and again while it is entered, how much memory of a GPU is in use.
-
-    That counts what a process takes beside torch's allocator too, and is the same for all programs.
-
-    Args:
-        gpus: names of GPUs, of which the first is asked for; none on a machine without.
-    """
-
-    def __init__(self, gpus: Sequence[str]):
-        self.gpus = gpus
-        self.ended = threading.Event()
-        self.used: list[int] = []  # MiB
-        self.thread = threading.Thread(target=self._poll, daemon=True)
-
-    def _poll(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        query.append(f"--id={self.gpus[0]}")
-        while not self.ended.is_set():
-            with contextlib.suppress(OSError, ValueError):  # one answer that does not come is not missed
-                self.used.append(int(subprocess.run(query, capture_output=True, text=True).stdout))
-            self.ended.wait(POLLED_EVERY_S)
-
-    def __enter__(self) -> "CardMemory":
-        if self.gpus:
-            self.thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.ended.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-    @property
-    def peak_gib(self) -> float | None:
-        """The most that was in use beyond what others use: the least; None where nobody answered.
-
-        At its start a command has nothing on the card, while the one before it may still be leaving.
-        """
-        return (max(self.used) - min(self.used)) / MIB_PER_GIB if self.used else None
 
 
 def reason(log: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from harness import ROOT, Running, run, wait_for
 from PIL import Image
 
-from benchmarks import cards, commands, shares, speed, strategies
+from benchmarks import card_memory, cards, commands, shares, speed, strategies
 from benchmarks.runs import output_dir_of_its_own
 
 IN_FORKS = "subprocess.Popen = Forked"
@@ -349,13 +349,13 @@ def test_memory_of_the_card(tmp_path, monkeypatch):
     smi.write_text(f"#!/bin/sh\nhead -n 1 {answers}; sed -i 1d {answers}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(commands, "POLLED_EVERY_S", 0.01)
-    with commands.CardMemory(["GPU-0"]) as memory:
+    monkeypatch.setattr(card_memory, "POLLED_EVERY_S", 0.01)
+    with card_memory.CardMemory(["GPU-0"]) as memory:
         while answers.read_text():
             time.sleep(0.01)
     assert memory.peak_gib == 2
     monkeypatch.setenv("PATH", "")
-    with commands.CardMemory(["GPU-0"]) as memory:
+    with card_memory.CardMemory(["GPU-0"]) as memory:
         time.sleep(0.05)
     assert memory.peak_gib is None
 

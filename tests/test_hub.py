@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,9 +13,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from harness import COLOSSALAI, TRADITIONAL, train
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from dreambooth.run.upload import model_card
 
@@ -208,6 +211,18 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, hub_env, flags)
     flags |= {"push_to_hub": True, "hub_token": TOKEN, "hub_private_repo": True}
     done = train(COLOSSALAI, flags, env=hub_env, check=False)
     assert done.returncode == 2 and "--hub_private_repo: someone/out is there, and is public" in done.error_lines[0]
+
+
+def test_a_run_that_is_refused_leaves_no_repository(hub, hub_env, flags, tmp_path):
+    """Though that is found out only when the model is loaded."""
+    shutil.copytree(flags["pretrained_model_name_or_path"], tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_in.bias": weights["conv_in.bias"] * torch.nan}, file, {"format": "pt"})
+    flags |= {"push_to_hub": True, "hub_token": TOKEN, "pretrained_model_name_or_path": tmp_path / "model"}
+    done = train(COLOSSALAI, flags, env=hub_env, check=False)
+    assert done.returncode == 2 and "conv_in.bias is not finite" in done.error_lines[0]
+    assert hub.created == {}
 
 
 def test_a_model_that_is_not_there_is_one_line(hub, hub_env, flags):

@@ -288,20 +288,6 @@ def test_kernels_that_are_not_compiled_ahead_are_left(trouble, tmp_path, monkeyp
     assert (ahead.compiler and ahead.compiler.wait(20)) == statuses.get(trouble)
 
 
-def test_the_compiler_of_kernels_is_left_cores():
-    """Threads of torch's that share a core with it would hold up all others."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(6)
-        KernelsAhead(wanted=False)
-        assert torch.get_num_threads() == 6
-        ahead = KernelsAhead(wanted=True)
-        assert torch.get_num_threads() == 3
-        ahead.compiler.kill()
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_the_compiler_of_kernels_ends_with_the_trainer():
     """Which may be killed before it has said what is to be compiled."""
     ahead = KernelsAhead(wanted=True)

@@ -21,6 +21,7 @@ from transformers import CLIPTokenizerFast
 
 from benchmarks import random_model
 from dreambooth.command_line.console import UserError
+from dreambooth.model import components
 from dreambooth.model.components import load_tokenizer, warn_of_dropout
 from dreambooth.model.folder import find_folder
 from dreambooth.model.pipeline import load_part, load_pipeline, settings_in
@@ -34,6 +35,23 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 def model(tiny_model, tmp_path):
     """A model to change."""
     return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_other_processes_have_cores_while_weights_are_checked(tiny_model, monkeypatch):
+    """Torch has its threads back afterwards."""
+    threads, seen = torch.get_num_threads(), set()
+
+    def check(weights: torch.Tensor) -> bool:
+        seen.add(torch.get_num_threads())
+        return True
+
+    monkeypatch.setattr(components, "all_finite", check)
+    try:
+        torch.set_num_threads(6)
+        load_part(STABLE_DIFFUSION, "vae", tiny_model)
+        assert seen == {3} and torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_dropout_is_told(tiny_model, capfd):

@@ -11,13 +11,15 @@ import signal
 import stat
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from harness import COLOSSALAI, TRADITIONAL, train, unet_weights
+from harness import COLOSSALAI, TRADITIONAL, train, unet_weights, wait_for
 from safetensors.torch import load_file
 
 from dreambooth.command_line.console import RunError, UserError
@@ -311,6 +313,52 @@ def test_files_go_to_the_disk_while_others_are_written(tmp_path, monkeypatch):
         write(partial, {"first": "weights"})
         assert failed.wait(20)
     assert files_in(tmp_path) == {"checkpoint-2/first": b"weights", "checkpoint-3/weights": b"old"}
+
+
+@pytest.mark.parametrize("place", ["among the files", "around the folder"])
+def test_where_the_disk_fails_at_the_end_what_was_there_is_back(place, tmp_path, monkeypatch):
+    """Also when the new folder has its name already, and only that may not be on the disk."""
+    old = write(tmp_path / "checkpoint-3", {"weights": "old"})
+    flush = folders.flush
+
+    def fail(path: Path) -> None:
+        if path == tmp_path if place == "around the folder" else path.name == "weights":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(path)
+
+    monkeypatch.setattr(folders, "flush", fail)
+    with pytest.raises(RunError, match="Input/output error"), folders.written_whole(old, 0) as partial:
+        write(partial, {"weights": "new"})
+    assert files_in(tmp_path) == {"checkpoint-3/weights": b"old"}
+
+
+def test_an_interrupt_does_not_wait_for_what_is_removed(tmp_path, monkeypatch):
+    """Nor for a thread that nobody tells to end, if it comes just as that has begun."""
+    flushed, submit = [], ThreadPoolExecutor.submit
+
+    def slow(path: Path) -> None:
+        flushed.append(path)
+        time.sleep(0.5)
+
+    def interrupted(pool: ThreadPoolExecutor, work: Callable) -> None:
+        submit(pool, work)
+        raise KeyboardInterrupt
+
+    def write_nothing() -> None:
+        with pytest.raises(KeyboardInterrupt), folders.written_whole(tmp_path / "checkpoint-4", 0):
+            pass
+
+    monkeypatch.setattr(folders, "flush", slow)
+    with pytest.raises(KeyboardInterrupt), folders.written_whole(tmp_path / "checkpoint-3", 0) as partial:
+        write(partial, {str(number): "weights" for number in range(20)})
+        wait_for(lambda: flushed)
+        raise KeyboardInterrupt
+    assert len(flushed) < 10
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    writes = threading.Thread(target=write_nothing, daemon=True)
+    writes.start()
+    writes.join(20)
+    assert not writes.is_alive()
 
 
 def test_killed_at_any_moment_one_checkpoint_of_the_name_is_whole(tmp_path):

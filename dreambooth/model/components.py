@@ -22,6 +22,7 @@ from dreambooth.command_line.paths import PICKLES, content_of
 from dreambooth.model.libraries import name_in_file
 from dreambooth.model.precision import all_finite
 from dreambooth.model.weights import Weights, choose_weights, stored_dtype, weight_files
+from dreambooth.processes.threads import cores_left_over
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # The functions of torch that fill a weight with its first numbers, and return it.
@@ -138,11 +139,12 @@ def load_component(
         )
         if info["missing_keys"]:
             raise UserError(f"{folder} has no weights for {min(info['missing_keys'])}")
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:  # an index that is wrong
-            raise UserError(f"{folder} has no weights for {name}")
-        if not all_finite(parameter):
-            raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
+    with cores_left_over():
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:  # an index that is wrong
+                raise UserError(f"{folder} has no weights for {name}")
+            if not all_finite(parameter):
+                raise UserError(f"the weights in {folder} are damaged: {name} is not finite everywhere")
     return module
 
 

@@ -59,11 +59,10 @@ def sizes_of(unet: UNet2DConditionModel) -> dict[str, list]:
 class KernelsAhead:
     """The kernels of recorded steps (see `Denoiser.record`), in Triton's cache before they are wanted.
 
-    The program that compiles them starts at once, and imports its libraries until it is told what to compile. From
-    then on torch has half of its threads in this process. The program ends with this process, or soon after. What it
-    cannot compile it does not tell: that fails again where it is needed, and is told there. What is launched there
-    otherwise than here, and so is another kernel to Triton, is compiled there: with memory that is aligned otherwise,
-    say.
+    The program that compiles them starts at once, and imports its libraries until it is told what to compile. It ends
+    with this process, or soon after. What it cannot compile it does not tell: that fails again where it is needed, and
+    is told there. What is launched there otherwise than here, and so is another kernel to Triton, is compiled there:
+    with memory that is aligned otherwise, say.
 
     Args:
         wanted: whether there are going to be recorded steps with these kernels; else nothing is done.
@@ -79,8 +78,6 @@ class KernelsAhead:
         quiet = {name: subprocess.DEVNULL for name in ("stdout", "stderr")}
         with contextlib.suppress(OSError):  # of a machine that starts no more processes
             self.compiler = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, text=True, **quiet)
-            # Threads of OpenMP wait for each other, and one whose core the compiler has holds up all.
-            torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
     def compile(
         self,

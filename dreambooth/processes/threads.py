@@ -1,10 +1,13 @@
-"""Work in threads of this process, on what lets go of Python's lock: reading and decoding images."""
+"""Work in threads of this process, on what lets go of Python's lock: reading and decoding images; and torch's own."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
 
 from dreambooth.command_line.console import is_rank_0, progress
 from dreambooth.processes.environment import Place
@@ -17,6 +20,21 @@ SHOWN_FROM = 500  # items, which are done in a moment below that
 def cores_of(place: Place) -> int:
     """Returns how many of the cores that this machine's processes may use are one process's share."""
     return max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+
+
+@contextlib.contextmanager
+def cores_left_over() -> Iterator[None]:
+    """Within it torch has half of its threads on the CPU.
+
+    They wait for each other after each operation: one whose core another process takes, such as the compiler of
+    kernels, holds up all.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def ahead(items: Iterator[Item], count: int = 2) -> Iterator[Item]:

@@ -130,7 +130,11 @@ def written_whole(folder: Path, size: int) -> Iterator[Path]:
             (folder / MARK).touch()
             os.rename(folder, old)
         os.rename(partial, folder)
-        flush(folder.parent)
+        try:
+            flush(folder.parent)
+        except OSError:
+            os.rename(folder, partial)  # so that the one before can come back
+            raise
         (folder / MARK).unlink()
         if old.exists():
             discard(old)
@@ -168,11 +172,13 @@ def flushed_meanwhile(folder: Path) -> Iterator[None]:
         while not written.wait(FLUSHED_EVERY_S):
             with contextlib.suppress(FileNotFoundError):  # a file that was there for a moment
                 for path in folder.rglob("*"):
+                    if written.is_set():  # what is left is flushed with all else, or removed
+                        return
                     flush(path)
 
     with ThreadPoolExecutor(1) as pool:
-        flushing = pool.submit(flush_all)
         try:
+            flushing = pool.submit(flush_all)
             yield
         finally:
             written.set()

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -118,7 +118,6 @@ class Run:
         schedule: of steps and samples.
         base: Hub id by which anybody has the model that is trained; None without, and where flags change it.
         settings: that a run has to share to go on from this one's checkpoints; the stages add theirs.
-        repo_id: on the Hub, for the upload; None for none.
     """
 
     flags: Flags
@@ -135,7 +134,6 @@ class Run:
     schedule: Schedule
     base: str | None
     settings: dict = field(default_factory=dict)
-    repo_id: str | None = None
 
     @property
     def first_step(self) -> int:
@@ -188,7 +186,7 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     run.settle("settings", settings)
     if checkpoint is not None and checkpoint.step == schedule.steps:
         say(f"{checkpoint.folder} has all steps of the run: nothing is left to train")
-    return run if flags.training.dry_run else replace(run, repo_id=prepare_hub(flags.output))
+    return run
 
 
 def _warn_of_length(flags: Flags, schedule: Schedule) -> None:
@@ -216,19 +214,24 @@ class PreparedModel(Model):
         adapters: that these have, and that are trained instead of them; None without.
         load_pipeline: returns the whole pipeline anew, of a dtype, with some parts replaced.
         sizes: of what the run writes.
+        repo_id: on the Hub, where it goes; None for none.
     """
 
     trained: tuple[str, ...]
     adapters: Adapters | None
     load_pipeline: Callable[..., DiffusionPipeline]
     sizes: Sizes
+    repo_id: str | None
 
 
 def prepare_model(run: Run) -> PreparedModel:
     """Loads the model, what is trained of it from the checkpoint if there is one, and makes the output folder.
 
+    A repository on the Hub is made too, if one is asked for, and not before the run is known to suit this machine.
+
     Raises:
-        UserError: if parts do not fit, or are not those of the checkpoint or of other ranks, or the disk is too small.
+        UserError: if parts do not fit, or are not those of the checkpoint or of other ranks, or the disk is too small,
+            or the Hub refuses.
     """
     flags, folder, dry_run = run.flags, run.model_folder, run.flags.training.dry_run
     model = load_model(
@@ -259,10 +262,12 @@ def prepare_model(run: Run) -> PreparedModel:
     check_validation_images(
         flags.validation, run.output_dir / "validation", first_step=run.first_step, steps=run.schedule.steps
     )
+    repo_id = None if dry_run else prepare_hub(flags.output)
     prepare_output_dir(run.output_dir, dry_run=dry_run, more=form.more)
     origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
     load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
-    return PreparedModel(**vars(model), trained=trained, adapters=adapters, load_pipeline=load, sizes=sizes)
+    more = {"load_pipeline": load, "sizes": sizes, "repo_id": repo_id}
+    return PreparedModel(**vars(model), trained=trained, adapters=adapters, **more)
 
 
 def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[Adapters, Sizes]:
@@ -465,7 +470,7 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
     leave()
 
 
-def publish(run: Run) -> None:
+def publish(run: Run, model: PreparedModel) -> None:
     """Uploads what was saved, if the flags say so; it may take long, and keeps no other rank waiting."""
-    if run.repo_id:
-        upload(run.flags.output, run.repo_id, run.prompt)
+    if model.repo_id:
+        upload(run.flags.output, model.repo_id, run.prompt)
