@@ -266,8 +266,9 @@ def prepare_model(run: Run) -> PreparedModel:
     prepare_output_dir(run.output_dir, dry_run=dry_run, more=form.more)
     origin = {"variant": flags.model.variant, "elsewhere": run.elsewhere}
     load = functools.partial(load_pipeline, folder, **origin, **model.tokenizers)
-    more = {"load_pipeline": load, "sizes": sizes, "repo_id": repo_id}
-    return PreparedModel(**vars(model), trained=trained, adapters=adapters, **more)
+    return PreparedModel(
+        **vars(model), trained=trained, adapters=adapters, load_pipeline=load, sizes=sizes, repo_id=repo_id
+    )
 
 
 def _prepare_adapters(run: Run, model: Model, names: Collection[str]) -> tuple[Adapters, Sizes]:
