@@ -101,6 +101,7 @@ def once(tmp_path_factory, testrun_uid):
         done = Path(f"{folder}.done")
         with FileLock(f"{folder}.lock"):
             if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed: this one fails of the same
                 make(folder)
                 done.touch()
         return folder
