@@ -174,7 +174,8 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     how = {"variant": model.variant, "lora": model.lora}
     device = DrawingDevice(drawing.device, model.name)
     device.put(load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how))
-    warn_of_cut_prompts(drawing.prompts, readers_of(family_of(model.folder), device.pipeline.components))
+    prompts = [*drawing.prompts, *filter(None, [drawing.negative_prompt])]
+    warn_of_cut_prompts(prompts, readers_of(family_of(model.folder), device.pipeline.components))
     device.pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in drawing.prompts:

@@ -217,8 +217,10 @@ def test_a_file_system_is_that_of_the_last_mount_above(monkeypatch, tmp_path):
         "2 1 0:2 / /mnt\\040nfs rw shared:7 - nfs4 host:/ rw",
         "3 2 8:2 / /mnt\\040nfs/disk rw - xfs /dev/sdb rw",
         "4 1 8:3 / /mnt\\040nfs/disk rw - btrfs /dev/sdc rw",
+        "5 1 8:4 / /mnt\udcff rw - vfat /dev/sdd rw",  # a name that is no UTF-8
     ]
-    monkeypatch.setattr(disk.Path, "read_text", lambda path: "\n".join(lines))
+    mounts = "\n".join(lines).encode(errors="surrogateescape")
+    monkeypatch.setattr(disk.Path, "read_text", lambda path, errors="strict": mounts.decode(errors=errors))
     found = [file_system(disk.Path(path)) for path in ("/mnt", "/mnt nfs/a", "/mnt nfs/disk/b", "/mnt nfs/disks")]
     assert found == ["ext4", "nfs4", "btrfs", "nfs4"]
 

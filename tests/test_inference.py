@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import inference
 from benchmarks import random_model
 from dreambooth.command_line.console import RunError, UserError
 from dreambooth.data import images as images_module
-from dreambooth.run.image_file import check_image_file, save_image, still_ours
+from dreambooth.run.grid import captioned_grid
+from dreambooth.run.image_file import check_image_file, encoded, save_image, still_ours
 
 
 def infer(model, *words, **options):
@@ -222,6 +224,29 @@ def test_flags_without_effect_are_told(tiny_model, tmp_path, capsys):
     assert revision == "warning: --revision: no effect on a local folder" and "--negative_prompt" in negative
 
 
+@pytest.mark.parametrize("width", [2**31 - 1, 2**32 - 1])
+def test_a_damaged_image_is_not_of_this_program(width, tmp_path):
+    """A TIFF that tells of more pixels than there can be."""
+    content = encoded(Image.new("RGB", (8, 8), "red"), "TIFF")
+    tag = content.index(struct.pack("<HHI", 256, 4, 1)) + 8  # of its width
+    Path(tmp_path, "x.tiff").write_bytes(content[:tag] + struct.pack("<I", width) + content[tag + 4 :])
+    with pytest.raises(UserError, match="is there, and is not as this program makes"):
+        check_image_file(tmp_path / "x.tiff", "--output")
+
+
+def test_a_negative_prompt_that_is_too_long_is_told(tiny_model, tmp_path, capsys):
+    words = ["--prompt", "a dog", "--num_inference_steps", "1", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    inference.main([str(tiny_model), *words, "--negative_prompt", "cats " * 90])
+    assert "tokens" in capsys.readouterr().err
+
+
+def test_captions_are_as_wide_as_their_letters(tmp_path):
+    """None is cut at the sides."""
+    for caption in ("A PHOTO OF A SKS DOG ON THE BEACH WITH MOM AND DAD", "WWWWW" * 30, "", "i" * 300):
+        sheet = np.asarray(captioned_grid([[Image.new("RGB", (128, 128), "white")]], [caption], []).convert("L"))
+        assert (sheet[:, :2] == 255).all() and (sheet[:, -2:] == 255).all(), caption
+
+
 def test_a_sheet_that_its_format_cannot_hold_is_kept_as_another(tmp_path):
     """WebP ends at 16383 pixels."""
     output = tmp_path / "sheet.webp"
@@ -272,5 +297,9 @@ def test_only_images_of_this_program_are_written_over(suffix, tmp_path):
     with pytest.raises(UserError, match="is not as this program makes"):
         check_image_file(ours, "--output")
     assert still_ours(ours) != ours and still_ours(tmp_path / f"none.{suffix}") == tmp_path / f"none.{suffix}"
+    nowhere = tmp_path / f"nowhere.{suffix}"
+    nowhere.symlink_to(text / "there.png")
+    with pytest.raises(UserError, match="nowhere|text"):
+        check_image_file(nowhere, "--output")
     with pytest.raises(UserError, match="has to end in .png"):  # a format that says nothing of its maker
         check_image_file(tmp_path / "picture.bmp", "--output")

@@ -358,11 +358,15 @@ def test_alpha_of_other_programs_is_read_as_peft_reads_it(told, factors, tmp_pat
     layers = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v")]
     weights = {f"{layer}.lora_A.weight": torch.ones(4, 16) for layer in layers}
     weights |= {f"{layer}.lora_B.weight": torch.ones(16, 4) for layer in layers}
+    weights |= {f"{layer}.lora_B.bias": torch.ones(16) for layer in layers}
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in told.items()})}
     save_file(weights, tmp_path / WEIGHTS, metadata=metadata)
     read = read_lora(str(tmp_path), "--lora").weights
     assert all((read[f"{layer}.lora_A.weight"] == 1).all() for layer in layers)
-    assert [read[f"{layer}.lora_B.weight"].unique().tolist() for layer in layers] == [[factor] for factor in factors]
+    nothing = read_lora(str(tmp_path), "--lora", scale=0).weights
+    for of_b in ("weight", "bias"):  # the latter as peft's lora_bias has it
+        assert not any(nothing[f"{layer}.lora_B.{of_b}"].any() for layer in layers)
+        assert [read[f"{layer}.lora_B.{of_b}"].unique().tolist() for layer in layers] == [[one] for one in factors]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +399,8 @@ def test_adapters_that_fit_in_part_are_told(trained, tiny_model, tmp_path, capsy
 
 @pytest.mark.parametrize(
     "which",
-    ["nothing", "empty", "torn", "another", "pickle", "old pickle", "text", "other family", "no base", "no model"],
+    ["nothing", "empty", "torn", "another", "pickle", "old pickle", "text", "other family", "no base", "no model"]
+    + ["no A", "no B"],
 )
 def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_model, xl_model, tmp_path):
     folder = trained("tiny_model")
@@ -405,6 +410,10 @@ def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_mod
     (tmp_path / "text").write_text("Entry not found")
     for name, is_zip in (("pickle", True), ("old pickle", False)):
         torch.save({"a": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+    for half in "AB":
+        weights = load_file(folder / WEIGHTS)
+        del weights[next(name for name in weights if name.endswith(f"lora_{half}.weight"))]
+        save_file(weights, tmp_path / f"no {half}")
     converts = "is a pickle, which .*: python -m dreambooth.model.unpickle"
     words, expected = {
         "nothing": ([tiny_model, "--lora", tmp_path / "x"], "--lora {}/x is neither a folder nor a file"),
@@ -417,6 +426,8 @@ def test_inference_refuses_what_is_no_lora_of_the_model(which, trained, tiny_mod
             f"/old pickle {converts} '{{}}/old pickle' makes",
         ),
         "text": ([tiny_model, "--lora", tmp_path / "text"], "--lora {}/text is a text: name a .safetensors file"),
+        "no A": ([tiny_model, "--lora", tmp_path / "no A"], "does not fit this model: it has one half of"),
+        "no B": ([tiny_model, "--lora", tmp_path / "no B"], "does not fit this model: it has one half of"),
         "other family": ([xl_model, "--lora", folder], f"the LoRA of {folder} does not fit this model: it"),
         "no base": (["--lora", folder], f"--lora {folder} does not tell the model"),
         "no model": ([folder], f"{folder} has a LoRA, which goes with the model .*: MODEL --lora {folder}"),

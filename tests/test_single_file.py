@@ -10,8 +10,10 @@ import re
 import shutil
 import sys
 from collections import OrderedDict
+from datetime import datetime
 from pathlib import Path
 from unittest import mock
+from zoneinfo import ZoneInfo
 
 import pytest
 import torch
@@ -205,16 +207,24 @@ def test_a_file_that_does_not_tell_its_shape_says_so_when_written_and_read(model
 
 
 def test_a_file_that_tells_all_says_nothing(model_of, tmp_path, monkeypatch, capsys):
-    """Of models that everybody starts from, as if the tiny ones were such; another prediction says so."""
+    """As if the tiny models were such as everybody starts from; of another prediction or noise it says so."""
     model = shutil.copytree(model_of("tiny"), tmp_path / "model")
     monkeypatch.setitem(single_file.KINDS, "v1", ("tiny", random_model.SHAPES["tiny"], "epsilon"))
     write = functools.partial(single_file.write_single_file, model, tmp_path / "a.safetensors", STABLE_DIFFUSION)
     write(torch.float32, title="a", resolution=32)
     assert not capsys.readouterr().out
-    scheduler = model / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    write(torch.float32, title="a", resolution=32)
-    assert "a.safetensors does not tell this model's configurations" in capsys.readouterr().out
+    scheduler, vae = model / "scheduler" / "scheduler_config.json", model / "vae" / "config.json"
+    for file, other in (
+        (scheduler, {"prediction_type": "v_prediction"}),
+        (scheduler, {"beta_end": 0.02}),
+        (scheduler, {"rescale_betas_zero_snr": True}),
+        (vae, {"scaling_factor": 0.5}),
+    ):
+        own = file.read_text()
+        file.write_text(json.dumps(json.loads(own) | other))
+        write(torch.float32, title="a", resolution=32)
+        assert "a.safetensors does not tell this model's configurations" in capsys.readouterr().out, other
+        file.write_text(own)
 
 
 class Runs:
@@ -259,6 +269,51 @@ def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path
         assert found == {"weight": [1, 1], "bias": [0]}
         Path("trained.safetensors").unlink()
     assert not Path("it-ran").exists()
+
+
+class Program(torch.nn.Module):
+    """That torch.load would run as it reads it, past any unpickler."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.zeros(1)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        print("it ran")
+        self.weight, self.training = state[0], state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_is_not_run(tmp_path, monkeypatch, capfd):
+    torch.jit.save(torch.jit.script(Program()), tmp_path / "program.ckpt")
+    torch.load(tmp_path / "program.ckpt", weights_only=False)
+    assert "it ran" in capfd.readouterr().out, "this test could not fail"
+    monkeypatch.setattr("sys.argv", ["unpickle", str(tmp_path / "program.ckpt")])
+    with pytest.raises(UserError, match="program.ckpt is a program of TorchScript: reading it would run it"):
+        unpickle()
+    assert "it ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_lies_beside_weights_may_be_anything(zipped, tmp_path, monkeypatch):
+    """Weights in 8 bits, times with their zones, whole modules."""
+    weights = {"weight": torch.ones(2, dtype=torch.float8_e4m3fn)} if zipped else {"weight": torch.ones(2)}
+    when = datetime.now(ZoneInfo("UTC"))
+    beside = {"when": when, "ema": torch.nn.Linear(1, 1)}
+    torch.save(beside | {"state_dict": weights}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    monkeypatch.setattr("sys.argv", ["unpickle", str(tmp_path / "a.ckpt")])
+    unpickle()
+    found = load_file(tmp_path / "a.safetensors")["weight"]
+    assert found.dtype == weights["weight"].dtype and found.float().tolist() == [1, 1]
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.ckpt").stat().st_mode
 
 
 def test_what_is_turned_into_a_file_and_what_is_told_of_the_rest(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Files and folders that flags name: what stands in the way of writing to them, known before any work."""
 
+import contextlib
 import errno
 import os
 import secrets
@@ -66,6 +67,24 @@ def write_through(file: Path, content: bytes) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def umask() -> int:
+    """Returns the bits that new files do not get; read without setting it, since other threads may create files."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def partial_name(file: Path) -> Path:

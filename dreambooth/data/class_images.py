@@ -96,8 +96,8 @@ def digest_of_weights(model: Path, elsewhere: Mapping[str, Path], variant: str |
     """Returns a digest of the weights that class images are drawn with; empty where they cannot be read.
 
     It is of the name, the shape and the first values of each tensor, rounded to fp16, whatever the folder is called
-    and however its files are cut: a model that is trained in any part has another one, its own copy in fp16 has the
-    same.
+    and however its files are cut: a training moves all values of a part, so that the model has another one then; its
+    copy in fp16 has the same.
 
     Args:
         model: folder of it.

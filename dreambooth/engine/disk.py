@@ -74,7 +74,7 @@ def file_system(folder: Path) -> str:
     """Returns the kind of the file system that a folder is on, as the kernel names it; empty where it does not say."""
     path, best, kind = os.path.realpath(folder), "", ""
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return ""
     for line in lines:

@@ -37,8 +37,9 @@ ALL = (
 OF_TEXT_ENCODERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOLD = 300  # characters of what a library says
 NAME = "default"  # by which peft knows the adapters of a model
-ENDINGS = (".lora_A.weight", ".lora_B.weight")
-DOWN = (".lora_A.weight", ".lora_down.weight")
+A, B = ENDINGS = (".lora_A.weight", ".lora_B.weight")
+UPS = (B, ".lora_B.bias", ".lora_up.weight")
+DOWNS = (A, ".lora_down.weight")
 METADATA = "lora_adapter_metadata"  # of which newer releases of diffusers make them again
 # Other names of A and B, in files of other programs.
 OTHER_NAMES = {
@@ -167,7 +168,7 @@ def load_adapters(folder: Path, components: Mapping[str, torch.nn.Module]) -> No
     """Gives adapters the weights that a checkpoint in `folder` has of them.
 
     Raises:
-        UserError: if one is missing or of another shape.
+        UserError: if one is missing or does not fit.
     """
     with loading("LoRA", folder), safe_open(folder / WEIGHTS, framework="pt") as file:
         for component, module in components.items():
@@ -185,9 +186,8 @@ def digest_of(components: Mapping[str, torch.nn.Module]) -> str:
 
 
 def scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Returns adapters that add `scale` times as much: all of it in B."""
-    ups = (".lora_B.weight", ".lora_up.weight")
-    return {name: weight * scale if name.endswith(ups) else weight for name, weight in weights.items()}
+    """Returns adapters that add `scale` times as much: all of it in B and its bias."""
+    return {name: weight * scale if name.endswith(UPS) else weight for name, weight in weights.items()}
 
 
 def as_kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def as_kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in weights.items():
         component, _, layer = name.rpartition(".lora_")[0].partition(".")
         module = f"{components[component]}_{layer.replace('.', '_')}"
-        if name.endswith(".lora_A.weight"):
+        if name.endswith(A):
             told[f"{module}.lora_down.weight"] = weight
             told[f"{module}.alpha"] = torch.tensor(float(len(weight)))
         else:
@@ -254,8 +254,8 @@ def read_lora(name: str, flag: str, *, scale: float = 1.0) -> Lora:
         metadata = file.metadata() or {}
         weights = {_as_peft_names(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dictionary
         config = json.loads(metadata.get(METADATA, "{}"))
-        weights = {key: _by_alpha(key, weight, config) for key, weight in weights.items()}
-    if not any(key.endswith(".lora_A.weight") or KOHYA.match(key) for key in weights):
+        weights = {key: _by_alpha(key, weights, config) for key in weights}
+    if not any(key.endswith(A) or KOHYA.match(key) for key in weights):
         raise UserError(f"{flag} {name} has no LoRA in it that is known here")
     if lycoris := next((key for key in weights if LYCORIS.search(key)), None):
         raise UserError(f"{flag} {name} has {lycoris}: LoHa, LoKr and other kinds of LyCORIS are not read here")
@@ -270,14 +270,16 @@ def _as_peft_names(name: str) -> str:
     return name
 
 
-def _by_alpha(name: str, weight: Tensor, config: Mapping) -> Tensor:
+def _by_alpha(name: str, weights: Mapping[str, Tensor], config: Mapping) -> Tensor:
     """Returns an adapter's weight with alpha in it, as a file's metadata tell it: libraries of 2024 do not read it."""
-    if not name.endswith(".lora_B.weight"):
+    whole, of_b, _ = name.rpartition(".lora_B.")
+    weight, of_a = weights[name], weights.get(f"{whole}{A}")
+    if not of_b or of_a is None:
         return weight
-    component, _, layer = name.removesuffix(".lora_B.weight").partition(".")
+    component, _, layer = whole.partition(".")
     patterns = config.get(f"{component}.alpha_pattern") or {}  # the first that fits counts, as in peft
     of_layer = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    alpha, rank = next(of_layer, config.get(f"{component}.lora_alpha")), weight.shape[1]
+    alpha, rank = next(of_layer, config.get(f"{component}.lora_alpha")), len(of_a)
     if alpha is None:
         return weight
     return weight * (alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank))
@@ -297,7 +299,7 @@ def add_to_pipeline(pipeline: DiffusionPipeline, lora: Lora) -> None:
         raise UserError(f"the LoRA of {lora.name} does not fit this model: {told}") from error
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     found = sum(hasattr(module, "lora_A") for part in parts for module in part.modules())
-    wanted = len({name.rpartition(".lora_")[0] for name in lora.weights if name.endswith(DOWN)})
+    wanted = len({name.rpartition(".lora_")[0] for name in lora.weights if name.endswith(DOWNS)})
     if found < wanted:
         warn(f"the LoRA of {lora.name} has {wanted} layers, of which this model takes {found}")
 
@@ -309,11 +311,14 @@ def _check_fit(pipeline: DiffusionPipeline, weights: Mapping[str, Tensor]) -> No
     for name, weight in weights.items():
         if not name.endswith(ENDINGS) or KOHYA.match(name):
             continue
-        component, _, layer = name.rpartition(".lora_")[0].partition(".")
+        whole, _, _ = name.rpartition(".lora_")
+        component, _, layer = whole.partition(".")
+        if not {f"{whole}{ending}" for ending in ENDINGS} <= weights.keys():
+            raise ValueError(f"it has one half of {component}.{layer}, and not the other")
         found = layers.get(f"{component}.{layer}") or layers.get(f"{component}.{layer.removeprefix('text_model.')}")
         if found is None:
             raise ValueError(f"it has no {component}.{layer}")
-        side = name.endswith(".lora_A.weight")  # of A the inputs, of B the outputs
+        side = name.endswith(A)  # of A the inputs, of B the outputs
         if weight.shape[int(side)] != found.weight.shape[int(side)]:
             told = f"{found.weight.shape[int(side)]} {'inputs' if side else 'outputs'}, and {weight.shape[int(side)]}"
             raise ValueError(f"its {component}.{layer} has {told} in the LoRA")

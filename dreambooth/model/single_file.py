@@ -9,14 +9,14 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from diffusers.utils.logging import disable_progress_bar
 from safetensors import safe_open
@@ -24,9 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreambooth.command_line.console import UserError, first_line, say
-from dreambooth.command_line.paths import NO_LOCKS, PARTIAL
-from dreambooth.model.components import check_safetensors, loading, stem_of, without_weights
-from dreambooth.model.configurations import SHAPE_OF_1, SHAPE_OF_2, SHAPE_OF_XL, write_configuration
+from dreambooth.command_line.paths import NO_LOCKS, PARTIAL, flush
+from dreambooth.model.components import check_safetensors, loading, noise_settings, stem_of, without_weights
+from dreambooth.model.configurations import (
+    SHAPE_OF_1,
+    SHAPE_OF_2,
+    SHAPE_OF_XL,
+    build_pipeline,
+    clip_tokenizer,
+    write_configuration,
+)
 from dreambooth.model.family import Family
 from dreambooth.model.folder import INDEX, family_of
 from dreambooth.model.original_layout import of_clip, of_open_clip, of_unet, of_vae
@@ -91,6 +98,8 @@ def unpack(name: str, flag: str, configuration: str | None) -> Path:
                 try:
                     with loading("model", name):
                         write(partial, dtype)
+                    for path in [*partial.rglob("*"), partial]:  # with its name it is taken to be whole
+                        flush(path)
                     _take_name(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -119,9 +128,8 @@ def _described(
             raise UserError(
                 f"{flag} {name} is of the EDM kind, such as CosXL, whose noise this project does not schedule"
             )
-        title, shape, prediction_type = KINDS[kind]
-        if V_PREDICTION in shapes:
-            prediction_type = "v_prediction"
+        title, shape, _ = KINDS[kind]
+        prediction_type = _prediction_type(shapes, kind)
         title += f" that predicts {'v' if prediction_type == 'v_prediction' else 'epsilon'}"
 
     def write(folder: Path, dtype: torch.dtype) -> None:
@@ -158,6 +166,11 @@ def _kind_of(shapes: Mapping[str, Tensor]) -> str:
     if first is not None and latents is not None and first.shape[1] == latents.shape[1]:
         shapes = {**shapes, FIRST_OF_UNET: torch.empty(first.shape[0], 4, 3, 3, device="meta")}
     return infer_diffusers_model_type(shapes)
+
+
+def _prediction_type(shapes: Collection[str], kind: str) -> str:
+    """Returns what the UNet of a model of these keys predicts, as far as a file says."""
+    return "v_prediction" if V_PREDICTION in shapes else KINDS[kind][2]
 
 
 def _is_of_kind(shapes: Mapping[str, Tensor], kind: str) -> bool:
@@ -222,6 +235,16 @@ def _take_name(partial: Path, folder: Path) -> None:
             raise
 
 
+def _tells_all(weights: Mapping[str, Tensor], kind: str, noise_scheduler: DDPMScheduler, vae: AutoencoderKL) -> bool:
+    """Whether who reads a file of these weights makes the model of it that they are of."""
+    ends_in_noise, prediction_type = ENDS_IN_NOISE in weights, _prediction_type(weights, kind)
+    with init_empty_weights():
+        read = build_pipeline(KINDS[kind][1], clip_tokenizer, prediction_type, ends_in_noise=ends_in_noise)
+    noise = noise_settings(DDPMScheduler.from_config(read.scheduler.config))
+    is_same = noise == noise_settings(noise_scheduler) and read.vae.config.scaling_factor == vae.config.scaling_factor
+    return is_same and _fits(weights, read.unet)
+
+
 def write_single_file(
     folder: Path, path: Path, family: Family, dtype: torch.dtype, *, title: str, resolution: int
 ) -> None:
@@ -269,7 +292,7 @@ def write_single_file(
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in weights.items()
     }
-    if not _is_of_kind(weights, kind) or (not is_xl and is_v != (KINDS[kind][2] == "v_prediction")):
+    if not _tells_all(weights, kind, noise_scheduler, models["vae"]):
         say(
             f"{path.name} does not tell this model's configurations, which are none that everybody starts from: "
             "who reads it names the folder beside it, here with --single_file_config"

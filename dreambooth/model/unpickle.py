@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from dreambooth.command_line.console import UserError, before_imports, first_line, run_program, say
-from dreambooth.command_line.paths import content_of
+from dreambooth.command_line.paths import content_of, umask
 
 before_imports(__name__)
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 # What pickles call to make tensors, and the dictionary that weights come in.
 ALLOWED = {
+    "torch.storage": ("UntypedStorage",),
     "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"),
     "collections": ("OrderedDict",),
 }
@@ -30,8 +31,13 @@ ALLOWED = {
 class Nothing:
     """Takes the place of any other class or function, does nothing, and takes whatever a pickle gives it."""
 
+    dump_patches = False  # what torch asks the class of a module for
+
     def __init__(self, *args: object, **more: object):
         pass
+
+    def __call__(self, *args: object, **more: object) -> "Nothing":
+        return self
 
     append = extend = add = __setitem__ = __setstate__ = __init__
 
@@ -54,6 +60,11 @@ class PickleModule:
     Unpickler, load = Unpickler, Unpickler.load_from
 
 
+def _is_program(path: Path) -> bool:
+    """Whether torch.load would give a file to TorchScript, past any unpickler: it goes by this, too."""
+    return zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="with weights, in PyTorch's own format")
@@ -66,6 +77,8 @@ def main() -> None:
     try:
         if (content := content_of(path)) not in ("a zip", "a pickle"):
             raise UserError(f"{path} is {content}, and no file of weights in PyTorch's format")
+        if _is_program(path):
+            raise UserError(f"{path} is a program of TorchScript: reading it would run it")
         how = {"weights_only": False, "pickle_module": PickleModule, "mmap": zipfile.is_zipfile(path)}
         found = torch.load(path, map_location="cpu", **how)
     except UserError:
@@ -83,6 +96,7 @@ def main() -> None:
         raise UserError(f"{path} has no weights")
     try:
         save_file(tensors, target, metadata={"format": "pt"})
+        target.chmod(0o666 & ~umask())  # which safetensors does not ask
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from error
     say(f"{len(tensors)} tensors written to {target}")

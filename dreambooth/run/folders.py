@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.command_line.console import RunError, UserError, first_line, warn
-from dreambooth.command_line.paths import NO_LOCKS
+from dreambooth.command_line.paths import NO_LOCKS, flush, umask
 from dreambooth.processes.ranks import from_rank_0
 
 MARK = ".dreambooth"
@@ -86,15 +86,6 @@ def unlocked_at_the_end() -> Iterator[None]:
 
 # Worker processes may outlive the run by some seconds. What they inherit is closed, and the lock stays the parent's.
 os.register_at_fork(after_in_child=unlock)
-
-
-def umask() -> int:
-    """Returns the bits that new files do not get; read without setting it, since other threads may create files."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
-        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def beside(folder: Path, kind: str) -> Path:
@@ -190,15 +181,6 @@ def _finish(path: Path) -> None:
     if path.is_file():
         path.chmod(path.stat().st_mode & 0o7777 | 0o666 & ~umask())
     flush(path)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def put_right(output_dir: Path) -> None:

@@ -20,7 +20,7 @@ def captioned_grid(rows: list[list[Image.Image]], captions: list[str], headings:
     line = font.getbbox("Ag")[3] + 2
     step = width + MARGIN
     sheet_width = MARGIN + step * len(rows[0])
-    wrapped = [textwrap.wrap(caption, width=int(1.8 * sheet_width / font.size)) or [""] for caption in captions]
+    wrapped = [_wrapped(caption, font, sheet_width - MARGIN) for caption in captions]
     heights = [height + 2 * MARGIN + line * len(text) for text in wrapped]
     top = MARGIN + (line + MARGIN if headings else 0)
 
@@ -42,3 +42,11 @@ def captioned_grid(rows: list[list[Image.Image]], captions: list[str], headings:
         )
         top += row_height
     return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Returns the lines of a text that has so many pixels for each."""
+    letters = max(1, int(1.8 * width / font.size))
+    while letters > 1 and max(map(font.getlength, textwrap.wrap(text, letters)), default=0) > width:
+        letters -= 1
+    return textwrap.wrap(text, letters) or [""]

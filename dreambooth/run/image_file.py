@@ -61,7 +61,7 @@ def is_ours(file: Path | io.BytesIO) -> bool:
         with _of_any_size(), Image.open(file) as image:
             software = image.getexif().get(SOFTWARE)
             return software is not None and software == _mark(image)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, OverflowError, MemoryError):
         return False
 
 
@@ -80,11 +80,12 @@ def check_image_file(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: the name has to end in .png, .jpg, .jpeg, .webp or .tiff")
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
-    problems = unwritable(flag, str(path.parent))
+    file = Path(os.path.realpath(path))  # where a link leads, as it stays one
+    problems = unwritable(flag, str(file.parent))
     if problems:
         raise UserError(problems[0])
     try:
-        partial_name(path).lstat()
+        partial_name(file).lstat()
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -108,7 +109,8 @@ def save_image(image: Image.Image, path: Path) -> None:
         write_through(partial, encoded(image, format_of(path)))
         os.replace(partial, file)
     except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if format_of(path) == "PNG":
             raise RunError(f"cannot write {path}: {first_line(error)}") from error
         other = free_name(path)  # which may be larger than a JPEG or WebP

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from dreambooth.command_line.console import RunError
-from dreambooth.run.folders import beside, discard, flush, written_whole
+from dreambooth.command_line.paths import flush
+from dreambooth.run.folders import beside, discard, written_whole
 from dreambooth.run.listing import LAST, LISTING, changed_of, link_in, pipeline_files
 
 # A folder with the earlier files while others take their place, and a file in it that says which.
