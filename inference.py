@@ -207,23 +207,23 @@ def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeli
 
 
 def sheet(drawing: Drawing, models: list[Model], photos: list[Image.Image]) -> Image.Image:
-    """Returns the images that were drawn, with the photos below; white where one is missing.
+    """Returns the images that were drawn, with the photos below; white where one model has fewer than the other.
 
     All are of the size of the first; those of a model that draws in another are scaled to fit, on white.
     """
     shown = [model for model in models if model.pictures]
     size = shown[0].pictures[0].size
-    total, each = drawing.total, drawing.num_images
-    if len(shown) == total == 1 and not photos:
+    drawn, of_prompt = max(len(model.pictures) for model in shown), drawing.num_images
+    if len(shown) == drawing.total == 1 and not photos:
         return shown[0].pictures[0]
     white = Image.new("RGB", size, "white")
     fit = functools.partial(ImageOps.pad, size=size, color="white")
-    columns = [[*map(fit, model.pictures), *[white] * (total - len(model.pictures))] for model in reversed(shown)]
+    columns = [[*map(fit, model.pictures), *[white] * drawing.total] for model in reversed(shown)]
     rows = [
-        [picture for pictures in columns for picture in pictures[first : first + each]]
-        for first in range(0, total, each)
+        [picture for pictures in columns for picture in pictures[first : first + min(of_prompt, drawn)]]
+        for first in range(0, drawn, of_prompt)
     ]
-    captions = drawing.prompts
+    captions = drawing.prompts[: len(rows)]
     if photos:
         rows = [*rows, [ImageOps.fit(photo, size) for photo in photos[: len(rows[0])]]]
         captions = [*captions, "instance images"]

@@ -205,6 +205,14 @@ def test_interim_checkpoints_take_no_place_of_those_asked_for(flags):
     assert f"{first} is of a run that was cut short, and this one, which begins anew, removes it" in done.stderr
 
 
+def test_a_run_that_begins_anew_tells_of_checkpoints_that_it_may_replace(flags):
+    flags |= {"max_train_steps": 2, "save_steps": 1}
+    assert "begins anew" not in train(TRADITIONAL, flags).stderr
+    told = f"{flags['output_dir'] / 'checkpoint-2'} is of an earlier run, and this one, which begins anew, may replace"
+    assert told in train(TRADITIONAL, flags).stderr
+    assert "begins anew" not in train(TRADITIONAL, flags | {"resume_from_checkpoint": "latest"}).stderr
+
+
 def test_a_caption_that_has_changed_is_another_run(flags, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)

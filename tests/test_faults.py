@@ -153,6 +153,7 @@ def test_a_signal_ends_the_step_and_saves(script, number, long_run_alone, uninte
     run.send(number)
     done = run.wait(check=False)
     assert done.returncode == 75
+    assert done.stderr.count(f"{number.name}: ending and saving the step in hand; again to end at once") == 1
     last = done.stderr.splitlines()[-1]
     step = int(re.search(rf"stopped by {number.name} after step (\d+) of {STEPS_ALONE}", last)[1])
     assert "--resume_from_checkpoint latest" in last and (stopped / f"checkpoint-{step}").is_dir()

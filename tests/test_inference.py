@@ -155,6 +155,25 @@ def test_half_of_the_images_are_kept_too(tiny_model, tmp_path, monkeypatch, caps
     assert (cells[0] == cells[2]).all() and (cells[1] == 255).all() and not (cells[3] == 255).all()
 
 
+def test_a_sheet_that_was_cut_short_has_no_room_for_what_was_not_drawn(tiny_model, tmp_path, monkeypatch):
+    drawn = []
+
+    def pictures_of(images):
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        drawn.extend(images_module.pictures_of(images))
+        return drawn[-1:]
+
+    monkeypatch.setattr(inference, "pictures_of", pictures_of)
+    words = [str(tiny_model), "--prompt", "a dog", "a cat", "a cow", "--num_inference_steps", "1", "--num_images"]
+    for each, columns, rows in (("3", 3, 2), ("30", 5, 1)):
+        drawn.clear()
+        with pytest.raises(KeyboardInterrupt):
+            inference.main([*words, each, "--output", str(tmp_path / "sheet.png")])
+        width, height = Image.open(tmp_path / "sheet.png").size
+        assert width == 8 + 40 * columns and 40 * rows < height < 80 * rows
+
+
 def test_images_that_are_not_finite_are_an_error(model, tmp_path):
     """One line, and no black image."""
     without_signal(model)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from harness import (
     COLOSSALAI,
     ROOT,
@@ -61,6 +62,17 @@ def environment(monkeypatch):
 def test_the_place_of_a_process(environment, words, place):
     environment(words)
     assert find_place() == place
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_streams_keep_no_run_from_its_end(closed, tiny_model, photos, tmp_path):
+    """As under some daemons; and no file that is opened meanwhile gets what would be printed."""
+    flags = {"pretrained_model_name_or_path": tiny_model, "instance_data_dir": photos, "instance_prompt": "a dog"}
+    flags |= {"resolution": 32, "max_train_steps": 1, "output_dir": tmp_path / "out"}
+    command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, COLOSSALAI, *command_line(flags)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", [COLOSSALAI, TRADITIONAL, "inference.py"])
@@ -234,6 +246,7 @@ def asked_to_stop(lines: str, **environment: str) -> subprocess.CompletedProcess
 def test_a_second_signal_ends_the_process_at_once(lines, environment, status):
     done = asked_to_stop(lines, **environment)
     assert done.returncode == status, done.stderr
+    assert done.stderr.count("again to end at once") == 1
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,16 @@ def run_program(main: Callable[[], None], program: str) -> None:
     os._exit(status)
 
 
+def _open_what_is_closed() -> None:
+    """Gives standard streams that are closed a place to write to: else a file that is opened later would be it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, as long as the process
+
+
 def _leave_at_once() -> None:
     """Ends a process that has succeeded; Python would take a second or two to take apart all that was imported."""
     if _succeeded.is_set():
@@ -295,6 +305,7 @@ def before_imports(module: str, check: Callable[[], object] = lambda: None) -> N
         check: is called in a program: an error that it raises ends it before it imports.
     """
     if module == "__main__":
+        _open_what_is_closed()
         _interrupts_end_at_once()
         try:
             check()

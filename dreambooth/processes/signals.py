@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from dreambooth.command_line.console import is_rank_0, unless_nobody_listens
+
 # Ctrl-C, a closed terminal, the end of a job's time, a scheduler's notice: all that can be caught and ends a process
 # that is in good health.
 NAMES = (
@@ -87,6 +89,9 @@ class StopRequest:
     def _receive(self, number: int, frame: object) -> None:
         if not self:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
+            if is_rank_0():
+                with unless_nobody_listens():  # not by print, in which the signal may have come
+                    os.write(2, f"\n{self.name}: ending and saving the step in hand; again to end at once\n".encode())
             return
         if time.monotonic() - self._since > REPEATED_S:
             signal.signal(number, signal.SIG_DFL)

@@ -110,7 +110,7 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
             has come to its end and left none.
     """
     if wanted is None:
-        _tell_interim(output_dir)
+        _tell_others(output_dir)
         return None
     folder = from_rank_0(lambda: _folder_to_resume(wanted, output_dir))
     if folder is None:
@@ -123,12 +123,18 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _tell_interim(output_dir: Path) -> None:
-    """Warns of a checkpoint that no flag has asked for: this run removes it, as its own ones."""
-    interim = [folder for folder in list_checkpoints(output_dir) if _state_of(folder).get("interim")]
-    if interim:
+def _tell_others(output_dir: Path) -> None:
+    """Warns of checkpoints of an earlier run, which this one treats as its own ones.
+
+    One that no flag has asked for goes; others go with a limit, or when there is a newer one of their step.
+    """
+    folders = list_checkpoints(output_dir)
+    interim = [folder for folder in folders if _state_of(folder).get("interim")]
+    if folders:
+        told = "of a run that was cut short" if interim else "of an earlier run"
+        goes = "removes it" if interim else "may replace or remove it"
         warn(
-            f"{interim[-1]} is of a run that was cut short, and this one, which begins anew, removes it: "
+            f"{(interim or folders)[-1]} is {told}, and this one, which begins anew, {goes}: "
             "--resume_from_checkpoint latest goes on from it"
         )
 
