@@ -179,7 +179,7 @@ DATASET_PROBLEMS = {
         "has no column 'captoin' but image, text",
     ),
     "no image in the column": ("set", {"image_column": "text"}, "row 0: the column 'text' holds no image"),
-    "no path in the column": ("set.parquet", {"image_column": "text"}, "row 0: No such file or directory"),
+    "no path in the column": ("set.parquet", {"image_column": "text"}, "row 0: No such file or directory: "),
     "no parquet": ("broken.parquet", {}, "cannot be loaded"),
     "empty folder": ("empty", {}, "cannot be loaded"),
     "a torn line": ("torn.jsonl", {}, "cannot be loaded: JSON parse error"),

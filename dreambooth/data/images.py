@@ -157,6 +157,8 @@ def _decode(photo: Photo, resolution: int | None) -> tuple[Image.Image, Facts]:
         ) from error
     except Exception as error:  # Decoders raise whatever a damaged file leads them to.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if (file := getattr(error, "filename", None)) and str(file) != photo.name:  # that a data set's row names
+            reason += f": {file}"
         raise UserError(f"cannot read the image {photo.name}: {reason}; replace or remove it") from error
     return pixels, Facts(
         digest=hashlib.sha256(content).digest(),
