@@ -207,7 +207,9 @@ def test_interim_checkpoints_take_no_place_of_those_asked_for(flags):
 
 def test_a_run_that_begins_anew_tells_of_checkpoints_that_it_may_replace(flags):
     flags |= {"max_train_steps": 2, "save_steps": 1}
-    assert "begins anew" not in train(TRADITIONAL, flags).stderr
+    done = train(TRADITIONAL, flags)
+    assert "begins anew" not in done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{flags['output_dir']} has a pipeline of step 2, written 20")
     told = f"{flags['output_dir'] / 'checkpoint-2'} is of an earlier run, and this one, which begins anew, may replace"
     assert told in train(TRADITIONAL, flags).stderr
     assert "begins anew" not in train(TRADITIONAL, flags | {"resume_from_checkpoint": "latest"}).stderr

@@ -693,6 +693,12 @@ MODELS = {
         lambda folder, flags: {"external_unet_path": flags["pretrained_model_name_or_path"] / "vae"},
         "vae is of class AutoencoderKL: name one of UNet2DConditionModel",
     ),
+    "external unet is a LoRA": Case(
+        lambda folder, flags: (
+            Path(folder, "pytorch_lora_weights.safetensors").touch() or {"external_unet_path": folder}
+        ),
+        "has a LoRA, and no UNet that could be trained",
+    ),
     "external unet empty": Case(lambda folder, flags: {"external_unet_path": folder}, "cannot load the UNet of"),
     "external unet is a file": Case(file_for("external_unet_path"), "file is not a folder"),
     "tokenizer of another model": Case(

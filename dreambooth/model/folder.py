@@ -15,6 +15,7 @@ from dreambooth.command_line.paths import MODEL_FILES, is_model_file
 from dreambooth.model.components import choose, load_tokenizer, loading, part_folder, without_weights
 from dreambooth.model.family import Family
 from dreambooth.model.hub import HUB_TIMEOUT_S, can_be_hub_id, hub_reason
+from dreambooth.model.lora import WEIGHTS as ADAPTERS
 from dreambooth.model.stable_diffusion import STABLE_DIFFUSION
 from dreambooth.model.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from dreambooth.model.weights import Weights, shard_names, weight_files
@@ -165,6 +166,8 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
     if name := flags.external_unet_path:
         folder = _unpacked(name, "--external_unet_path", flags.single_file_config) if is_model_file(name) else name
         elsewhere["unet"] = part_folder(folder, "unet")
+        if (elsewhere["unet"] / ADAPTERS).is_file():
+            raise UserError(f"--external_unet_path {name} has a LoRA, and no UNet that could be trained")
         _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
     if name := flags.pretrained_vae_model_name_or_path:
         flag = "--pretrained_vae_model_name_or_path"

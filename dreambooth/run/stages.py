@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.command_line.console import counted, doing, say, warn
+from dreambooth.command_line.console import counted, doing, one_line, say, warn
 from dreambooth.command_line.flags import Flags, ModelFlags, TrainingFlags
 from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import STAND_IN, check_class_images, check_origins, generate_class_images
@@ -54,6 +54,7 @@ from dreambooth.run.output import (
     Form,
     enter_output_dir,
     prepare_output_dir,
+    result_in,
     save_lora,
     save_pipeline,
 )
@@ -468,6 +469,8 @@ def save(run: Run, model: PreparedModel, training: Training, tracker: Tracker) -
         save_lora(run.output_dir, training, ranks, kohya=flags.lora.save_kohya_lora, **origin)
     if ranks.rank == 0:
         remove_interim_checkpoints(run.output_dir)
+        if result := result_in(run.output_dir):
+            say(f"{one_line(str(run.output_dir))} has {result}")
     leave()
 
 
