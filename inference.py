@@ -207,7 +207,7 @@ def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeli
 
 
 def sheet(drawing: Drawing, models: list[Model], photos: list[Image.Image]) -> Image.Image:
-    """Returns the images that were drawn, with the photos below; white where one model has fewer than the other.
+    """Returns the images that were drawn, with the photos below; white where a row is not full.
 
     All are of the size of the first; those of a model that draws in another are scaled to fit, on white.
     """

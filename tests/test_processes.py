@@ -66,7 +66,7 @@ def test_the_place_of_a_process(environment, words, place):
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_closed_streams_keep_no_run_from_its_end(closed, tiny_model, photos, tmp_path):
-    """As under some daemons; and no file that is opened meanwhile gets what would be printed."""
+    """As under some daemons."""
     flags = {"pretrained_model_name_or_path": tiny_model, "instance_data_dir": photos, "instance_prompt": "a dog"}
     flags |= {"resolution": 32, "max_train_steps": 1, "output_dir": tmp_path / "out"}
     command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, COLOSSALAI, *command_line(flags)]

@@ -10,10 +10,8 @@ import re
 import shutil
 import sys
 from collections import OrderedDict
-from datetime import datetime
 from pathlib import Path
 from unittest import mock
-from zoneinfo import ZoneInfo
 
 import pytest
 import torch
@@ -302,12 +300,22 @@ def test_a_program_is_not_run(tmp_path, monkeypatch, capfd):
     assert "it ran" not in capfd.readouterr().out
 
 
+class Made:
+    """By a method of its class, as a time zone is."""
+
+    @classmethod
+    def again(cls) -> "Made":
+        return cls()
+
+    def __reduce__(self):
+        return Made.again, ()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_lies_beside_weights_may_be_anything(zipped, tmp_path, monkeypatch):
-    """Weights in 8 bits, times with their zones, whole modules."""
+    """Weights in 8 bits, objects that a method of their class makes, whole modules."""
     weights = {"weight": torch.ones(2, dtype=torch.float8_e4m3fn)} if zipped else {"weight": torch.ones(2)}
-    when = datetime.now(ZoneInfo("UTC"))
-    beside = {"when": when, "ema": torch.nn.Linear(1, 1)}
+    beside = {"made": Made(), "ema": torch.nn.Linear(1, 1)}
     torch.save(beside | {"state_dict": weights}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
     monkeypatch.setattr("sys.argv", ["unpickle", str(tmp_path / "a.ckpt")])
     unpickle()

@@ -166,7 +166,7 @@ def find_elsewhere(flags: ModelFlags) -> dict[str, Path]:
     if name := flags.external_unet_path:
         folder = _unpacked(name, "--external_unet_path", flags.single_file_config) if is_model_file(name) else name
         elsewhere["unet"] = part_folder(folder, "unet")
-        if (elsewhere["unet"] / ADAPTERS).is_file():
+        if (elsewhere["unet"] / ADAPTERS).is_file() and not (elsewhere["unet"] / "config.json").exists():
             raise UserError(f"--external_unet_path {name} has a LoRA, and no UNet that could be trained")
         _check_part(elsewhere["unet"], UNet2DConditionModel, "UNet", "--external_unet_path", name, flags.variant)
     if name := flags.pretrained_vae_model_name_or_path:

@@ -305,7 +305,7 @@ def add_to_pipeline(pipeline: DiffusionPipeline, lora: Lora) -> None:
 
 
 def _check_fit(pipeline: DiffusionPipeline, weights: Mapping[str, Tensor]) -> None:
-    """Compares the shapes of adapters, but those by kohya's names, with those of the layers that they go to."""
+    """Finds adapters, but those by kohya's names, that are not whole, or of another shape than their layers."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     layers = {f"{name}.{layer}": module for name, part in parts.items() for layer, module in part.named_modules()}
     for name, weight in weights.items():

@@ -8,7 +8,6 @@ containers are read. What else is in it, such as the callbacks of whoever traine
 
 import argparse
 import pickle
-import zipfile
 from pathlib import Path
 
 from dreambooth.command_line.console import UserError, before_imports, first_line, run_program, say
@@ -61,8 +60,8 @@ class PickleModule:
 
 
 def _is_program(path: Path) -> bool:
-    """Whether torch.load would give a file to TorchScript, past any unpickler: it goes by this, too."""
-    return zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    """Whether torch.load would give a zip to TorchScript, past any unpickler: it goes by this, read by this."""
+    return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
 
 
 def main() -> None:
@@ -77,9 +76,10 @@ def main() -> None:
     try:
         if (content := content_of(path)) not in ("a zip", "a pickle"):
             raise UserError(f"{path} is {content}, and no file of weights in PyTorch's format")
-        if _is_program(path):
+        is_zip = content == "a zip"  # by its first bytes, as torch.load has it
+        if is_zip and _is_program(path):
             raise UserError(f"{path} is a program of TorchScript: reading it would run it")
-        how = {"weights_only": False, "pickle_module": PickleModule, "mmap": zipfile.is_zipfile(path)}
+        how = {"weights_only": False, "pickle_module": PickleModule, "mmap": is_zip}
         found = torch.load(path, map_location="cpu", **how)
     except UserError:
         raise

@@ -45,7 +45,7 @@ def captioned_grid(rows: list[list[Image.Image]], captions: list[str], headings:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Returns the lines of a text that has so many pixels for each."""
+    """Returns the lines of a text, none wider than so many pixels."""
     letters = max(1, int(1.8 * width / font.size))
     while letters > 1 and max(map(font.getlength, textwrap.wrap(text, letters)), default=0) > width:
         letters -= 1

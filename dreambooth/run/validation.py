@@ -97,7 +97,7 @@ def validate(
         reason = first_line(error)
     except Exception as error:  # the training needs none of it
         reason = explain(error) or f"{type(error).__name__}: {first_line(error)}"
-    trained.clear()  # what is on the device goes with its last name
+    trained.clear()  # of what is referred to, the device could let go of nothing
     device.clear()
     if reason:
         warn(f"no validation images of step {step}: {reason}")
