@@ -30,14 +30,14 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image, ImageOps
 
-from dreambooth.command_line.console import RunError, counted, is_utf_8, progress, say, warn
+from dreambooth.command_line.console import RunError, counted, first_line, is_utf_8, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.paths import is_model_file, kind_on_disk
 from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
 from dreambooth.model.components import loading
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import readers_of
-from dreambooth.model.folder import INDEX, family_of, find_folder
+from dreambooth.model.folder import INDEX, family_of, find_folder, read_index, scheduler_class
 from dreambooth.model.lora import WEIGHTS, Lora, read_lora
 from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
@@ -152,7 +152,7 @@ def check_steps(wanted: int, models: list[Model]) -> None:
     """Compares --num_inference_steps with the timesteps that the models were trained with.
 
     Raises:
-        UserError: if they are not fewer, which some samplers cannot do.
+        UserError: if they are not fewer, which some samplers cannot do, or the model's own cannot take so many.
     """
     for model in models:
         with loading("scheduler", model.folder):
@@ -161,6 +161,12 @@ def check_steps(wanted: int, models: list[Model]) -> None:
                 raise UserError(
                     f"--num_inference_steps {wanted}: {model.name} was trained with {trained} timesteps; give fewer"
                 )
+            index, _ = read_index(model.folder / INDEX, model.name)
+            sampler = scheduler_class(index).from_pretrained(model.folder / "scheduler")
+        try:
+            sampler.set_timesteps(wanted)
+        except ValueError as error:  # each sampler has limits of its own
+            raise UserError(f"--num_inference_steps {wanted}: {first_line(error)}") from error
 
 
 def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:

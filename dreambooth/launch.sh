@@ -13,6 +13,25 @@ fail() {
   exit 2
 }
 
+# Runs a command, and hands on to it the signals that may come to the launcher alone, as from `kill`, a scheduler or
+# `docker stop`: a shell that waits for a command in the foreground ends by them, or as process 1 does nothing, and the
+# command goes on. Ctrl-C reaches both.
+run() {
+  local child status again
+  (trap - INT QUIT; exec "$@") &  # which the shell has commands in the background ignore
+  child=$!
+  trap 'again=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'again=yes; kill -USR1 "$child" 2>/dev/null || true' USR1
+  trap 'again=yes' INT
+  while
+    status=0 again=""
+    wait "$child" || status=$?
+    [ -n "$again" ]  # a signal has ended the waiting, not the command
+  do :; done
+  trap - TERM USR1 INT
+  return "$status"
+}
+
 # Prints how many GPUs torch sees: nvidia-smi also lists those that CUDA_VISIBLE_DEVICES hides, and parts of one. It is
 # asked first, as torch takes seconds to answer.
 count_gpus() {
@@ -118,7 +137,7 @@ train_and_compare() {
     launcher=(torchrun --standalone --nproc_per_node "$NPROC")
   fi
   # The processes share the cores. What comes after them has all.
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))} "${launcher[@]}" "$project/$script" \
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))} run "${launcher[@]}" "$project/$script" \
     --pretrained_model_name_or_path "$MODEL_NAME" \
     --instance_data_dir "$INSTANCE_DIR" \
     --instance_prompt "$INSTANCE_PROMPT" \
@@ -132,7 +151,7 @@ train_and_compare() {
     if [ -n "$adapters" ]; then
       trained=("$MODEL_NAME" --lora "$OUTPUT_DIR")
     fi
-    python "$project/inference.py" "${trained[@]}" \
+    run python "$project/inference.py" "${trained[@]}" \
       --compare_with "$MODEL_NAME" \
       "${before[@]}" \
       --instance_data_dir "$INSTANCE_DIR" \

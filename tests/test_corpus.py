@@ -637,6 +637,9 @@ MODELS = {
     "scheduler that does not exist": Case(
         change_json("model_index.json", scheduler=["diffusers", "MagicScheduler"]), "does not have: MagicScheduler"
     ),
+    "scheduler that would load others": Case(
+        change_json("model_index.json", scheduler=["diffusers", "DiffusionPipeline"]), "not have: DiffusionPipeline"
+    ),
     **{
         f"config of the {part} broken": Case(change_file(file, b'{"sample_size": '), f"cannot load the {name} of")
         for part, file, name in (
@@ -794,7 +797,13 @@ FLAGS = {
         {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
         "polynomial falls to 1e-07: give a --learning_rate above",
     ),
+    "polynomial schedule of no step": Case(
+        {"lr_scheduler": "polynomial", "lr_warmup_steps": 1}, "--lr_warmup_steps 1 leaves no step in which"
+    ),
     "unknown schedule": Case({"lr_scheduler": "magic"}, "--lr_scheduler: invalid choice: 'magic'"),
+    "class images in what no CPU draws in": Case(
+        lambda folder, flags: prior(folder, prior_generation_precision="fp16"), "fp16 needs a CUDA GPU"
+    ),
     "prior without a prompt": Case(
         lambda folder, flags: prior(folder, class_prompt=None), "--with_prior_preservation also needs --class_prompt"
     ),

@@ -94,18 +94,20 @@ SLIPS = {
         "is of a model that is one file, and .* is none",
     ),
     "more steps than timesteps": (["--num_inference_steps", "1000"], "1000: .* was trained with 1000 timesteps; give"),
+    "more steps than the sampler takes": (["--num_inference_steps", "60", "--compare_with", "{lcm}"], "60: The comb"),
     "no such variant": (["--variant", "fp16"], r"--variant fp16: MODEL \S+ has no weights named \*.fp16.safetensors"),
 }
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_nothing_is_loaded_before_all_is_checked(slip, tiny_model, tmp_path, monkeypatch):
-    places = {name: tmp_path / name for name in ("half", "torn", "inpainting", "file", "folder")}
-    for name in ("half", "torn", "inpainting"):
+    places = {name: tmp_path / name for name in ("half", "torn", "inpainting", "lcm", "file", "folder")}
+    for name in ("half", "torn", "inpainting", "lcm"):
         shutil.copytree(tiny_model, places[name])
     shutil.rmtree(places["half"] / "vae")
     os.truncate(places["torn"] / "vae" / "diffusion_pytorch_model.safetensors", 5000)
     change_json(places["inpainting"] / "unet" / "config.json", in_channels=9)
+    change_json(places["lcm"] / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
     places["file"].touch()
     (places["folder"] / "a.png").mkdir(parents=True)
     monkeypatch.setattr(inference, "load_pipeline", lambda *words, **flags: pytest.fail("a pipeline was loaded"))

@@ -1,13 +1,15 @@
 """The launchers, with settings from the environment and further flags of the trainers."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from harness import ROOT, connect, run, scalars
+from harness import ROOT, connect, run, scalars, wait_for
 from PIL import Image
 
 from dreambooth.model.lora import WEIGHTS
@@ -147,6 +149,23 @@ def test_adapters_are_trained_and_compared(tiny_model, photos, commands_in_forks
     files = {path.name for path in (tmp_path / "a folder with spaces").iterdir()}
     assert WEIGHTS in files and "model_index.json" not in files
     assert "comparison.png: 24 images" in done.stdout and (tmp_path / "comparison.png").is_file()
+
+
+def test_a_signal_to_the_launcher_alone_reaches_the_trainer(tiny_model, photos, tmp_path):
+    """Which takes its time to save."""
+    settings = {"MODEL_NAME": tiny_model, "INSTANCE_DIR": photos, "NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | settings | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["--max_train_steps", "100000", "--save_steps", "1", "--checkpoints_total_limit", "1"]
+    command = ["bash", ROOT / "colossalai.sh", *words, "--resolution", "32", "--num_class_images", "1"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True)
+    try:
+        wait_for(lambda: list(tmp_path.glob("dreambooth-model/checkpoint-*")))
+        launcher.terminate()
+        assert launcher.wait(timeout=60) == 75
+        assert not (tmp_path / "comparison.png").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("flag", SETTINGS)

@@ -369,6 +369,23 @@ def test_alpha_of_other_programs_is_read_as_peft_reads_it(told, factors, tmp_pat
         assert [read[f"{layer}.lora_B.{of_b}"].unique().tolist() for layer in layers] == [[one] for one in factors]
 
 
+def test_all_that_a_file_adds_is_scaled(trained, tiny_model, tmp_path):
+    """By names that diffusers had for attention at first; a name that is not known could not be scaled."""
+    told = {}
+    for name, weight in load_file(trained("tiny_model") / WEIGHTS).items():
+        for side, half in (("down", "A"), ("up", "B")):
+            name = re.sub(rf"\.(to_[qkv]|to_out)(\.0)?\.lora_{half}\.", rf".processor.\1_lora.{side}.", name)
+        told[name] = weight
+    assert sum(".processor.to_" in name for name in told) == sum(name.startswith("unet.") for name in told)
+    save_file(told, tmp_path / "early.safetensors")
+    drawn = [draw(tmp_path, tiny_model)]
+    drawn += [draw(tmp_path, tiny_model, "--lora", tmp_path / "early.safetensors", "--lora_scale", n) for n in (0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    save_file(told | {"unet.mid_block.lora.magic.weight": torch.ones(1)}, tmp_path / "early.safetensors")
+    with pytest.raises(UserError, match=r"has unet\.mid_block\.lora\.magic\.weight, which is not known here"):
+        read_lora(str(tmp_path / "early.safetensors"), "--lora", scale=0.5)
+
+
 @pytest.mark.parametrize(
     ("kind", "scale", "expected"),
     [

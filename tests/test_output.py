@@ -1,5 +1,6 @@
 """What is in an output folder, whoever put it there and whatever ends a run: it stays, or is replaced as a whole."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -240,6 +241,32 @@ def test_a_checkpoint_that_is_not_ours_is_not_written_over(tmp_path):
     check_names(ours.parent, 0, 4)
     remove_checkpoints([ours])
     assert not list(ours.parent.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"staged": ".."}, {"staged": "../other"}, {"new": ["a", "../b"]}, {"new": None}])
+def test_a_note_of_a_change_leads_nowhere_else(change, tmp_path):
+    """It may come with a folder of somebody else's."""
+    output_dir, note = tmp_path / "out", {"staged": "pipeline-step-1", "new": ["model_index.json", "a"], "earlier": []}
+    write(output_dir, {"a": "1", ".pipeline.0123abcd.aside/change.json": json.dumps(note | change)})
+    before = files_in(tmp_path)
+    enter(output_dir)
+    assert files_in(tmp_path) == before
+
+
+def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
+    """As some of virtual machines; that a file is on the disk has to be known."""
+    flush = os.fsync
+
+    def fsync(number: int) -> None:
+        if refused(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    for refused in (stat.S_ISDIR, stat.S_ISREG):
+        with contextlib.suppress(RunError), folders.written_whole(tmp_path / refused.__name__, 0) as folder:
+            write(folder, {"a": "1"})
+    assert set(files_in(tmp_path)) == {"S_ISDIR/a"}
 
 
 def test_only_half_written_folders_of_ours_are_removed(tmp_path):

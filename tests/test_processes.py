@@ -536,6 +536,17 @@ def test_where_nobody_listens_a_run_ends_as_it_would_have(gone, flags):
     assert refused.returncode == 2
 
 
+def test_any_name_of_a_file_can_be_printed():
+    program = (
+        "from dreambooth.command_line.console import before_imports, say\n"
+        "before_imports('__main__')\n"
+        "say('caf\\udce9')"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "caf\\udce9\n"), done.stderr
+
+
 def test_an_error_is_told_though_torchrun_cannot_have_it(flags):
     """Its file may be on a disk that is full."""
     flags |= {"resume_from_checkpoint": "none"}

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from unittest import mock
@@ -267,6 +268,28 @@ def test_pickles_are_refused_and_turned_into_files_without_running_them(tmp_path
         assert found == {"weight": [1, 1], "bias": [0]}
         Path("trained.safetensors").unlink()
     assert not Path("it-ran").exists()
+
+
+def test_a_pickle_makes_no_storage_itself(tmp_path, monkeypatch):
+    """Torch would take a number that it is given for the address of an allocator."""
+    names = b"ctorch.storage\nUntypedStorage\n"
+    body = b"\x80\x04}\x8c\x01a" + names + b"K\x08\x85}\x8c\x06device\x8c\x03cpus\x92s."  # a NEWOBJ_EX
+    assert pickle.loads(body)["a"].nbytes() == 8, "this test could not fail"
+    torch.save({"a": torch.zeros(2)}, tmp_path / "sound.ckpt")
+    with zipfile.ZipFile(tmp_path / "sound.ckpt") as sound, zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as evil:
+        for name in sound.namelist():
+            evil.writestr(name, body if name.endswith("data.pkl") else sound.read(name))
+    monkeypatch.setattr("sys.argv", ["unpickle", str(tmp_path / "evil.ckpt")])
+    with pytest.raises(UserError, match=r"evil.ckpt cannot be read.* must be a type"):
+        unpickle()
+
+
+def test_numbers_that_the_other_format_lacks_are_told(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "a.ckpt")
+    monkeypatch.setattr("sys.argv", ["unpickle", str(tmp_path / "a.ckpt")])
+    with pytest.raises(UserError, match=r"a.ckpt has numbers of torch.complex128, which a .safetensors file cannot"):
+        unpickle()
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["a.ckpt"]
 
 
 class Program(torch.nn.Module):

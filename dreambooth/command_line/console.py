@@ -182,14 +182,19 @@ def run_program(main: Callable[[], None], program: str) -> None:
     os._exit(status)
 
 
-def _open_what_is_closed() -> None:
-    """Gives standard streams that are closed a place to write to: else a file that is opened later would be it."""
+def _prepare_streams() -> None:
+    """Gives standard streams that are closed a place to write to: else a file that is opened later would be it.
+
+    Those that are open print any name of a file: it need not be text in their encoding.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, as long as the process
+        elif stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave_at_once() -> None:
@@ -305,7 +310,7 @@ def before_imports(module: str, check: Callable[[], object] = lambda: None) -> N
         check: is called in a program: an error that it raises ends it before it imports.
     """
     if module == "__main__":
-        _open_what_is_closed()
+        _prepare_streams()
         _interrupts_end_at_once()
         try:
             check()

@@ -11,6 +11,8 @@ from dreambooth.command_line.console import is_utf_8
 PARTIAL = ".partial"  # ends the name of a file while it is written
 # What file systems without locks answer, NFS among them where a folder is to be locked.
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+# What those answer that cannot be asked whether a folder is on the disk.
+NO_FLUSH = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")  # which may run code when they are read
 MODEL_FILES = (".safetensors", *PICKLES)
@@ -70,10 +72,13 @@ def write_through(file: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
+    """Waits until a file or a folder is on the disk; not for a folder where the file system has no way to ask that."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
+    except OSError as error:
+        if error.errno not in NO_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(file)
 

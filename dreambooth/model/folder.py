@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 
 import diffusers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from dreambooth.command_line.console import UserError, warn
@@ -22,10 +22,8 @@ from dreambooth.model.weights import Weights, shard_names, weight_files
 
 INDEX = "model_index.json"
 FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
-# Of all of them, as an output folder may have what another one's run has left: the folders of a pipeline, and of
-# those the ones of components that can be trained.
+# The folders of a pipeline, of all of them, as an output folder may have what another one's run has left.
 PIPELINE = tuple(dict.fromkeys(part for one in FAMILIES for part in (*one.components, *one.tokenizers, "scheduler")))
-TRAINABLE = tuple(dict.fromkeys(part for one in FAMILIES for part in ("unet", *one.text_encoders)))
 DISTILLED = ("turbo", "lightning", "hyper-sd", "lcm", "dmd2")  # in the names of models made to draw in few steps
 SCHEDULERS_OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
 
@@ -40,7 +38,7 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
         index = json.loads(path.read_text())
         classes = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and part[0] != "_"}
         scheduler = classes["scheduler"]
-        known = hasattr(getattr(diffusers, scheduler, None), "from_pretrained")
+        kind = getattr(diffusers, scheduler, None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -50,7 +48,8 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
         told = next(filter(None, (one.told_apart(classes) for one in FAMILIES)), None)
         told = told or _otherwise(index.get("_class_name"), classes)
         raise UserError(f"{model} is {told}: use a {' or '.join(one.name for one in FAMILIES)}")
-    if not known:
+    # Other classes of diffusers may run code that lies in the folder.
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise UserError(f"{path} names a scheduler that diffusers does not have: {scheduler}")
     return index, family
 

@@ -43,12 +43,18 @@ DOWNS = (A, ".lora_down.weight")
 METADATA = "lora_adapter_metadata"  # of which newer releases of diffusers make them again
 # Other names of A and B, in files of other programs.
 OTHER_NAMES = {
+    f".processor.{layer.removesuffix('.0')}_lora.{side}.": f".{layer}.lora_{half}."
+    for layer in ATTENTION
+    for side, half in (("down", "A"), ("up", "B"))
+} | {
     ".lora.down.": ".lora_A.",
     ".lora.up.": ".lora_B.",
     ".lora_linear_layer.down.": ".lora_A.",
     ".lora_linear_layer.up.": ".lora_B.",
 }
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
+# What a file has beside them where all of what it adds can be scaled; magnitudes are told apart.
+SCALABLE = (*UPS, *DOWNS, ".lora_A.bias", ".alpha", *MAGNITUDES)
 LYCORIS = re.compile(r"\.(hada_w|lokr_w|lora_mid|oft_)")
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_")
 
@@ -259,6 +265,8 @@ def read_lora(name: str, flag: str, *, scale: float = 1.0) -> Lora:
         raise UserError(f"{flag} {name} has no LoRA in it that is known here")
     if lycoris := next((key for key in weights if LYCORIS.search(key)), None):
         raise UserError(f"{flag} {name} has {lycoris}: LoHa, LoKr and other kinds of LyCORIS are not read here")
+    if scale != 1 and (odd := next((key for key in weights if not key.endswith(SCALABLE)), None)):
+        raise UserError(f"{flag} {name} has {odd}, which is not known here, and so no scale but 1 is for it")
     if scale != 1 and any(key.endswith(MAGNITUDES) for key in weights):
         raise UserError(f"{flag} {name} is a DoRA, whose magnitudes no scale but 1 is for")
     return Lora(name, scaled(weights, scale), metadata.get("base_model"))

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 # What pickles call to make tensors, and the dictionary that weights come in.
 ALLOWED = {
-    "torch.storage": ("UntypedStorage",),
     "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"),
     "collections": ("OrderedDict",),
 }
@@ -41,10 +40,18 @@ class Nothing:
     append = extend = add = __setitem__ = __setstate__ = __init__
 
 
+class Bytes:
+    """Takes the place of torch's class of untyped storages: torch asks for no more, and a pickle cannot call it."""
+
+    dtype = torch.uint8
+
+
 class Unpickler(pickle.Unpickler):
     """Python's, which runs no more than what makes tensors."""
 
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return Bytes()
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         return super().find_class(module, name) if is_dtype or name in ALLOWED.get(module, ()) else Nothing
 
@@ -97,6 +104,8 @@ def main() -> None:
     try:
         save_file(tensors, target, metadata={"format": "pt"})
         target.chmod(0o666 & ~umask())  # which safetensors does not ask
+    except KeyError as error:
+        raise UserError(f"{path} has numbers of {error.args[0]}, which a .safetensors file cannot have") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {first_line(error)}") from error
     say(f"{len(tensors)} tensors written to {target}")

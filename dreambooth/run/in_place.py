@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from dreambooth.command_line.console import RunError
 from dreambooth.command_line.paths import flush
 from dreambooth.run.folders import beside, discard, written_whole
-from dreambooth.run.listing import LAST, LISTING, changed_of, link_in, pipeline_files
+from dreambooth.run.listing import LAST, LISTING, changed_of, is_inside, link_in, pipeline_files
 
 # A folder with the earlier files while others take their place, and a file in it that says which.
 ASIDE, CHANGE = "aside", "change.json"
@@ -76,6 +76,8 @@ def settle(aside: Path) -> Path | None:
     try:
         change = json.loads((aside / CHANGE).read_text())
         staged, new, earlier = output_dir / change["staged"], change["new"], change["earlier"]
+        if staged.parent != output_dir or staged.name == os.pardir or not all(map(is_inside, new + earlier)):
+            return None
     except (OSError, ValueError, TypeError, KeyError):
         return None  # not ours
     done = bool(new) and (output_dir / new[0]).exists() and not (staged / new[0]).exists()

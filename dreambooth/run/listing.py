@@ -85,7 +85,7 @@ def files_of(written: object) -> dict[str, Written]:
         TypeError, AttributeError: if it is not what this program writes.
     """
     files = {name: Written(**file) for name, file in written.items()}
-    return files if all(map(_is_inside, files)) else {}
+    return files if all(map(is_inside, files)) else {}
 
 
 def read_listing(folder: Path) -> dict:
@@ -114,7 +114,8 @@ def _is_other(path: Path, file: Written) -> bool:
     return path.exists() and not (path.is_file() and file.is_still(path))
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Returns whether a relative path leads to something in the folder that it is of."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and len(path.parts) > 0
 

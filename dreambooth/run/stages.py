@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.command_line.console import counted, doing, one_line, say, warn
+from dreambooth.command_line.console import UserError, counted, doing, one_line, say, warn
 from dreambooth.command_line.flags import Flags, ModelFlags, TrainingFlags
 from dreambooth.command_line.paths import kind_on_disk
 from dreambooth.data.class_images import STAND_IN, check_class_images, check_origins, generate_class_images
@@ -167,9 +167,12 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     """Settles on the checkpoint, the seed, the resolution, the schedule and the flags that change numbers.
 
     Raises:
-        UserError: if ranks have found different things, or the checkpoint is of another run.
+        UserError: if ranks have found different things, or the checkpoint is of another run, or the machine cannot
+            draw class images in the precision that is asked for.
     """
     set_tf32(flags.training.allow_tf32)
+    if flags.prior.with_prior_preservation:
+        sampling_dtype(precision, flags.prior.prior_generation_precision)  # known before anything is made
     checkpoint = find_checkpoint(flags.output.resume_from_checkpoint, Path(flags.output.output_dir))
     of_model = family_of(inputs.model_folder).resolution
     resolution = resolution_of(flags.instance.resolution, checkpoint, of_model)
@@ -178,7 +181,7 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     seed = seed_of(flags.training.seed, checkpoint)
     per_epoch = images_per_epoch(flags.prior, instance_images, flags.instance.test_run)
     schedule = plan(flags.training, ranks.world_size, per_epoch)
-    _warn_of_length(flags, schedule)
+    _check_length(flags, schedule)
     found = inputs.class_images, inputs.model_folder, inputs.elsewhere, inputs.tokenizer_folder
     run = Run(
         flags, ranks, precision, instance_images, *found, checkpoint, seed, resolution, schedule, _base(flags.model)
@@ -190,9 +193,15 @@ def agree(flags: Flags, inputs: Inputs, ranks: Ranks, precision: str) -> Run:
     return run
 
 
-def _warn_of_length(flags: Flags, schedule: Schedule) -> None:
-    """Tells of a run that is short because no flag says how long it is to be, or shorter than its warm-up."""
+def _check_length(flags: Flags, schedule: Schedule) -> None:
+    """Tells of a run that is short because no flag says how long it is to be, or shorter than its warm-up.
+
+    Raises:
+        UserError: if the learning rate is to fall as a polynomial in no step.
+    """
     training, warmup = flags.training, flags.optimizer.lr_warmup_steps
+    if warmup == schedule.steps and flags.optimizer.lr_scheduler == "polynomial":
+        raise UserError(f"--lr_warmup_steps {warmup} leaves no step in which --lr_scheduler polynomial could fall")
     is_asked_for = training.max_train_steps or training.num_train_epochs != TrainingFlags.num_train_epochs
     if schedule.steps < FEW_STEPS and not is_asked_for:
         warn(f"one pass over the images is {counted(schedule.steps, 'step')}: --max_train_steps 400 is usual")
