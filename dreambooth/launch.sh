@@ -13,15 +13,14 @@ fail() {
   exit 2
 }
 
-# Runs a command, and hands on to it the signals that may come to the launcher alone, as from `kill`, a scheduler or
-# `docker stop`: a shell that waits for a command in the foreground ends by them, or as process 1 does nothing, and the
+# Runs a command, and ends it by the signals that may come to the launcher alone, as from `kill`, a scheduler or `docker
+# stop`: a shell that waits for a command in the foreground ends by them itself, or as process 1 does nothing, and the
 # command goes on. Ctrl-C reaches both.
 run() {
   local child status again
   (trap - INT QUIT; exec "$@") &  # which the shell has commands in the background ignore
   child=$!
-  trap 'again=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-  trap 'again=yes; kill -USR1 "$child" 2>/dev/null || true' USR1
+  trap 'again=yes; kill -TERM "$child" 2>/dev/null || true' TERM USR1  # torchrun does not know the latter
   trap 'again=yes' INT
   while
     status=0 again=""
