@@ -137,6 +137,6 @@ def test_a_length_of_prompts_is_what_is_read(tiny_model, capsys):
 def test_a_warm_up_that_outlasts_the_run(warmup, length, told, tmp_path, capsys):
     words = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", str(warmup), *length]
     flags = parse(tmp_path, *words)
-    stages._warn_of_length(flags, plan(flags.training, 1, images_per_epoch=4))
+    stages._check_length(flags, plan(flags.training, 1, images_per_epoch=4))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "--lr_warmup_steps" in line]
     assert len(warnings) == bool(told) and all(told in line for line in warnings)
