@@ -181,13 +181,15 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     device = DrawingDevice(drawing.device, model.name)
     device.put(load_pipeline(model.folder, DTYPES["no" if dtype == "fp32" else dtype], **how))
     prompts = [*drawing.prompts, *filter(None, [drawing.negative_prompt])]
-    warn_of_cut_prompts(prompts, readers_of(family_of(model.folder), device.pipeline.components))
+    family = family_of(model.folder)
+    warn_of_cut_prompts(prompts, readers_of(family, device.pipeline.components))
+    side = None if has_size(device.pipeline) else family.resolution
     device.pipeline.set_progress_bar_config(disable=total > 1 or not sys.stderr.isatty())
     with progress(total, desc=model.name, unit="image", shown=total > 1) as bar:
         for prompt in drawing.prompts:
             for number in range(drawing.num_images):
                 try:
-                    (picture,) = pictures_of(device.draw(functools.partial(_image, prompt, number, drawing)))
+                    (picture,) = pictures_of(device.draw(functools.partial(_image, prompt, number, drawing, side)))
                 except NotFinite as error:
                     raise RunError(
                         f"{model.name}: image {number + 1} of the prompt {prompt!r} has pixels that are not finite in "
@@ -198,15 +200,25 @@ def draw(model: Model, drawing: Drawing) -> Iterator[Image.Image]:
     device.clear()
 
 
-def _image(prompt: str, number: int, drawing: Drawing, pipeline: DiffusionPipeline) -> np.ndarray:
-    """Returns image `number` of a prompt: (1, height, width, 3), floats in [0, 1]."""
+def has_size(pipeline: DiffusionPipeline) -> bool:
+    """Whether a model's configuration tells the size of its images; it need not."""
+    told = pipeline.unet.config.sample_size
+    sides = told if isinstance(told, list | tuple) else [told]
+    return all(isinstance(side, int) and side > 0 for side in sides)
+
+
+def _image(prompt: str, number: int, drawing: Drawing, side: int | None, pipeline: DiffusionPipeline) -> np.ndarray:
+    """Returns image `number` of a prompt: (1, height, width, 3), floats in [0, 1].
+
+    Where neither a flag nor the model tells its height or width, `side` is it.
+    """
     return pipeline(
         prompt,
         negative_prompt=drawing.negative_prompt,
         num_inference_steps=drawing.num_inference_steps,
         guidance_scale=drawing.guidance_scale,
-        height=drawing.height,
-        width=drawing.width,
+        height=drawing.height or side,
+        width=drawing.width or side,
         generator=torch.Generator().manual_seed((drawing.seed + number) % (MAX_SEED + 1)),
         output_type="np",
     ).images

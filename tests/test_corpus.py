@@ -659,6 +659,9 @@ MODELS = {
     "unet of another size than its config": Case(
         change_json("unet/config.json", block_out_channels=[32, 64]), "cannot load the UNet of"
     ),
+    "tokenizer of no length": Case(
+        change_json("tokenizer/tokenizer_config.json", model_max_length=-1), "its model_max_length is -1"
+    ),
     "vocabulary broken": Case(
         changed_vocabulary(lambda folder: (folder / "vocab.json").write_bytes(b'{"a": ')),
         "cannot load the tokenizer of",

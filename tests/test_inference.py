@@ -88,6 +88,7 @@ SLIPS = {
     "a file far in the way": (["--output", "{file}/a/b/sheet.png"], "--output {file}/a/b cannot be made: Not a dir"),
     "a folder of the name": (["--output", "{folder}/a.png"], "--output {folder}/a.png is a folder; name a file"),
     "a long name": (["--output", "x" * 250 + ".png"], "cannot be made: File name too long"),
+    "two adapters": (["--lora", "{folder}", "--lora", "{file}"], "--lora {file}: one is named already"),
     "no photos": (["--instance_data_dir", "{folder}/none"], "--instance_data_dir {folder}/none is not a folder"),
     "a configuration of a folder": (
         ["--single_file_config", "{folder}"],
@@ -209,6 +210,13 @@ def test_an_image_of_another_size(tiny_model, tmp_path):
     ):
         with pytest.raises(UserError, match=told):
             inference.main([str(tiny_model), *words, *more])
+
+
+def test_a_model_need_not_tell_its_size(model, tmp_path):
+    """Then it is that of its family, at which it is trained too."""
+    change_json(model / "unet" / "config.json", sample_size=None)
+    infer(model, "--prompt", "a dog", "--height", 64, "--output", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (512, 64)
 
 
 def test_a_model_of_another_size_stands_beside():

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -251,6 +252,22 @@ def test_a_note_of_a_change_leads_nowhere_else(change, tmp_path):
     before = files_in(tmp_path)
     enter(output_dir)
     assert files_in(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as two users")
+def test_what_another_user_has_written_is_found_before_training():
+    with tempfile.TemporaryDirectory() as name:  # others may enter it, unlike pytest's own
+        output_dir = a_pipeline(Path(name, "out"), "earlier")
+        Path(name).chmod(0o755)
+        output_dir.chmod(0o777)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match="no permission to replace what is in .*/out/unet"):
+                enter(output_dir)
+        finally:
+            os.seteuid(0)
+        enter(output_dir)
+        folders.unlock()
 
 
 def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):

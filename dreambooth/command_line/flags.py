@@ -349,7 +349,7 @@ class TrainingFlags:
     )
     seed: int | None = flag(
         None,
-        "every random draw follows from it and the sample's number",
+        "every random draw but dropout's follows from it and the sample's number",
         shown="that of the checkpoint that the run goes on from, else drawn and printed",
         limits=(0, MAX_SEED),
     )

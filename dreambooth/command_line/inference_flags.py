@@ -7,6 +7,15 @@ from dreambooth.command_line.parser import Parser, number
 from dreambooth.command_line.paths import path
 
 
+class Once(argparse.Action):
+    """Takes a value, and no second one: of two adapters one would be left out without a word."""
+
+    def __call__(self, parser, namespace, value, option=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} {value}: one is named already, and no two are drawn with")
+        setattr(namespace, self.dest, value)
+
+
 def inference_parser(description: str) -> Parser:
     """Returns a parser of them; `description` is the program's, for --help."""
     positive = number(int, 1)
@@ -24,6 +33,7 @@ def inference_parser(description: str) -> Parser:
     parser.add_argument(
         "--lora",
         type=path,
+        action=Once,
         metavar="FOLDER|FILE",
         help="draw with these adapters beside MODEL's weights: the output of a run with --lora_rank, one of its "
         "checkpoints, or a file of them (default: none)",

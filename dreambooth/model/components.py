@@ -167,7 +167,10 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer | CLIPTokenizerFast:
         # Newer releases of transformers save a tokenizer.json alone, which CLIPTokenizer of older ones cannot load.
         files = os.listdir(folder)
         kind = CLIPTokenizerFast if "tokenizer.json" in files and "vocab.json" not in files else CLIPTokenizer
-        return kind.from_pretrained(folder)
+        tokenizer = kind.from_pretrained(folder)
+        if tokenizer.model_max_length < 2:  # the marks of start and end alone
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length}")
+        return tokenizer
 
 
 def check_resolution(resolution: int, vae: AutoencoderKL) -> None:
@@ -194,7 +197,7 @@ def part_folder(folder: str | Path, part: str) -> Path:
 def warn_of_dropout(*parts: torch.nn.Module) -> None:
     """Warns of parts whose dropout is on in training: it draws what no seed and no checkpoint of a run fixes."""
     if rate := dropout_of(*parts):
-        warn(f"the model has dropout of {rate:g}, drawn anew in each run: a resumed one does not go on exactly")
+        warn(f"dropout of {rate:g} is drawn anew in each run: neither a repeated nor a resumed one goes exactly alike")
 
 
 def dropout_of(*parts: torch.nn.Module) -> float:

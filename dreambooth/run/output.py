@@ -159,7 +159,7 @@ def _check_parts(output_dir: Path, more: Collection[str]) -> None:
     """Compares what is where the pipeline's parts go with the list of its files.
 
     Raises:
-        UserError: naming a part that this program did not write, or a link.
+        UserError: naming a part that this program did not write, or may not replace, or a link.
     """
     files = pipeline_files(output_dir)
     for name in files:
@@ -173,6 +173,9 @@ def _check_parts(output_dir: Path, more: Collection[str]) -> None:
             f"--output_dir {output_dir}: {changed} is not as this program has written it: "
             "move it away, or name another folder"
         )
+    for folder in sorted({(output_dir / name).parent for name in files}):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"--output_dir {output_dir}: no permission to replace what is in {folder}")
     for part in (INDEX, *PIPELINE, *more, LISTING):
         path = output_dir / part
         ours = files if part == LISTING else [name for name in files if PurePosixPath(name).parts[0] == part]
