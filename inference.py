@@ -27,17 +27,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dreambooth.command_line.console import RunError, counted, first_line, is_utf_8, progress, say, warn
 from dreambooth.command_line.flags import LORA_OUTPUT_DIR, MAX_SEED, OUTPUT_DIR
 from dreambooth.command_line.paths import is_model_file, kind_on_disk
 from dreambooth.data.images import NotFinite, find_images, load_image, pictures_of
-from dreambooth.model.components import loading
 from dreambooth.model.drawing import DrawingDevice
 from dreambooth.model.family import readers_of
-from dreambooth.model.folder import INDEX, family_of, find_folder, read_index, scheduler_class
+from dreambooth.model.folder import INDEX, family_of, find_folder, load_sampler
 from dreambooth.model.lora import WEIGHTS, Lora, read_lora
 from dreambooth.model.pipeline import load_pipeline
 from dreambooth.model.precision import DTYPES
@@ -155,14 +154,12 @@ def check_steps(wanted: int, models: list[Model]) -> None:
         UserError: if they are not fewer, which some samplers cannot do, or the model's own cannot take so many.
     """
     for model in models:
-        with loading("scheduler", model.folder):
-            trained = DDPMScheduler.load_config(model.folder / "scheduler").get("num_train_timesteps", wanted + 1)
-            if wanted >= trained:
-                raise UserError(
-                    f"--num_inference_steps {wanted}: {model.name} was trained with {trained} timesteps; give fewer"
-                )
-            index, _ = read_index(model.folder / INDEX, model.name)
-            sampler = scheduler_class(index).from_pretrained(model.folder / "scheduler")
+        sampler = load_sampler(model.folder)
+        trained = sampler.config.get("num_train_timesteps", wanted + 1)
+        if wanted >= trained:
+            raise UserError(
+                f"--num_inference_steps {wanted}: {model.name} was trained with {trained} timesteps; give fewer"
+            )
         try:
             sampler.set_timesteps(wanted)
         except ValueError as error:  # each sampler has limits of its own

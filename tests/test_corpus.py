@@ -637,6 +637,9 @@ MODELS = {
     "scheduler that does not exist": Case(
         change_json("model_index.json", scheduler=["diffusers", "MagicScheduler"]), "does not have: MagicScheduler"
     ),
+    "scheduler that wants a library": Case(
+        change_json("model_index.json", scheduler=["diffusers", "DPMSolverSDEScheduler"]), "requires the torchsde"
+    ),
     "scheduler that would load others": Case(
         change_json("model_index.json", scheduler=["diffusers", "DiffusionPipeline"]), "not have: DiffusionPipeline"
     ),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils import DummyObject
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from dreambooth.command_line.console import UserError, warn
@@ -48,8 +49,8 @@ def read_index(path: Path, model: str) -> tuple[dict, Family]:
         told = next(filter(None, (one.told_apart(classes) for one in FAMILIES)), None)
         told = told or _otherwise(index.get("_class_name"), classes)
         raise UserError(f"{model} is {told}: use a {' or '.join(one.name for one in FAMILIES)}")
-    # Other classes of diffusers may run code that lies in the folder.
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    # Other classes of diffusers may run code that lies in the folder; a dummy says which library the real one wants.
+    if not (isinstance(kind, type) and (issubclass(kind, SchedulerMixin) or isinstance(kind, DummyObject))):
         raise UserError(f"{path} names a scheduler that diffusers does not have: {scheduler}")
     return index, family
 
@@ -83,9 +84,11 @@ def family_of(folder: Path) -> Family:
     return read_index(folder / INDEX, str(folder))[1]
 
 
-def scheduler_class(index: dict) -> type:
-    """Returns the class of the scheduler that a model_index.json names."""
-    return getattr(diffusers, index["scheduler"][1])
+def load_sampler(folder: Path, kind: str | None = None) -> SchedulerMixin:
+    """Loads the scheduler by which a model draws, as a class of diffusers; None for that which its index names."""
+    kind = kind or read_index(folder / INDEX, str(folder))[0]["scheduler"][1]
+    with loading("scheduler", folder):
+        return getattr(diffusers, kind).from_pretrained(folder / "scheduler")
 
 
 def check_configurations(folder: Path, family: Family) -> None:
@@ -282,9 +285,7 @@ def find_folder(
             f"{flag} {name} has no {', '.join(missing)}: "
             "it is not a whole Stable Diffusion folder in diffusers' layout"
         )
-    index, _ = read_index(folder / INDEX, name)
-    with loading("scheduler", folder):
-        scheduler_class(index).from_pretrained(folder / "scheduler")
+    load_sampler(folder)  # whether it can be
     chosen = _choose(family, {part: os.listdir(folder / part) for part in parts}, name, flag, variant)
     for part, weights in chosen.items():
         with loading(family.labels[part], folder):

@@ -53,7 +53,7 @@ OTHER_NAMES = {
     ".lora_linear_layer.up.": ".lora_B.",
 }
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
-# What a file has beside them where all of what it adds can be scaled; magnitudes are told apart.
+# Ends all names in files of which each part that adds is known, so that it can be scaled; magnitudes are told apart.
 SCALABLE = (*UPS, *DOWNS, ".lora_A.bias", ".alpha", *MAGNITUDES)
 LYCORIS = re.compile(r"\.(hada_w|lokr_w|lora_mid|oft_)")
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_")

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from dreambooth.model.components import (
     without_weights,
 )
 from dreambooth.model.family import Family, Model, dtype_of_vae
-from dreambooth.model.folder import INDEX, family_of, read_index, scheduler_class
+from dreambooth.model.folder import INDEX, family_of, load_sampler, read_index
 from dreambooth.model.libraries import save_vocabulary
 from dreambooth.model.lora import Lora, add_to_pipeline
 
@@ -171,8 +170,7 @@ def load_pipeline(
             # A VAE that may have to stay in fp32 is not rounded before it is known whether it does.
             loaded = torch.float32 if name == "vae" and family.heeds_force_upcast else dtype
             parts[name] = load_part(family, name, elsewhere.get(name, folder), loaded, variant=variant)
-        scheduler = getattr(diffusers, sampler) if sampler else scheduler_class(index)
-        parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
+        parts["scheduler"] = load_sampler(folder, sampler)
         pipeline = family.pipeline(**(settings_in(index, family) | parts | family.left_out))
     if lora:
         add_to_pipeline(pipeline, lora)
